@@ -1,0 +1,1 @@
+"""arfast: fast autoregressive language models."""

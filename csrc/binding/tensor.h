@@ -1,0 +1,76 @@
+// What every binding needs from torch's stable C++ API: uniform argument checks, allocation, the CUDA stream.
+// Errors read `<op>: <argument> must <rule>, got <actual>`.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "core/dtype.h"
+
+namespace arfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A size that may be anything in check_shape.
+constexpr int64_t kAny = -1;
+
+[[noreturn]] void fail(const char* op, const char* argument, const std::string& rule, const std::string& got);
+
+inline void check(bool condition, const char* op, const char* argument, const char* rule, const std::string& got) {
+  if (!condition) fail(op, argument, rule, got);
+}
+
+std::string to_string(double value);
+std::string shape_of(const Tensor& tensor);
+std::string dtype_name(ScalarType dtype);
+std::string device_of(const Tensor& tensor);
+
+// `names` is the shape in words, such as "[N, V]"; kAny matches every size.
+void check_shape(const char* op, const char* argument, const Tensor& tensor, const char* names,
+                 std::initializer_list<int64_t> sizes);
+void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype);
+void check_same_dtype(const char* op, const char* argument, const Tensor& tensor, const char* other_name,
+                      const Tensor& other);
+void check_same_device(const char* op, const char* argument, const Tensor& tensor, const char* other_name,
+                       const Tensor& other);
+void check_range(const char* op, const char* argument, double value, bool inside, const char* rule);
+
+// The contract's name of a floating-point dtype: float32, bfloat16, float16, and float64 on the CPU.
+DType float_dtype(const char* op, const char* argument, const Tensor& tensor);
+
+// Uninitialised tensors on the device of `like`. Large ones on the CPU ask the kernel for huge pages: touching fresh 4
+// KiB pages costs more time than the arithmetic that fills them.
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
+Tensor new_zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
+
+// The tensor itself when its last dimension is dense, else a contiguous copy.
+Tensor with_dense_rows(const Tensor& tensor);
+
+inline int64_t stride_or_zero(const std::optional<Tensor>& tensor, int64_t dim) {
+  return tensor ? tensor->stride(dim) : 0;
+}
+inline void* pointer_or_null(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
+
+// Makes `tensor`'s GPU the current one for its lifetime, gives torch's current stream there, and turns the error string
+// of a launcher (nullptr: none) into an exception.
+class CudaScope {
+ public:
+  CudaScope(const char* op, const Tensor& tensor);
+  void* stream() const { return stream_; }
+  void check(const char* error) const;
+
+ private:
+  const char* op_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_;
+};
+
+}  // namespace arfast

@@ -1,0 +1,28 @@
+// Reductions over a warp and over a block, in a fixed order: the same bits at every run.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace arfast {
+
+constexpr int kWarpSize = 32;
+
+__device__ inline float warp_sum(float value) {
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// The sum over a block of `kThreads`, given to every thread. `scratch` holds kThreads / 32 floats; the leading barrier
+// lets callers use it again at once.
+template <int kThreads>
+__device__ inline float block_sum(float value, float* scratch) {
+  static_assert(kThreads % kWarpSize == 0 && kThreads / kWarpSize <= kWarpSize);
+  value = warp_sum(value);
+  __syncthreads();
+  if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  const int lane = threadIdx.x % kWarpSize;
+  return warp_sum(lane < kThreads / kWarpSize ? scratch[lane] : 0.0f);
+}
+
+}  // namespace arfast

@@ -1,0 +1,44 @@
+// Elements and 16-byte vectors of them on the GPU. Arithmetic happens in float, as on the CPU (simd.h).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace arfast {
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
+__device__ inline float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+
+template <typename T>
+__device__ inline T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline BFloat16 from_float<BFloat16>(float x) {
+  return BFloat16{__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+template <>
+__device__ inline Float16 from_float<Float16>(float x) {
+  return Float16{__half_as_ushort(__float2half_rn(x))};
+}
+
+// As many elements as one 16-byte access moves.
+template <typename T>
+struct alignas(16) Vector16 {
+  static constexpr int kSize = 16 / sizeof(T);
+  T elements[kSize];
+};
+
+template <typename T>
+__host__ __device__ inline bool is_aligned16(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+}  // namespace arfast
