@@ -27,14 +27,18 @@ def assert_accurate(
     Raises:
         AssertionError: with the worst coordinate, both values and both errors.
     """
-    assert actual.shape == exact.shape == baseline.shape, f"{name}: shapes {actual.shape}, {exact.shape}, {baseline.shape}"
+    assert actual.shape == exact.shape == baseline.shape, (
+        f"{name}: shapes {actual.shape}, {exact.shape}, {baseline.shape}"
+    )
     assert actual.dtype == baseline.dtype, f"{name}: dtype {actual.dtype}, baseline {baseline.dtype}"
     if actual.numel() == 0:
         return
     a, e, b = (t.detach().cpu().double() for t in (actual, exact, baseline))
     for kind, mask in (("nan", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
         different = (mask(a) != mask(e)).nonzero()
-        assert len(different) == 0, f"{name}: {kind} differs at {different[0].tolist()}: {a[tuple(different[0])]}, exact {e[tuple(different[0])]}"
+        assert len(different) == 0, (
+            f"{name}: {kind} differs at {different[0].tolist()}: {a[tuple(different[0])]}, exact {e[tuple(different[0])]}"
+        )
     finite = torch.isfinite(e)
     if not finite.any():
         return
@@ -61,4 +65,6 @@ def assert_bitwise_equal(actual: torch.Tensor, expected: torch.Tensor, *, name: 
     same = (actual == expected) | ((actual != actual) & (expected != expected))
     if not bool(same.all()):
         where = (~same).nonzero()[0]
-        raise AssertionError(f"{name}: differs at {where.tolist()}: {actual[tuple(where)]}, expected {expected[tuple(where)]}")
+        raise AssertionError(
+            f"{name}: differs at {where.tolist()}: {actual[tuple(where)]}, expected {expected[tuple(where)]}"
+        )

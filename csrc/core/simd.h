@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "core/dtype.h"
 
@@ -146,10 +147,19 @@ inline VecD load(const double* p) {
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
+// GCC 12 turns the generic conversions between 16 and 32 bits into several shuffles, hence the intrinsics.
 inline VecF load(const BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return reinterpret_cast<VecF>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#elif defined(__AVX2__)
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<VecF>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+#else
   VecU16 h;
   std::memcpy(&h, p, sizeof(h));
   return reinterpret_cast<VecF>(__builtin_convertvector(h, VecU) << 16);
+#endif
 }
 inline VecF load(const Float16* p) {
 #if defined(__AVX512F__)
@@ -165,14 +175,21 @@ inline VecF load(const Float16* p) {
 
 inline void store(float* p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(double* p, VecD v) { std::memcpy(p, &v, sizeof(v)); }
-inline VecU16 to_bfloat16(VecF v) {
+inline void store(BFloat16* p, VecF v) {
   const VecU bits = reinterpret_cast<VecU>(v);
   const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(v == v ? rounded : VecU{} + 0x7fc0u, VecU16);
-}
-inline void store(BFloat16* p, VecF v) {
-  const VecU16 h = to_bfloat16(v);
-  std::memcpy(p, &h, sizeof(h));
+  const VecU chosen = v == v ? rounded : VecU{} + 0x7fc0u;
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(chosen));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+#elif defined(__AVX2__)
+  // The pack works within 128-bit lanes; the permutation puts the two low halves side by side.
+  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(chosen), reinterpret_cast<__m256i>(chosen));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+  const VecU16 half = __builtin_convertvector(chosen, VecU16);
+  std::memcpy(p, &half, sizeof(half));
+#endif
 }
 inline void store(Float16* p, VecF v) {
 #if defined(__AVX512F__)
@@ -222,30 +239,48 @@ inline V max(V a, V b) {
   return a > b ? a : b;
 }
 
-template <typename V>
-inline auto reduce_add(V v) -> decltype(V{}[0] + 0) {
-  constexpr int lanes = sizeof(V) / sizeof(v[0]);
-  decltype(V{}[0] + 0) part[lanes];
-  std::memcpy(part, &v, sizeof(v));
-  for (int width = lanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) part[lane] += part[lane + width];
+// Reductions halve the vector: f(low half, high half), in the same order on every target of the same width.
+template <typename V, typename F>
+inline auto reduce(V v, const F& f) {
+  using T = std::remove_reference_t<decltype(v[0] + 0)>;
+  if constexpr (sizeof(V) == 2 * sizeof(T)) {
+    return f(v[0], v[1]);
+  } else {
+    typedef T Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half low, high;
+    std::memcpy(&low, &v, sizeof(Half));
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(Half), sizeof(Half));
+    return reduce(f(low, high), f);
   }
-  return part[0];
 }
 template <typename V>
-inline auto reduce_max(V v) -> decltype(V{}[0] + 0) {
-  constexpr int lanes = sizeof(V) / sizeof(v[0]);
-  decltype(V{}[0] + 0) part[lanes];
-  std::memcpy(part, &v, sizeof(v));
-  for (int width = lanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane)
-      part[lane] = part[lane] > part[lane + width] ? part[lane] : part[lane + width];
-  }
-  return part[0];
+inline auto reduce_add(V v) {
+  return reduce(v, [](auto a, auto b) { return a + b; });
+}
+template <typename V>
+inline auto reduce_max(V v) {
+  return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x by range reduction and a polynomial of degree 6, at most 2 ulp for results in the normal range; smaller ones are
-// 0, larger than the largest float infinity, NaN stays NaN.
+// 0 or subnormal, larger than the largest float infinity, NaN stays NaN.
+#if defined(__AVX512F__)
+inline VecF exp(VecF x) {
+  // The second operand of min and max wins when either is NaN.
+  __m512 t = _mm512_max_ps(_mm512_set1_ps(-104.0f), reinterpret_cast<__m512>(x));
+  t = _mm512_min_ps(_mm512_set1_ps(89.0f), t);
+  const __m512 n = _mm512_roundscale_ps(t * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = t - n * 0.693145752f;
+  r = r - n * 1.42860677e-6f;
+  __m512 p = r * 1.38888889e-3f + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return reinterpret_cast<VecF>(_mm512_scalef_ps(p, n));
+}
+#else
 inline VecF exp(VecF x) {
   const VecF clamped_low = x < -87.33654f ? splat<VecF>(-87.33654f) : x;
   const VecF clamped = clamped_low > 88.72284f ? splat<VecF>(88.72284f) : clamped_low;
@@ -270,6 +305,7 @@ inline VecF exp(VecF x) {
   const VecF flushed = x < -87.33654f ? VecF{} : result;
   return x > 88.72284f ? splat<VecF>(std::numeric_limits<float>::infinity()) : flushed;
 }
+#endif
 inline VecD exp(VecD x) {
   VecD v = x;
   for (int lane = 0; lane < kDoubleLanes; ++lane) v[lane] = std::exp(x[lane]);

@@ -118,7 +118,10 @@ def test_autocast_casts_the_weight():
     [
         (dict(x=torch.zeros(4, 32, dtype=torch.int64)), "x must be float32, bfloat16, float16 or float64, got int64"),
         (dict(weight=torch.zeros(31)), r"weight must have shape \[D\] = \[32\], got \[31\]"),
-        (dict(weight=torch.zeros(32, dtype=torch.float64)), r"weight must have the dtype of x \(float32\), got float64"),
+        (
+            dict(weight=torch.zeros(32, dtype=torch.float64)),
+            r"weight must have the dtype of x \(float32\), got float64",
+        ),
         (dict(residual=torch.zeros(3, 32)), r"residual must have shape \[N, D\] = \[4, 32\], got \[3, 32\]"),
         (dict(residual=torch.zeros(4, 32).half()), r"residual must have the dtype of x \(float32\), got float16"),
         (dict(eps=-1.0), r"eps must be in \[0, 1\), got -1"),

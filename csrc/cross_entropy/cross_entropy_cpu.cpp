@@ -1,0 +1,189 @@
+// Label-smoothed cross-entropy on the CPU (Szegedy et al. 2015, arXiv 1512.00567, section 7; z-loss: de Brebisson and
+// Vincent 2016, arXiv 1604.08859): threads over rows. A row comes from memory once: the second pass, which writes the
+// gradient, finds it in the cache, and may write it in place.
+#include <cmath>
+
+#include "core/parallel.h"
+#include "core/simd.h"
+#include "cross_entropy/cross_entropy.h"
+
+namespace arfast::ARFAST_CPU_TARGET {
+namespace {
+
+// Elements whose maximum is taken before they are exponentiated: 8 KiB of floats, read twice from the first-level
+// cache.
+constexpr int64_t kTile = 2048;
+
+struct Statistics {
+  double max;         // of z'
+  double sum;         // of exp(z' - max)
+  double logits_sum;  // of w z', when there is smoothing
+};
+
+template <typename T>
+inline Vec<T> capped(Vec<T> z, Acc<T> cap) {
+  return cap * tanh(z * (1 / cap));
+}
+
+// Calls f(offset, z') for the vectors of row[begin, end); lanes past the end hold `fill`.
+template <typename T, bool kCap, typename F>
+inline void for_each_logit(const T* row, int64_t begin, int64_t end, Acc<T> cap, Acc<T> fill, const F& f) {
+  int64_t i = begin;
+  for (; i + kLanes<T> <= end; i += kLanes<T>) {
+    Vec<T> z = load(row + i);
+    if constexpr (kCap) z = capped<T>(z, cap);
+    f(i, z);
+  }
+  if (i < end) {
+    Vec<T> z = load_partial(row + i, static_cast<int>(end - i), Acc<T>{0});
+    if constexpr (kCap) z = capped<T>(z, cap);
+    for (int lane = static_cast<int>(end - i); lane < kLanes<T>; ++lane) z[lane] = fill;
+    f(i, z);
+  }
+}
+
+// The maximum of a tile, kept in four registers so that comparisons overlap. NaN is passed over; the sums carry it.
+template <typename T, bool kCap>
+Acc<T> tile_max(const T* row, int64_t begin, int64_t end, Acc<T> cap) {
+  constexpr Acc<T> kLowest = -std::numeric_limits<Acc<T>>::infinity();
+  Vec<T> m[4] = {splat<Vec<T>>(kLowest), splat<Vec<T>>(kLowest), splat<Vec<T>>(kLowest), splat<Vec<T>>(kLowest)};
+  int64_t i = begin;
+  for (; i + 4 * kLanes<T> <= end; i += 4 * kLanes<T>) {
+    for (int k = 0; k < 4; ++k) m[k] = max(load(row + i + k * kLanes<T>), m[k]);
+  }
+  for_each_logit<T, false>(row, i, end, cap, kLowest, [&](int64_t, Vec<T> z) { m[0] = max(z, m[0]); });
+  Acc<T> result = reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
+  // tanh is monotone, so the cap of the maximum is the maximum of the capped.
+  if constexpr (kCap) result = capped<T>(splat<Vec<T>>(result), cap)[0];
+  return result;
+}
+
+// The sum of w z' over a tile. w (z' - shift) is what is summed in float: the loss subtracts W lse, and what cancels
+// there must not have been rounded.
+template <typename T, bool kCap>
+double weighted_sum(const T* row, const Acc<T>* weight, int64_t begin, int64_t end, Acc<T> cap, Acc<T> shift) {
+  Vec<T> sum[2] = {}, weights{};
+  int odd = 0;
+  for_each_logit<T, kCap>(row, begin, end, cap, shift, [&](int64_t i, Vec<T> z) {
+    Vec<T> w = splat<Vec<T>>(1);
+    if (weight) w = load_lanes(weight + i, static_cast<int>(end - i < kLanes<T> ? end - i : kLanes<T>));
+    sum[odd] += w * (z - shift);
+    weights += w;
+    odd ^= 1;
+  });
+  const double total_weight = weight ? static_cast<double>(reduce_add(weights)) : static_cast<double>(end - begin);
+  return static_cast<double>(reduce_add(sum[0] + sum[1])) + total_weight * static_cast<double>(shift);
+}
+
+// Online softmax statistics (Milakov and Gimelshein 2018, arXiv 1805.02867) tile by tile; sums leave float after each
+// tile.
+template <typename T, bool kCap>
+Statistics row_statistics(const CrossEntropyParams& params, const T* row) {
+  constexpr Acc<T> kLowest = -std::numeric_limits<Acc<T>>::infinity();
+  const Acc<T> cap = static_cast<Acc<T>>(params.softcap);
+  const Acc<T>* weight = reinterpret_cast<const Acc<T>*>(params.weight);
+  const bool smooth = params.label_smoothing > 0;
+  Statistics s{kLowest, 0, 0};
+  for (int64_t begin = 0; begin < params.vocab_size; begin += kTile) {
+    const int64_t end = begin + kTile < params.vocab_size ? begin + kTile : params.vocab_size;
+    const double max_here = tile_max<T, kCap>(row, begin, end, cap);
+    if (max_here > s.max) {
+      s.sum *= s.max == kLowest ? 0.0 : std::exp(s.max - max_here);
+      s.max = max_here;
+    }
+    // Nothing but -inf so far: -inf - -inf would be NaN.
+    const Acc<T> shift = s.max == kLowest ? 0 : static_cast<Acc<T>>(s.max);
+    Vec<T> sum[2] = {};
+    int odd = 0;
+    for_each_logit<T, kCap>(row, begin, end, cap, kLowest, [&](int64_t, Vec<T> z) {
+      sum[odd] += exp(z - shift);
+      odd ^= 1;
+    });
+    s.sum += reduce_add(sum[0] + sum[1]);
+    if (smooth) s.logits_sum += weighted_sum<T, kCap>(row, weight, begin, end, cap, shift);
+  }
+  return s;
+}
+
+// d/dz_v = ((1 - eps) w_y + eps / V W) p_v - eps / V w_v - [v == y] (1 - eps) w_y, and 2 z_loss lse p_v of the z-loss;
+// the column of the target is corrected before the only rounding. With a cap, times 1 - (z' / cap)^2.
+template <typename T, bool kCap>
+void write_gradient(const CrossEntropyParams& params, const T* row, T* gradient, int64_t target, double target_weight,
+                    double shift, double probability_scale, double ce_scale) {
+  const int64_t size = params.vocab_size;
+  const Acc<T> cap = static_cast<Acc<T>>(params.softcap);
+  const Acc<T>* weight = reinterpret_cast<const Acc<T>*>(params.weight);
+  const Acc<T> scale = static_cast<Acc<T>>(probability_scale), offset = static_cast<Acc<T>>(shift);
+  const Acc<T> uniform = static_cast<Acc<T>>(ce_scale * params.label_smoothing / static_cast<double>(size));
+  const auto value = [&](Vec<T> z, Vec<T> w) {
+    Vec<T> g = exp(z - offset) * scale - uniform * w;
+    if constexpr (kCap) g *= 1 - z * z * (1 / (cap * cap));
+    return g;
+  };
+  // The target's column, in double, where p - 1 cancels; before the loop, since in place its logit is gone afterwards.
+  Vec<T> z_target = splat<Vec<T>>(to_acc(row[target]));
+  if constexpr (kCap) z_target = capped<T>(z_target, cap);
+  const double z = z_target[0], eps = params.label_smoothing;
+  double at_target = std::exp(z - shift) * probability_scale - ce_scale * (1 - eps) * target_weight -
+                     ce_scale * eps / static_cast<double>(size) * (weight ? weight[target] : 1);
+  if constexpr (kCap) at_target *= 1 - z * z / (params.softcap * params.softcap);
+  for_each_logit<T, kCap>(row, 0, size, cap, 0, [&](int64_t i, Vec<T> z) {
+    const int count = static_cast<int>(size - i < kLanes<T> ? size - i : kLanes<T>);
+    store_lanes(gradient + i, value(z, weight ? load_lanes(weight + i, count) : splat<Vec<T>>(1)), count);
+  });
+  gradient[target] = from_acc<T>(static_cast<Acc<T>>(at_target));
+}
+
+template <typename T, bool kCap>
+void process_row(const CrossEntropyParams& params, int64_t i) {
+  const int64_t size = params.vocab_size, target = params.targets[i];
+  const T* row = static_cast<const T*>(params.logits) + i * params.logits_stride;
+  T* gradient = params.dlogits ? static_cast<T*>(params.dlogits) + i * params.dlogits_stride : nullptr;
+  Acc<T>* ce = reinterpret_cast<Acc<T>*>(params.ce);
+  Acc<T>* z_loss = reinterpret_cast<Acc<T>*>(params.z);
+  Acc<T>* statistics = reinterpret_cast<Acc<T>*>(params.statistics) + 2 * i;
+  if (target == params.ignore_index) {
+    if (ce) ce[i] = z_loss[i] = statistics[0] = statistics[1] = 0;
+    if (gradient) std::memset(gradient, 0, static_cast<size_t>(size) * sizeof(T));
+    return;
+  }
+  const Acc<T>* weight = reinterpret_cast<const Acc<T>*>(params.weight);
+  const double eps = params.label_smoothing, per_class = eps / static_cast<double>(size);
+  const double target_weight = weight ? weight[target] : 1;
+  const Statistics s =
+      ce ? row_statistics<T, kCap>(params, row) : Statistics{statistics[0], std::exp(double{statistics[1]}), 0};
+  const double log_sum = std::log(s.sum), lse = s.max + log_sum;
+  if (ce) {
+    Vec<T> z = splat<Vec<T>>(to_acc(row[target]));
+    if constexpr (kCap) z = capped<T>(z, static_cast<Acc<T>>(params.softcap));
+    double loss = 0;
+    // eps == 1 must not turn an infinite logit of the target into NaN, nor eps == 0 one elsewhere.
+    if (eps < 1) loss += (1 - eps) * target_weight * (s.max - z[0] + log_sum);
+    if (eps > 0) loss += per_class * (params.weight_sum * lse - s.logits_sum);
+    ce[i] = static_cast<Acc<T>>(loss);
+    z_loss[i] = static_cast<Acc<T>>(params.z_loss * lse * lse);
+    statistics[0] = static_cast<Acc<T>>(s.max);
+    statistics[1] = static_cast<Acc<T>>(log_sum);
+  }
+  if (gradient == nullptr) return;
+  const double upstream = params.row_scale ? reinterpret_cast<const Acc<T>*>(params.row_scale)[i] : 1;
+  const double ce_scale = params.ce_scale * upstream;
+  const double on_probability = ce_scale * ((1 - eps) * target_weight + per_class * params.weight_sum) +
+                                params.z_scale * upstream * 2 * params.z_loss * lse;
+  write_gradient<T, kCap>(params, row, gradient, target, target_weight, s.max, on_probability / s.sum, ce_scale);
+}
+
+}  // namespace
+
+void cross_entropy(const CrossEntropyParams& params) {
+  dispatch_dtype(params.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    parallel_for(params.num_rows, grain_for(params.vocab_size), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        params.softcap > 0 ? process_row<T, true>(params, i) : process_row<T, false>(params, i);
+      }
+    });
+  });
+}
+
+}  // namespace arfast::ARFAST_CPU_TARGET
