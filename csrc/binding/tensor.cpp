@@ -93,10 +93,9 @@ std::string device_of(const Tensor& tensor) {
 void check_shape(const char* op, const char* argument, const Tensor& tensor, const char* names,
                  std::initializer_list<int64_t> sizes) {
   bool equal = tensor.dim() == static_cast<int64_t>(sizes.size());
-  int64_t dim = 0;
-  for (const int64_t size : sizes) {
-    if (!equal) break;
-    equal = size == kAny || tensor.size(dim++) == size;
+  for (int64_t dim = 0; equal && dim < tensor.dim(); ++dim) {
+    const int64_t size = sizes.begin()[dim];
+    equal = size == kAny || tensor.size(dim) == size;
   }
   if (!equal) fail(op, argument, std::string("have shape ") + names + " = " + list(sizes), shape_of(tensor));
 }
