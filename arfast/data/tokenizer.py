@@ -1,0 +1,165 @@
+"""Byte-level byte-pair encoding by the `tokenizers` library: any UTF-8 text goes in and comes back unchanged.
+
+Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with Subword Units" (ACL 2016), on bytes as in
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.2.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from arfast.data.checks import check_integer, check_text
+from arfast.data.files import read_file, write_file
+
+BOS_TOKEN, EOS_TOKEN, PAD_TOKEN = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
+SPECIAL_TOKENS = [BOS_TOKEN, EOS_TOKEN, PAD_TOKEN]
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+MAX_VOCAB_SIZE = 2**31 - 1
+# The largest published tokenizer.json is about 35 MB; a file of gigabytes is not a tokenizer.
+MAX_FILE_BYTES = 256 << 20
+
+
+def _checked_texts(texts: Iterable[str]) -> Iterator[str]:
+    if isinstance(texts, str):
+        raise TypeError("Tokenizer: texts must be an iterable of str, got one str")
+    for text in texts:
+        check_text("Tokenizer: text", text)
+        yield text
+
+
+def _token_name(config: dict, key: str) -> str | None:
+    """A special token as transformers writes it: a string, a record with "content", or null."""
+    value = config.get(key)
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"Tokenizer.load: {key} must be a string, got {value!r}")
+    return value
+
+
+class Tokenizer:
+    """A tokenizer with a start, an end and a padding token (each may be None in a tokenizer made by others).
+
+    Text never yields a special token: the characters ``<|pad|>`` in a text are encoded as ordinary bytes.
+
+    Attributes:
+        vocab_size: largest token id plus one.
+        bos_token_id, eos_token_id, pad_token_id: int or None.
+        fingerprint: SHA-256, in hex, of the canonical JSON (sorted keys, no spaces) of ``tokenizer.json``.
+
+    >>> tokenizer = Tokenizer.train(["to be or not to be"], vocab_size=260)
+    >>> ids = tokenizer.encode("not to be")
+    >>> ids[0] == tokenizer.bos_token_id, tokenizer.decode(ids)
+    (True, 'not to be')
+    """
+
+    def __init__(self, content: str, bos_token: str | None, eos_token: str | None, pad_token: str | None):
+        """Args: content: the text of a tokenizer.json; the names of the special tokens, or None."""
+        try:
+            self._backend = tokenizers.Tokenizer.from_str(content)
+            canonical = json.dumps(json.loads(content), sort_keys=True, separators=(",", ":"))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"Tokenizer: content must be a valid tokenizer.json, got: {error}") from None
+        self._content = content
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        if not 1 <= self.vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(f"Tokenizer: vocab_size must be in [1, {MAX_VOCAB_SIZE}], got {self.vocab_size}")
+        self.special_tokens = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
+        for key, name in self.special_tokens.items():
+            if name is not None and name not in vocab:
+                raise ValueError(f"Tokenizer: {key} must be in the vocabulary, got {name!r}")
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = map(vocab.get, self.special_tokens.values())
+        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learns merges from texts; the result depends on the texts alone, not on threads or on their order.
+
+        Args:
+            texts: documents; the whole iterable is counted, so give a sample of a very large corpus.
+            vocab_size: at least 259 (256 bytes and 3 special tokens). A small corpus may give fewer tokens: only pairs
+                that occur twice are merged.
+
+        Raises:
+            ValueError: ``vocab_size`` is too small, or a text is not valid Unicode.
+        """
+        vocab_size = check_integer("Tokenizer.train: vocab_size", vocab_size, MIN_VOCAB_SIZE, MAX_VOCAB_SIZE)
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=SPECIAL_TOKENS,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(_checked_texts(texts), trainer)
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{BOS_TOKEN} $A",
+            special_tokens=[(BOS_TOKEN, backend.token_to_id(BOS_TOKEN))],
+        )
+        return cls(backend.to_str(), BOS_TOKEN, EOS_TOKEN, PAD_TOKEN)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+        """Reads ``tokenizer.json`` and ``tokenizer_config.json`` of a directory: ours, or one made by transformers.
+
+        Raises:
+            FileNotFoundError: there is no ``tokenizer.json``.
+            ValueError: a file is damaged, or a special token is not in the vocabulary.
+        """
+        path = Path(path)
+        if not (path / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"Tokenizer.load: path must hold a tokenizer.json, got {str(path)!r}")
+        config: object = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=True))
+        try:
+            content = read_file((path / "tokenizer.json").resolve(), MAX_FILE_BYTES).decode()
+            if (path / "tokenizer_config.json").is_file():
+                config = json.loads(read_file((path / "tokenizer_config.json").resolve(), MAX_FILE_BYTES))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"Tokenizer.load: files in {str(path)!r} must be JSON, got: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"Tokenizer.load: tokenizer_config.json must be an object, got {type(config).__name__}")
+        return cls(content, *(_token_name(config, key) for key in ("bos_token", "eos_token", "pad_token")))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which ``transformers.AutoTokenizer`` loads."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self.special_tokens,
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,
+        }
+        write_file(path / "tokenizer.json", self._content.encode())
+        write_file(path / "tokenizer_config.json", json.dumps(config, indent=2).encode())
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, after the start token unless ``add_special_tokens`` is False."""
+        check_text("Tokenizer: text", text)
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_batch(self, texts: Iterable[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """As ``encode`` for each text, on all cores (``TOKENIZERS_PARALLELISM``, ``RAYON_NUM_THREADS``)."""
+        checked = list(_checked_texts(texts))
+        encodings = self._backend.encode_batch_fast(checked, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids (a sequence, a NumPy array or a tensor [T]); bytes that are not UTF-8 become U+FFFD."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        for token in ids:
+            if not (isinstance(token, int) and 0 <= token < self.vocab_size):
+                raise ValueError(f"Tokenizer.decode: ids must be integers in [0, {self.vocab_size}), got {token!r}")
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
