@@ -1,9 +1,9 @@
-// The matrix product of the CPU implementations. They get it from their binding, which passes torch's own kernels, so
-// that they know no more of torch than this.
+// Matrix products of the CPU implementations, on the calling thread alone.
 #pragma once
 
 #include <cstdint>
 
+#include "core/cpu_target.h"
 #include "core/dtype.h"
 
 namespace arfast {
@@ -20,7 +20,18 @@ struct Matrix {
 inline Matrix dense_matrix(void* data, int64_t rows, int64_t columns) { return {data, rows, columns, columns, 1}; }
 inline Matrix transposed(const Matrix& m) { return {m.data, m.columns, m.rows, m.column_stride, m.row_stride}; }
 
-// out = a b. Callable from any thread; within a parallel region it runs on the calling thread alone.
+// out = a b. Implementations get this function from their binding, which knows the fastest one for the type; within a
+// parallel region it stays on the calling thread.
 using Matmul = void (*)(DType dtype, const Matrix& a, const Matrix& b, const Matrix& out);
+
+// Our own product: float and double.
+struct MatmulParams {
+  DType dtype;
+  Matrix a;    // [M, K]
+  Matrix b;    // [K, N]
+  Matrix out;  // [M, N], rows dense
+};
+
+ARFAST_CPU_FUNCTION(matmul, MatmulParams)
 
 }  // namespace arfast

@@ -312,15 +312,19 @@ inline VecD exp(VecD x) {
   return v;
 }
 
-// tanh(x) = 1 - 2 / (e^(2x) + 1); near 0, where that cancels, the odd Taylor polynomial.
+// tanh(x) = 1 - 2 / (e^(2x) + 1); near 0, where that cancels, x + x^3 P(x^2) with the P of Cephes (Moshier 1989). At most
+// 2 ulp.
 inline VecF tanh(VecF x) {
   const VecF magnitude = x < 0.0f ? -x : x;
   const VecF by_exp = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);
   const VecF square = x * x;
-  const VecF by_taylor =
-      magnitude *
-      (1.0f + square * (-1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315 + square * (62.0f / 2835)))));
-  const VecF result = magnitude < 0.3f ? by_taylor : by_exp;
+  VecF p = splat<VecF>(-5.70498873e-3f);
+  p = p * square + 2.06390888e-2f;
+  p = p * square - 5.37397156e-2f;
+  p = p * square + 1.33314422e-1f;
+  p = p * square - 3.33332819e-1f;
+  const VecF by_polynomial = magnitude + magnitude * (square * p);
+  const VecF result = magnitude < 0.625f ? by_polynomial : by_exp;
   return x < 0.0f ? -result : result;
 }
 inline VecD tanh(VecD x) {

@@ -1,0 +1,175 @@
+"""Attention of queries to keys and values, causal by default, without ever holding the matrix of scores.
+
+Forward: Dao et al. 2022, arXiv 2205.14135, algorithm 1, with grouped key-value heads (Ainslie et al. 2023, arXiv
+2305.13245). With s_ij = softmax_scale * q_i . k_j over the keys j that query i sees,
+
+    lse_i = log(sum_j exp(s_ij) + exp(sink)),  p_ij = exp(s_ij - lse_i),  out_i = sum_j p_ij v_j.
+
+Backward, algorithm 4: with delta_i = dout_i . out_i - dlse_i and ds_ij = p_ij (dout_i . v_j - delta_i),
+
+    dv_j = sum_i p_ij dout_i,  dq_i = softmax_scale sum_j ds_ij k_j,  dk_j = softmax_scale sum_i ds_ij q_i,
+    dsink = -sum_i exp(sink - lse_i) delta_i.
+"""
+
+import math
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from arfast.ops._library import in_autocast, needs_grad
+
+_ops = torch.ops.arfast
+# Where the CPU multiplies bfloat16 matrices in hardware, torch's kernel, which uses that, is the faster one.
+_HAS_AMX = torch.cpu._is_amx_tile_supported()
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention. Query i of T sees key j of S when j <= i + S - T: the last query sees the last key.
+
+    Args:
+        q: [B, T, H, D], or [N, H, D] when documents are packed; float32, bfloat16, float16, or float64 on the CPU; D up to
+            256. Arithmetic is in float32 (float64). Under autocast q, k and v are cast to its dtype.
+        k, v: [B, S, Hkv, D] or [M, Hkv, D]; H % Hkv == 0, and query head h uses key-value head h // (H // Hkv).
+        causal: False lets every query see all keys (to the right of its window, if there is one).
+        softmax_scale: positive; 1 / sqrt(D) if None.
+        window: a query sees at most this many keys before its own: j >= i + S - T - window.
+        softcap: replaces the scores by softcap * tanh(scores / softcap), as Gemma 2 does.
+        sink: [H], the logit of one more key per head whose value is 0; differentiable.
+        cu_seqlens_q, cu_seqlens_k: int32 [B + 1], 0 = c_0 <= c_1 <= ...: document b is rows c_b to c_(b+1). Documents may be
+            empty. Rows past the last one belong to none: they see nothing and nobody sees them.
+        max_seqlen_q, max_seqlen_k: bounds on the documents' lengths, for GPUs; checked on the CPU.
+        return_lse: return (out, lse).
+        deterministic: None follows torch.use_deterministic_algorithms. On the CPU the result has the same bits for every
+            number of threads in any case.
+
+    Returns:
+        out, like q and dense. With return_lse also lse in float32 (float64), natural logarithm, the sink included: [B, H, T]
+        or [H, N]; differentiable. A row that sees nothing has out 0, lse -inf (the sink's logit, if there is one) and
+        gradients 0.
+
+    Raises:
+        RuntimeError: `attention: <argument> must <rule>, got <actual>`.
+
+    Gradients of q, k, v and sink. The tensors may be strided (D dense): slices of one projection are read in place.
+
+    Example:
+        >>> q, k, v = torch.randn(1, 10, 4, 64), torch.randn(1, 10, 2, 64), torch.randn(1, 10, 2, 64)
+        >>> attention(q, k, v, window=4).shape
+        torch.Size([1, 10, 4, 64])
+    """
+    if in_autocast(q) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if sink is not None and sink.is_floating_point():
+        sink = sink.to(statistics_dtype(q))
+    plain = window is None and softcap is None and sink is None and cu_seqlens_q is None and cu_seqlens_k is None
+    if plain and not return_lse and _prefers_torch(q, k, v, causal, softmax_scale):
+        return _torch_attention(q, k, v, causal, softmax_scale)
+    options = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window, softcap)
+    if needs_grad(q, k, v, sink):
+        out, lse = _Attention.apply(q, k, v, sink, return_lse, *options)
+    else:
+        out, lse = _ops.attention_forward(q, k, v, sink, *options)
+    return (out, lse) if return_lse else out
+
+
+def attention_reference(
+    q, k, v, *, causal=True, softmax_scale=None, window=None, softcap=None, sink=None, cu_seqlens_q=None, cu_seqlens_k=None,
+    return_lse=False,
+):  # fmt: skip
+    """The specification of `attention` in plain torch."""
+    options = dict(causal=causal, softmax_scale=softmax_scale, window=window, softcap=softcap, sink=sink, return_lse=True)
+    if cu_seqlens_q is not None:
+        out, lse = torch.zeros_like(q), q.new_full(q.shape[1::-1], -math.inf, dtype=statistics_dtype(q))
+        ends = [c.tolist() for c in (cu_seqlens_q, cu_seqlens_k)]
+        for (a, b), (c, d) in zip(*(zip(e, e[1:], strict=False) for e in ends), strict=True):
+            out[a:b], lse[:, a:b] = (x[0] for x in attention_reference(q[None, a:b], k[None, c:d], v[None, c:d], **options))
+        return (out, lse) if return_lse else out
+    group = q.shape[2] // k.shape[2]
+    heads_q, heads_k, heads_v = (x.transpose(1, 2) for x in (q, k, v))
+    heads_k, heads_v = heads_k.repeat_interleave(group, 1), heads_v.repeat_interleave(group, 1)
+    scores = (heads_q @ heads_k.mT).to(statistics_dtype(q))
+    scores = scores * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1] - torch.arange(k.shape[1])
+    hidden = (causal & (distance < 0)) | (distance > (math.inf if window is None else window))
+    scores = scores.masked_fill(hidden.to(q.device), -math.inf)
+    sinks = scores.new_full((q.shape[2],), -math.inf) if sink is None else sink.to(scores.dtype)
+    lse = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1).logsumexp(-1)
+    p = (scores - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
+    out = (p.to(q.dtype) @ heads_v).transpose(1, 2)
+    return (out, lse) if return_lse else out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, sink, return_lse, *options):
+        out, lse = _ops.attention_forward(q, k, v, sink, *options)
+        ctx.save_for_backward(q, k, v, out, lse, sink, options[0], options[1])
+        ctx.options = options[2:]
+        ctx.set_materialize_grads(False)
+        if not return_lse:
+            ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, sink, *cu_seqlens = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        gradients = _ops.attention_backward(dout, dlse, q, k, v, out, lse, sink, *cu_seqlens, *ctx.options)
+        dq, dk, dv, dsink = gradients
+        return dq, dk, dv, dsink if sink is not None else None, *[None] * 9
+
+
+def _prefers_torch(q, k, v, causal, softmax_scale):
+    """Whether torch's kernel computes exactly this on the CPU, and faster."""
+    return (
+        _HAS_AMX
+        and all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.dim() == 4 and x.numel() > 0 for x in (q, k, v))
+        and k.shape == v.shape
+        and q.shape[::3] == k.shape[::3]
+        and (q.shape[1] == k.shape[1] or not causal)
+        and q.shape[2] % k.shape[2] == 0
+        and (softmax_scale is None or 0 < softmax_scale < math.inf)
+    )
+
+
+def _torch_attention(q, k, v, causal, softmax_scale):
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    grouped = q.shape[2] != k.shape[2]
+    out = scaled_dot_product_attention(*heads, is_causal=causal, scale=softmax_scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def statistics_dtype(q):
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("arfast::attention_forward")
+def _(q, k, v, sink, cu_seqlens_q, *options):
+    shape = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=statistics_dtype(q))
+
+
+@torch.library.register_fake("arfast::attention_backward")
+def _(dout, dlse, q, k, v, out, lse, sink, *options):
+    dsink = q.new_empty(q.shape[-2] if sink is not None else 0, dtype=statistics_dtype(q))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink

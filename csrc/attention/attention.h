@@ -1,0 +1,78 @@
+// Contract of attention: sizes, strides (in elements) and pointers shared by the binding, the CPU and the CUDA
+// implementation.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cpu_target.h"
+#include "core/dtype.h"
+
+namespace arfast {
+
+constexpr int64_t kAttentionMaxHeadDim = 256;
+
+// A tensor [B, T, H, D], or [N, H, D] when documents are packed (then batch_stride is 0). D is dense.
+struct AttentionView {
+  const void* data;
+  int64_t batch_stride;
+  int64_t row_stride;
+  int64_t head_stride;
+};
+
+// What forward and backward pass share. Statistics (lse and its gradient, sink, delta) are float, or double when dtype
+// is kFloat64; [B, H, T] when dense, [H, N] when packed.
+struct AttentionProblem {
+  DType dtype;
+  int64_t batch;                // B, or the number of packed documents
+  int64_t num_queries;          // T, or the rows of a packed q
+  int64_t num_keys;             // S, or the rows of a packed k
+  int64_t num_heads;            // H
+  int64_t num_kv_heads;         // Hkv
+  int64_t head_dim;             // D
+  const int32_t* cu_seqlens_q;  // [B + 1], or nullptr when dense
+  const int32_t* cu_seqlens_k;  // [B + 1], or nullptr when dense
+  double softmax_scale;
+  double softcap;  // 0: none
+  bool causal;
+  int64_t window;  // keys to the left that a query sees besides its own; -1: all
+  AttentionView q;
+  AttentionView k;
+  AttentionView v;
+  const void* sink;  // [H] or nullptr
+};
+
+struct AttentionForwardParams {
+  AttentionProblem problem;
+  void* out;  // like q, dense
+  void* lse;
+};
+
+struct AttentionBackwardParams {
+  AttentionProblem problem;
+  AttentionView out;
+  AttentionView dout;
+  const void* lse;
+  const void* dlse;    // or nullptr
+  void* delta;         // like lse: rowsum(dout * out) - dlse, workspace
+  int64_t key_splits;  // attention_key_splits()
+  void* dq_partial;    // [key_splits, rows of q, H, D] in the dtype of lse, or nullptr when key_splits is 1
+  void* dq;            // like q, k, v, dense
+  void* dk;
+  void* dv;
+  void* dsink;  // [H] or nullptr
+};
+
+// Into how many ranges of keys the backward pass on the CPU divides a sequence, so that a small batch still occupies
+// several cores. A function of the sizes alone, not of the number of threads: results must not depend on that.
+inline int64_t attention_key_splits(int64_t batch, int64_t num_kv_heads, int64_t num_keys) {
+  constexpr int64_t kTasks = 8, kMinKeys = 256;
+  const int64_t units = batch * num_kv_heads;
+  if (units == 0 || units >= kTasks) return 1;
+  const int64_t wished = (kTasks + units - 1) / units, possible = num_keys / kMinKeys;
+  return possible < 1 ? 1 : (possible < wished ? possible : wished);
+}
+
+ARFAST_CPU_FUNCTION(attention_forward, AttentionForwardParams)
+ARFAST_CPU_FUNCTION(attention_backward, AttentionBackwardParams)
+
+}  // namespace arfast

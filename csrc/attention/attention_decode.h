@@ -1,0 +1,63 @@
+// Contract of attention_decode: sizes, strides (in elements) and pointers shared by the binding, the CPU and the CUDA
+// implementation.
+#pragma once
+
+#include "attention/attention.h"
+
+namespace arfast {
+
+struct AttentionDecodeParams {
+  DType dtype;           // of q, the caches and out
+  int64_t batch;         // B
+  int64_t num_queries;   // Tq, the last positions of every sequence
+  int64_t num_heads;     // H
+  int64_t num_kv_heads;  // Hkv
+  int64_t head_dim;      // D
+  double softmax_scale;
+  double softcap;              // 0: none
+  int64_t window;              // -1: all
+  AttentionView q;             // [B, Tq, H, D]
+  AttentionView k;             // [B, S_max, Hkv, D]; paged: [pages, page, Hkv, D], a page being a batch
+  AttentionView v;             // like k
+  const void* sink;            // [H] in float (double for kFloat64), or nullptr
+  const int32_t* seqlens;      // [B]
+  const int32_t* block_table;  // [B, pages per sequence], dense, or nullptr
+  const int32_t* beam_slots;   // [B, S_max], dense, or nullptr
+  int64_t table_stride;        // rows of block_table or beam_slots
+  int64_t page_size;           // keys per batch index of a cache
+  int64_t num_splits;          // 0: ranges of kDecodeSplit keys
+  int64_t max_splits;          // the most ranges that a sequence of this call has
+  void* partial;  // [B, Hkv, max_splits, Tq * H / Hkv, D + 2] in float (double), workspace: sums, maximum, weight
+  void* out;      // [B, Tq, H, D], dense
+};
+
+constexpr int64_t kDecodeTile = 64;    // keys that are packed and multiplied at a time
+constexpr int64_t kDecodeSplit = 512;  // keys of a task, unless the caller asks for a number of splits
+
+// The ranges of keys that a sequence is divided into, from `first` on, where the oldest query's window begins. A
+// function of this sequence alone, so that neither the batch around it nor the number of threads changes its result.
+struct DecodeSplits {
+  int64_t first, seqlen;
+  int64_t keys;   // per range, a multiple of the tile; ranges begin at its multiples
+  int64_t count;  // 0 for an empty sequence
+
+  DecodeSplits(int64_t seqlen_, int64_t num_queries, int64_t window, int64_t num_splits) : seqlen(seqlen_) {
+    const int64_t oldest = seqlen - num_queries - window;
+    first = window >= 0 && oldest > 0 ? oldest : 0;
+    keys = kDecodeSplit;
+    if (num_splits > 0) keys = ((seqlen - 1) / num_splits / kDecodeTile + 1) * kDecodeTile;
+    count = seqlen > 0 ? (seqlen - 1) / keys - first / keys + 1 : 0;
+  }
+  int64_t begin(int64_t split) const {
+    const int64_t key = (first / keys + split) * keys;
+    return key > first ? key : first;
+  }
+  int64_t end(int64_t split) const {
+    const int64_t key = (first / keys + split + 1) * keys;
+    return key < seqlen ? key : seqlen;
+  }
+};
+
+ARFAST_CPU_FUNCTION(attention_decode, AttentionDecodeParams)
+
+}  // namespace arfast

@@ -1,0 +1,245 @@
+// Building blocks of the CPU attention kernels: a register-blocked matrix product of packed tiles, packing, the
+// exponential, scratch memory and tasks.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <utility>
+
+#include "core/parallel.h"
+#include "core/simd.h"
+
+namespace arfast::ARFAST_CPU_TARGET {
+namespace {
+
+// Vectors per row of a register block: 6 x 4 accumulators where there are 32 registers, 6 x 2 where there are 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kBlockVectors = 4;
+#else
+constexpr int kBlockVectors = 2;
+#endif
+// Columns of a packed right-hand side.
+template <typename A>
+constexpr int kPanel = kBlockVectors * kLanes<A>;
+
+template <typename A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
+template <typename A>
+inline int64_t round_up_to_lanes(int64_t size) {
+  return (size + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+// How the left-hand side of a product lies in memory.
+enum class Layout { kRowMajor, kColumnMajor };
+
+// Terms that are summed in one chain of roundings; their sum is then added to the result. The error of a score decides
+// that of everything after it, and one chain over a large head_dim has twice to three times the error of torch's
+// product.
+constexpr int64_t kChain = 64;
+
+template <typename A, int kRows, int kVectors, Layout kLayout>
+inline void multiply_block(A* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth,
+                           bool accumulate) {
+  using V = Vec<A>;
+  constexpr int kL = kLanes<A>;
+  for (int64_t begin = 0; begin < depth; begin += kChain, accumulate = true) {
+    V sum[kRows][kVectors] = {};
+    for (int64_t k = std::min(kChain, depth - begin); k > 0; --k) {
+      V right[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kL);
+#pragma GCC unroll 8
+      for (int row = 0; row < kRows; ++row) {
+        const A left = kLayout == Layout::kColumnMajor ? a[row] : a[row * lda];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[row][v] += left * right[v];
+      }
+      a += kLayout == Layout::kColumnMajor ? lda : 1;
+      b += ldb;
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        A* p = c + row * ldc + v * kL;
+        store(p, accumulate ? load(p) + sum[row][v] : sum[row][v]);
+      }
+    }
+  }
+}
+
+template <typename A, int kVectors, Layout kLayout>
+inline void multiply_columns(A* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ldb, int64_t rows,
+                             int64_t depth, bool accumulate) {
+  const int64_t step = kLayout == Layout::kColumnMajor ? 1 : lda;
+  int64_t row = 0;
+  const auto block = [&](auto count) {
+    constexpr int kRows = decltype(count)::value;
+    multiply_block<A, kRows, kVectors, kLayout>(c + row * ldc, ldc, a + row * step, lda, b, ldb, depth, accumulate);
+    row += kRows;
+  };
+  while (rows - row >= 6) block(std::integral_constant<int, 6>{});
+  if (rows - row >= 4) block(std::integral_constant<int, 4>{});
+  if (rows - row >= 2) block(std::integral_constant<int, 2>{});
+  if (rows - row >= 1) block(std::integral_constant<int, 1>{});
+}
+
+// c [rows, columns] (+)= a [rows, depth] b [depth, columns]; columns is a multiple of the lanes. Each element is the
+// sum over the depth in order, whatever the block it falls into; only that sum is added to c, which keeps chains short.
+template <typename A, Layout kLayout>
+void multiply(A* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ldb, int64_t rows, int64_t columns,
+              int64_t depth, bool accumulate) {
+  int64_t vectors = columns / kLanes<A>;
+  for (; vectors >= kBlockVectors; vectors -= kBlockVectors, b += kPanel<A>, c += kPanel<A>) {
+    multiply_columns<A, kBlockVectors, kLayout>(c, ldc, a, lda, b, ldb, rows, depth, accumulate);
+  }
+  switch (vectors) {
+    case 3:
+      return multiply_columns<A, 3, kLayout>(c, ldc, a, lda, b, ldb, rows, depth, accumulate);
+    case 2:
+      return multiply_columns<A, 2, kLayout>(c, ldc, a, lda, b, ldb, rows, depth, accumulate);
+    case 1:
+      return multiply_columns<A, 1, kLayout>(c, ldc, a, lda, b, ldb, rows, depth, accumulate);
+    default:
+      return;
+  }
+}
+
+// Transposes a square of kLanes rows: each round interleaves the lower half of the rows with the upper half.
+template <typename V, size_t... kLane>
+inline void transpose(V* rows, std::index_sequence<kLane...>) {
+  constexpr int kL = sizeof...(kLane);
+  using Indices = decltype(V{} < V{});
+  constexpr Indices kLow = {(kLane / 2 + kLane % 2 * kL)...};
+  constexpr Indices kHigh = {(kLane / 2 + kLane % 2 * kL + kL / 2)...};
+#pragma GCC unroll 4
+  for (int round = 1; round < kL; round *= 2) {
+    V next[kL];
+#pragma GCC unroll 8
+    for (int i = 0; i < kL / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kL / 2], kLow);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kL / 2], kHigh);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kL; ++i) rows[i] = next[i];
+  }
+}
+template <typename A>
+inline void transpose(Vec<A>* rows) {
+  transpose(rows, std::make_index_sequence<kLanes<A>>{});
+}
+
+// Rows of T at a constant distance. Packing takes anything whose [i] is the pointer to a row.
+template <typename T>
+struct StridedRows {
+  const T* first;
+  int64_t stride;
+  const T* operator[](int64_t i) const { return first + i * stride; }
+};
+
+// `count` rows of `size` elements -> target [count, ld], zeros up to the next multiple of the lanes.
+template <typename T, typename Rows>
+inline void pack_rows(const Rows& rows, int64_t count, int64_t size, Acc<T>* target, int64_t ld) {
+  for (int64_t row = 0; row < count; ++row) {
+    const T* source = rows[row];
+    for_each_vector<T>(size,
+                       [&](int64_t i, int lanes) { store(target + row * ld + i, load_lanes(source + i, lanes)); });
+  }
+}
+
+// `count` rows of `size` elements -> panels [count / kPanel][size][kPanel], transposed; zeros for rows up to the next
+// multiple of the lanes.
+template <typename T, typename Rows>
+inline void pack_panels(const Rows& rows, int64_t count, int64_t size, Acc<T>* target) {
+  using A = Acc<T>;
+  constexpr int kL = kLanes<A>;
+  for (int64_t row = 0; row < count; row += kL) {
+    A* panel = target + row / kPanel<A> * kPanel<A> * size + row % kPanel<A>;
+    for (int64_t column = 0; column < size; column += kL) {
+      const int lanes = static_cast<int>(std::min<int64_t>(kL, size - column));
+      Vec<A> square[kL];
+      for (int i = 0; i < kL; ++i) square[i] = row + i < count ? load_lanes(rows[row + i] + column, lanes) : Vec<A>{};
+      transpose<A>(square);
+      for (int i = 0; i < lanes; ++i) store(panel + (column + i) * kPanel<A>, square[i]);
+    }
+  }
+}
+
+// 2^x for x <= 1, at most 1 ulp in the normal range, smaller ones 0; NaN stays NaN. Minimax polynomial on [-1/2, 1/2].
+inline VecF exp2_bounded(VecF x) {
+  const VecF clamped = x < -126.0f ? splat<VecF>(-126.0f) : x;
+  const VecF shifted = clamped + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer, which lies in the low bits
+  const VecF r = clamped - (shifted - 12582912.0f);
+  VecF p = splat<VecF>(1.5345812e-4f);
+  p = p * r + 1.3399931e-3f;
+  p = p * r + 9.6184890e-3f;
+  p = p * r + 5.5503288e-2f;
+  p = p * r + 2.4022647e-1f;
+  p = p * r + 6.9314721e-1f;
+  p = p * r + 1.0f;
+  const VecF power = reinterpret_cast<VecF>((reinterpret_cast<VecI>(shifted) - (0x4b400000 - 127)) << 23);
+  return x < -126.0f ? VecF{} : p * power;
+}
+inline VecD exp2_bounded(VecD x) {
+  VecD v = x;
+  for (int lane = 0; lane < kDoubleLanes; ++lane) v[lane] = std::exp2(x[lane]);
+  return v;
+}
+
+// The lanes from `first` to `last`, as a mask for ?:.
+template <typename A>
+inline auto lanes_between(int64_t first, int64_t last) {
+  Vec<A> lanes{};
+  for (int lane = 0; lane < kLanes<A>; ++lane) lanes[lane] = static_cast<A>(lane);
+  const auto bound = [](int64_t lane) { return static_cast<A>(std::clamp<int64_t>(lane, -1, kLanes<A>)); };
+  return (lanes >= bound(first)) & (lanes <= bound(last));
+}
+
+// Runs task(index) for every index below `count`, each once, on whichever thread is free: tasks differ in length. At
+// most `grain` tasks are not worth waking a thread.
+template <typename F>
+void run_tasks(int64_t count, int64_t grain, const F& task) {
+  std::atomic<int64_t> next{0};
+  parallel_for(count, grain, [&](int64_t, int64_t) {
+    for (int64_t index = next++; index < count; index = next++) task(index);
+  });
+}
+
+// Memory of a thread that outlives the call: touching fresh pages costs more than the work of many tiles.
+template <typename A>
+A* thread_scratch(int64_t size) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t capacity = 0;
+  if (size > capacity) {
+    memory.reset(std::aligned_alloc(64, (size * sizeof(A) + 63) / 64 * 64));
+    capacity = memory ? size : 0;
+    if (!memory) throw std::bad_alloc();
+  }
+  return static_cast<A*>(memory.get());
+}
+
+// Hands out parts of a thread's scratch memory, each starting at a cache line.
+template <typename A>
+class Arena {
+ public:
+  explicit Arena(int64_t size) : next_(thread_scratch<A>(size)) {}
+  A* take(int64_t size) {
+    A* part = next_;
+    next_ += padded(size);
+    return part;
+  }
+  static int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
+
+ private:
+  A* next_;
+};
+
+}  // namespace
+}  // namespace arfast::ARFAST_CPU_TARGET
