@@ -1,0 +1,153 @@
+"""grouped_mm against its reference in float64, and with it the matrix product of the CPU implementations."""
+
+import pytest
+import torch
+from accuracy import assert_accurate, assert_bitwise_equal
+
+from arfast.ops import grouped_mm, grouped_mm_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# (sizes of the groups, K, N): edges of the register tile, of the packed blocks (256) and of the groups
+SIZES = [
+    ([0, 0], 3, 4),
+    ([1], 1, 1),
+    ([5, 0, 1, 31], 17, 33),
+    ([0, 32, 33, 0], 64, 16),
+    ([257], 31, 15),
+    ([3, 260], 257, 96),
+    ([16, 8, 4], 600, 32),
+    ([40], 0, 8),
+]
+
+
+def inputs(groups, inner, columns, dtype):
+    offsets = torch.tensor([0, *groups]).cumsum(0).int()
+    a = torch.randn(sum(groups), inner).to(dtype)
+    return a, torch.randn(len(groups), inner, columns).to(dtype), offsets, torch.randn(sum(groups), columns).to(dtype)
+
+
+def run(function, a, b, offsets, dout):
+    leaves = [t.detach().requires_grad_() for t in (a, b)]
+    out = function(*leaves, offsets)
+    return out, *torch.autograd.grad(out, leaves, dout.to(out.dtype))
+
+
+def check(a, b, offsets, dout):
+    actual = run(grouped_mm, a, b, offsets, dout)
+    exact = run(grouped_mm_reference, a.double(), b.double(), offsets, dout)
+    baseline = run(grouped_mm_reference, a, b, offsets, dout)
+    for name, x, e, y in zip(["out", "da", "db"], actual, exact, baseline, strict=True):
+        assert_accurate(x, e, y, name=name)
+    return actual
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups,inner,columns", SIZES, ids=str)
+def test_forward_and_backward(groups, inner, columns, dtype, poisoned):
+    check(*inputs(groups, inner, columns, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_transposed_weights(dtype, poisoned):
+    a, b, offsets, dout = inputs([30, 0, 5], 40, 24, dtype)
+    weight = b.transpose(1, 2).contiguous()
+    *_, db = check(a, weight.transpose(1, 2), offsets, dout)
+    assert db.stride() == weight.transpose(1, 2).stride()
+    assert_bitwise_equal(db[1], torch.zeros_like(db[1]))
+
+
+def test_equals_torch():
+    a, b, offsets, _ = inputs([16, 0, 48], 32, 64, torch.float32)
+    torch.testing.assert_close(grouped_mm(a, b, offsets), torch.nn.functional.grouped_mm(a, b, offs=offsets[1:]))
+
+
+def test_infinity_stays_in_its_group():
+    a, b, offsets, dout = inputs([20, 20, 20], 16, 8, torch.float32)
+    a[25] = float("inf")
+    dout[30] = float("nan")
+    out, da, db = run(grouped_mm, a, b, offsets, dout)
+    for result in (out.split(20), da.split(20), db):
+        assert result[0].isfinite().all() and result[2].isfinite().all()
+    assert not out[25].isfinite().any() and out[20:25].isfinite().all() and not db[1].isfinite().any()
+
+
+def test_gradcheck():
+    a, b, offsets, _ = inputs([3, 0, 4], 5, 6, torch.float64)
+    assert torch.autograd.gradcheck(lambda x, y: grouped_mm(x, y, offsets), (a.requires_grad_(), b.requires_grad_()))
+
+
+def test_strided_inputs_give_the_same_bits():
+    a, b, offsets, dout = inputs([20, 13], 50, 40, torch.float32)
+    expected = run(grouped_mm, a, b, offsets, dout)
+    strided = torch.full((33, 77), float("nan"))[:, 3:53].copy_(a)
+    for view in (strided, a.t().contiguous().t()):
+        for weights in (b, b.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
+            for x, y in zip(run(grouped_mm, view, weights, offsets, dout), expected, strict=True):
+                assert_bitwise_equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_for_every_number_of_threads(dtype):
+    arguments = inputs([300, 5, 0, 270], 64, 96, dtype)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(grouped_mm, *arguments))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for x, y in zip(results[0], other, strict=True):
+            assert_bitwise_equal(x, y)
+
+
+def test_only_the_gradients_that_are_asked_for():
+    a, b, offsets, dout = inputs([4, 4], 8, 8, torch.float32)
+    out, da, db = run(grouped_mm, a, b, offsets, dout)
+    for leaf, other, expected in ((a, b, da), (b, a, db)):
+        leaf.requires_grad_(), other.requires_grad_(False)
+        assert_bitwise_equal(torch.autograd.grad(grouped_mm(a, b, offsets), leaf, dout)[0], expected)
+
+
+def test_opcheck():
+    a, b, offsets, dout = inputs([4, 0, 3], 5, 6, torch.float32)
+    torch.library.opcheck(torch.ops.arfast.grouped_mm, (a, b, offsets))
+    torch.library.opcheck(torch.ops.arfast.grouped_mm_transposed, (a, dout, offsets))
+
+
+def test_compile():
+    arguments = inputs([4, 0, 3], 5, 6, torch.float32)
+    compiled = torch.compile(grouped_mm, fullgraph=True, backend="aot_eager")
+    for x, y in zip(run(compiled, *arguments), run(grouped_mm, *arguments), strict=True):
+        assert_bitwise_equal(x, y)
+
+
+def test_autocast():
+    a, b, offsets, _ = inputs([4, 3], 16, 8, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_bitwise_equal(grouped_mm(a.float(), b.float(), offsets), grouped_mm(a, b, offsets))
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(a=torch.zeros(6)), r"a must have shape \[M, K\] = \[\*, \*\], got \[6\]"),
+        (dict(a=torch.zeros(6, 4).int()), "a must be float32, bfloat16, float16 or float64, got int32"),
+        (dict(b=torch.zeros(2, 5, 3)), r"b must have shape \[E, K, N\] = \[2, 4, \*\], got \[2, 5, 3\]"),
+        (dict(b=torch.zeros(2, 4, 3).half()), r"b must have the dtype of a \(float32\), got float16"),
+        (dict(offsets=torch.tensor([0, 6])), "offsets must be int32, got int64"),
+        (dict(offsets=torch.zeros(0).int()), r"offsets must have shape \[E \+ 1\], got \[0\]"),
+        (dict(offsets=[1, 3, 6]), "offsets must rise from 0 to the number of rows, 6, without .* got 1 at index 0"),
+        (dict(offsets=[0, 7, 6]), "offsets must rise .* 6, without decreasing, got 7 at index 1"),
+        (dict(offsets=[0, 4, 3]), "offsets must rise .* 6, without decreasing, got 3 at index 2"),
+        (dict(offsets=[0, -1, 6]), "offsets must rise .* 6, without decreasing, got -1 at index 1"),
+        (dict(offsets=[0, 3, 5]), "offsets must rise .* 6, without decreasing, got 5 at index 2"),
+    ],
+)
+def test_errors(change, message):
+    arguments = dict(a=torch.zeros(6, 4), b=torch.zeros(2, 4, 3), offsets=[0, 3, 6]) | change
+    if isinstance(arguments["offsets"], list):
+        arguments["offsets"] = torch.tensor(arguments["offsets"], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="grouped_mm: " + message):
+        grouped_mm(**arguments)

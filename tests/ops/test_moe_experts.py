@@ -1,0 +1,288 @@
+"""moe_experts against its reference in float64, and against transformers' mixture-of-experts blocks."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accuracy import assert_accurate, assert_bitwise_equal
+
+from arfast.ops import grouped_mm, moe_combine, moe_experts, moe_experts_reference, moe_permute, moe_route
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# (T, E, K, d, I)
+SIZES = [
+    (0, 4, 2, 8, 8),
+    (1, 1, 1, 1, 1),
+    (1, 8, 8, 33, 17),
+    (31, 2, 1, 32, 31),
+    (32, 64, 3, 16, 24),
+    (33, 8, 4, 31, 32),
+    (257, 96, 5, 33, 16),
+    (257, 2, 2, 64, 48),
+    (65, 256, 8, 16, 16),
+]
+NAMES = ["out", "dhidden", "dexpert_weights", "dw_gate_up", "dw_down"]
+
+
+def inputs(tokens, experts, top_k, size, inner, dtype, logits=None):
+    hidden = torch.randn(tokens, size).to(dtype)
+    w_gate_up = (torch.randn(experts, 2 * inner, size) / size**0.5).to(dtype)
+    w_down = (torch.randn(experts, size, inner) / inner**0.5).to(dtype)
+    logits = torch.randn(tokens, experts) if logits is None else logits
+    return hidden, moe_route(logits, top_k), w_gate_up, w_down
+
+
+def widened(hidden, routing, *weights):
+    routing = routing._replace(expert_weights=routing.expert_weights.double())
+    return hidden.double(), routing, *(w.double() for w in weights)
+
+
+def run(function, arguments, dout):
+    """The output and the gradients of hidden, expert_weights, w_gate_up and w_down."""
+    hidden, routing, *weights = arguments
+    leaves = [t.detach().clone().requires_grad_() for t in (hidden, routing.expert_weights, *weights)]
+    out = function(leaves[0], routing._replace(expert_weights=leaves[1]), *leaves[2:])
+    return out, *torch.autograd.grad(out, leaves, dout.to(out.dtype))
+
+
+def check(arguments):
+    dout = torch.randn(arguments[0].shape).to(arguments[0].dtype)
+    actual = run(moe_experts, arguments, dout)
+    exact = run(moe_experts_reference, widened(*arguments), dout)
+    baseline = run(moe_experts_reference, arguments, dout)
+    for name, a, e, b in zip(NAMES, actual, exact, baseline, strict=True):
+        assert_accurate(a, e, b, name=name)
+    return actual
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens,experts,top_k,size,inner", SIZES)
+def test_forward_and_backward(tokens, experts, top_k, size, inner, dtype, poisoned):
+    check(inputs(tokens, experts, top_k, size, inner, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_tokens_to_one_expert(dtype, poisoned):
+    """More rows than a wave has room for, and experts without any: their gradients are zero."""
+    logits = torch.zeros(1100, 8)
+    logits[:, 5] = 1
+    *_, dw_gate_up, dw_down = check(inputs(1100, 8, 1, 16, 24, dtype, logits))
+    for gradient in (dw_gate_up, dw_down):
+        assert gradient[5].any() and not gradient[torch.arange(8) != 5].any()
+
+
+def test_several_waves(poisoned):
+    check(inputs(3000, 6, 2, 8, 8, torch.float32))
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e-4, 0.0])
+def test_extreme_values(scale):
+    hidden, *rest = inputs(40, 8, 2, 24, 16, torch.float32)
+    check((hidden * scale, *rest))
+
+
+def test_infinity_and_nan_stay_with_their_expert_and_token():
+    """15 rows per expert: a row of padding takes part in the products over rows."""
+    arguments = inputs(60, 4, 1, 16, 12, torch.float32, torch.eye(4).repeat(15, 1))
+    hidden, _, w_gate_up, _ = arguments
+    hidden[8] = float("inf")  # expert 0
+    hidden[9] = float("nan")  # expert 1
+    w_gate_up[2, 3, 4] = float("inf")
+    hidden[2::4, 4] = 1.0
+    w_gate_up[2, 15] = 0.0  # so that the infinite gate meets up = 0 and dies there, in the rows but not in 0 * inf
+    out, dhidden, dexpert_weights, dw_gate_up, dw_down = run(moe_experts, arguments, torch.randn(60, 16))
+    tokens = torch.arange(60)
+    unharmed = (tokens % 4 == 3) | (tokens % 4 < 2) & (tokens != 8) & (tokens != 9)
+    for result in (out, dhidden, dexpert_weights):
+        assert result[unharmed].isfinite().all() and not result[[8, 9]].isfinite().any()
+    for gradient in (dw_gate_up, dw_down):
+        assert gradient[3].isfinite().all() and not gradient[0].isfinite().all() and not gradient[1].isfinite().any()
+
+
+def test_equals_the_composition_of_the_small_ops():
+    hidden, routing, w_gate_up, w_down = inputs(90, 8, 3, 32, 24, torch.float32)
+    gate, up = grouped_mm(moe_permute(hidden, routing), w_gate_up.transpose(1, 2), routing.offsets).chunk(2, -1)
+    rows = grouped_mm(torch.nn.functional.silu(gate) * up, w_down.transpose(1, 2), routing.offsets)
+    torch.testing.assert_close(moe_experts(hidden, routing, w_gate_up, w_down), moe_combine(rows, routing))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_transformers_blocks(family):
+    if family == "mixtral":
+        from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
+
+        sizes = dict(hidden_size=32, intermediate_size=24, num_local_experts=8, num_experts_per_tok=2)
+        config, block_type = MixtralConfig(**sizes), MixtralSparseMoeBlock
+    else:
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeSparseMoeBlock
+
+        sizes = dict(hidden_size=32, moe_intermediate_size=24, num_experts=8, num_experts_per_tok=2)
+        config, block_type = Qwen3MoeConfig(**sizes, norm_topk_prob=True), Qwen3MoeSparseMoeBlock
+    config._experts_implementation = "eager"
+    block = block_type(config)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    gate, experts = block.gate.weight, block.experts
+    leaves = (torch.randn(2, 20, 32, requires_grad=True), gate, experts.gate_up_proj, experts.down_proj)
+    dout = torch.randn(2, 20, 32)
+
+    flat = leaves[0].flatten(0, 1)
+    ours = moe_experts(flat, moe_route(flat @ gate.T, 2), experts.gate_up_proj, experts.down_proj).view(2, 20, 32)
+    theirs = block(leaves[0])
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, leaves, dout), torch.autograd.grad(theirs, leaves, dout), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_gradcheck():
+    hidden, _, *weights = inputs(6, 3, 2, 5, 4, torch.float64)
+    logits = torch.randn(6, 3, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (hidden, logits, *weights)]
+    assert torch.autograd.gradcheck(lambda x, r, g, d: moe_experts(x, moe_route(r, 2), g, d), leaves)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (2, 3), (1, 2, 3), (0, 1, 2), (2,)])
+def test_only_the_gradients_that_are_asked_for(frozen):
+    arguments, dout = inputs(20, 4, 2, 8, 8, torch.float32), torch.randn(20, 8)
+    expected = run(moe_experts, arguments, dout)[1:]
+    leaves = [t.detach().clone().requires_grad_() for t in (arguments[0], arguments[1].expert_weights, *arguments[2:])]
+    for i in frozen:
+        leaves[i].requires_grad_(False)
+    moe_experts(leaves[0], arguments[1]._replace(expert_weights=leaves[1]), *leaves[2:]).backward(dout)
+    for i, (leaf, gradient) in enumerate(zip(leaves, expected, strict=True)):
+        if i in frozen:
+            assert leaf.grad is None
+        else:
+            assert_bitwise_equal(leaf.grad, gradient)
+
+
+def test_inference_gives_the_same_bits():
+    arguments = inputs(50, 8, 2, 24, 16, torch.bfloat16)
+    expected = run(moe_experts, arguments, torch.randn(50, 24))[0]
+    assert_bitwise_equal(moe_experts(*arguments), expected)
+
+
+def test_strided_inputs_give_the_same_bits():
+    hidden, routing, w_gate_up, w_down = inputs(30, 8, 2, 50, 16, torch.float32)
+    dout = torch.randn(30, 50)
+    expected = run(moe_experts, (hidden, routing, w_gate_up, w_down), dout)
+    strided = torch.full((30, 77), float("nan"))[:, 3:53].copy_(hidden).requires_grad_()
+    weights = [w.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for w in (w_gate_up, w_down)]
+    expert_weights = routing.expert_weights.t().contiguous().t().requires_grad_()
+    out = moe_experts(strided, routing._replace(expert_weights=expert_weights), *weights)
+    gradients = torch.autograd.grad(out, (strided, expert_weights, *weights), dout.t().contiguous().t())
+    for a, b in zip((out, *gradients), expected, strict=True):
+        assert_bitwise_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens,experts,top_k", [(700, 16, 4), (900, 2, 1), (1, 8, 1)])
+def test_same_bits_for_every_number_of_threads(tokens, experts, top_k, dtype):
+    arguments, dout = inputs(tokens, experts, top_k, 64, 96, dtype), torch.randn(tokens, 64)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(moe_experts, arguments, dout))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name, a, b in zip(NAMES, results[0], other, strict=True):
+            assert_bitwise_equal(a, b, name=name)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="the machine has one instruction set")
+@pytest.mark.parametrize("target", ["baseline", "avx2"])
+def test_other_instruction_sets(target):
+    """The choice is made once per process: a fresh one runs a few cases of this file and of the routing's."""
+    few = "float32 and (33-8-4 or 257-96) or [sigmoid-96"
+    files = (__file__, __file__.replace("experts", "routing"))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", few, *files]
+    result = subprocess.run(command, env=os.environ | {"ARFAST_CPU_TARGET": target}, capture_output=True, text=True)
+    assert result.returncode == 0 and "5 passed" in result.stdout, result.stdout[-4000:]
+
+
+def test_opcheck():
+    hidden, routing, *weights = inputs(20, 4, 2, 8, 6, torch.float32)
+    arguments = (hidden, routing.expert_weights, routing.position, routing.offsets, *weights)
+    for save_h in (False, True):
+        torch.library.opcheck(torch.ops.arfast.moe_experts_forward, (*arguments, save_h))
+    h = torch.ops.arfast.moe_experts_forward(*arguments, True)[1]
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(torch.ops.arfast.moe_experts_backward, (torch.randn(20, 8), *arguments, h, *needs))
+
+
+def test_compile():
+    arguments, dout = inputs(20, 4, 2, 8, 6, torch.float32), torch.randn(20, 8)
+    compiled = torch.compile(moe_experts, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled, arguments, dout), run(moe_experts, arguments, dout), strict=True):
+        assert_bitwise_equal(a, b)
+
+
+def test_autocast():
+    hidden, routing, *weights = inputs(20, 4, 2, 8, 6, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = moe_experts(hidden.float(), routing, *(w.float() for w in weights))
+    assert_bitwise_equal(out, moe_experts(hidden, routing, *weights))
+
+
+def test_second_derivative_is_refused():
+    arguments = inputs(4, 4, 2, 8, 6, torch.float32)
+    hidden = arguments[0].requires_grad_()
+    gradient = torch.autograd.grad(moe_experts(*arguments).square().sum(), hidden, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def routing_change(**tables):
+    return {name: torch.tensor(values, dtype=torch.int32) for name, values in tables.items()}
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(hidden=torch.zeros(2, 2, 8)), r"hidden must have shape \[T, d\] = \[\*, \*\], got \[2, 2, 8\]"),
+        (dict(hidden=torch.zeros(4, 8).long()), "hidden must be float32, bfloat16, float16 or float64, got int64"),
+        (dict(hidden=torch.zeros(5, 8)), r"expert_weights must have shape \[T, K\] = \[5, \*\], got \[4, 2\]"),
+        (dict(w_down=torch.zeros(3, 9, 6)), r"w_down must have shape \[E, d, I\] = \[\*, 8, \*\], got \[3, 9, 6\]"),
+        (dict(w_down=torch.zeros(3, 8, 0)), r"w_down must have no size of 0, got \[3, 8, 0\]"),
+        (dict(w_gate_up=torch.zeros(3, 11, 8)), r"w_gate_up must have shape .* = \[3, 12, 8\], got \[3, 11, 8\]"),
+        (dict(w_gate_up=torch.zeros(3, 12, 8).half()), r"w_gate_up must have the dtype of hidden .* got float16"),
+        (dict(w_down=torch.zeros(3, 8, 6).double()), r"w_down must have the dtype of hidden \(float32\), got float64"),
+        (dict(expert_weights=torch.zeros(4, 2).double()), "expert_weights must be float32, got float64"),
+        (dict(position=torch.zeros(4, 2)), "position must be int32, got float32"),
+        (dict(position=torch.zeros(4, 3).int()), r"position must have shape \[T, K\] = \[4, 2\], got \[4, 3\]"),
+        (routing_change(position=[[0, 1]] * 4), "position must name every row .* once, got 0 for choice 2"),
+        (routing_change(offsets=[0, 4, 8]), r"offsets must have shape \[E \+ 1\] = \[4\], got \[3\]"),
+        (routing_change(offsets=[0, 5, 4, 8]), "offsets must rise .* 8, without decreasing, got 4 at index 2"),
+        (routing_change(offsets=[0, 4, 8, 9]), "offsets must rise .* 8, without decreasing, got 9 at index 3"),
+        (
+            routing_change(position=[[7, 6], [5, 4], [3, 2], [1, 0]]),
+            "position must order the rows of an expert by token, got choice 6 after 7",
+        ),
+    ],
+)
+def test_errors(change, message):
+    logits = torch.tensor([[1.0, 2.0, 0.0]]).expand(4, 3)
+    arguments = dict(hidden=torch.zeros(4, 8), w_gate_up=torch.zeros(3, 12, 8), w_down=torch.zeros(3, 8, 6))
+    arguments |= {name: value for name, value in change.items() if name in arguments}
+    tables = {name: value for name, value in change.items() if name not in arguments}
+    with pytest.raises(RuntimeError, match="moe_experts: " + message):
+        moe_experts(routing=moe_route(logits, 2)._replace(**tables), **arguments)
+
+
+def test_errors_of_the_backward_op():
+    hidden, routing, *weights = inputs(4, 3, 2, 8, 6, torch.float32)
+    arguments = [hidden, routing.expert_weights, routing.position, routing.offsets, *weights]
+    h = torch.ops.arfast.moe_experts_forward(*arguments, True)[1]
+    for dout, wrong_h, message in [
+        (torch.zeros(3, 8), h, r"dout must have shape \[T, d\] = \[4, 8\], got \[3, 8\]"),
+        (torch.zeros(4, 8).half(), h, r"dout must have the dtype of hidden \(float32\), got float16"),
+        (torch.zeros(4, 8), h[:7], r"h must have shape \[T \* K, 2 I\] = \[8, 12\], got \[7, 12\]"),
+        (torch.zeros(4, 8), h.double(), r"h must have the dtype of hidden \(float32\), got float64"),
+    ]:
+        with pytest.raises(RuntimeError, match="moe_experts: " + message):
+            torch.ops.arfast.moe_experts_backward(dout, *arguments, wrong_h, True, True)
