@@ -1,5 +1,46 @@
 """Fused ops for autoregressive language models: one file per op, each with its reference in plain torch."""
 
+from arfast.ops.attention import attention, attention_reference
+from arfast.ops.attention_decode import attention_decode, attention_decode_reference
+from arfast.ops.beam_prune import beam_prune, beam_prune_reference
+from arfast.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from arfast.ops.grouped_mm import grouped_mm, grouped_mm_reference
+from arfast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from arfast.ops.moe_experts import moe_experts, moe_experts_reference
+from arfast.ops.moe_permute import moe_combine, moe_combine_reference, moe_permute, moe_permute_reference
+from arfast.ops.moe_routing import Routing, load_balancing_loss, moe_route, moe_route_reference, router_z_loss
 from arfast.ops.rms_norm import rms_norm, rms_norm_reference
+from arfast.ops.rotary import rotary, rotary_reference
+from arfast.ops.swiglu import swiglu, swiglu_reference
 
-__all__ = ["rms_norm", "rms_norm_reference"]
+__all__ = [
+    "Routing",
+    "attention",
+    "attention_decode",
+    "attention_decode_reference",
+    "attention_reference",
+    "beam_prune",
+    "beam_prune_reference",
+    "cross_entropy",
+    "cross_entropy_reference",
+    "grouped_mm",
+    "grouped_mm_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
+    "load_balancing_loss",
+    "moe_combine",
+    "moe_combine_reference",
+    "moe_experts",
+    "moe_experts_reference",
+    "moe_permute",
+    "moe_permute_reference",
+    "moe_route",
+    "moe_route_reference",
+    "rms_norm",
+    "rms_norm_reference",
+    "rotary",
+    "rotary_reference",
+    "router_z_loss",
+    "swiglu",
+    "swiglu_reference",
+]
