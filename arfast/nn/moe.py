@@ -1,0 +1,76 @@
+"""Mixture of experts: top-k routed SwiGLU experts (Shazeer et al., arXiv 1701.06538; Jiang et al., arXiv 2401.04088),
+and shared experts that see every token (Dai et al., arXiv 2401.06066, eq. 9)."""
+
+import torch
+from torch import Tensor, nn
+
+from arfast import ops
+
+from .mlp import SwiGLU
+
+
+class Experts(nn.Module):
+    """Stacked weights of routed experts: gate_up_proj [E, 2 I, d] (gate rows, then up rows), down_proj [E, d, I]."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+
+    def forward(self, hidden: Tensor, routing: "ops.Routing") -> Tensor:
+        return ops.moe_experts(hidden, routing, self.gate_up_proj, self.down_proj)
+
+
+class MoE(nn.Module):
+    """hidden [N, d] -> (out [N, d], auxiliary loss or None).
+
+    Args:
+        hidden_size, intermediate_size: d and I of one expert.
+        num_experts, top_k: E experts, of which every token takes K.
+        num_shared_experts: experts that every token takes beside; their sum is one SwiGLU of I * num_shared_experts.
+        score: "softmax" or "sigmoid" of the router's logits.
+        renormalize: divide the K weights by their sum.
+        scale: factor on the routed experts' weights.
+        balance_coef: of the load-balancing loss (Fedus et al., arXiv 2101.03961, eq. 4, counted as Hugging Face counts:
+            top_k when balanced). z_loss_coef: of the router z-loss (Zoph et al., arXiv 2202.08906, eq. 5).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        num_shared_experts: int = 0,
+        score: str = "softmax",
+        renormalize: bool = True,
+        scale: float = 1.0,
+        balance_coef: float = 0.0,
+        z_loss_coef: float = 0.0,
+    ):
+        super().__init__()
+        self.top_k, self.score, self.renormalize, self.scale = top_k, score, renormalize, scale
+        self.balance_coef, self.z_loss_coef = balance_coef, z_loss_coef
+        self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        self.experts = Experts(num_experts, hidden_size, intermediate_size)
+        shared_size = intermediate_size * num_shared_experts
+        self.shared_experts = SwiGLU(hidden_size, shared_size) if num_shared_experts else None
+
+    def forward(self, hidden: Tensor, with_aux_loss: bool = False) -> tuple[Tensor, Tensor | None]:
+        router_logits = self.gate(hidden)  # [N, E]
+        routing = ops.moe_route(
+            router_logits, self.top_k, score=self.score, renormalize=self.renormalize, scale=self.scale
+        )
+        out = self.experts(hidden, routing)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(hidden)
+        return out, self._aux_loss(router_logits, routing) if with_aux_loss else None
+
+    def _aux_loss(self, router_logits: Tensor, routing: "ops.Routing") -> Tensor:
+        loss = router_logits.new_zeros((), dtype=torch.float32)
+        if self.balance_coef:
+            loss = loss + self.balance_coef * ops.load_balancing_loss(router_logits, routing, normalize="hf")
+        if self.z_loss_coef:
+            loss = loss + self.z_loss_coef * ops.router_z_loss(router_logits)
+        return loss

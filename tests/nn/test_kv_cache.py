@@ -1,0 +1,119 @@
+"""StaticKVCache: slots, lengths, and what callers may do between forward passes."""
+
+import pytest
+import torch
+
+from arfast.models import CausalLM, CausalLMConfig
+from arfast.nn import StaticKVCache
+
+CONFIG = CausalLMConfig(
+    vocab_size=31,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=64,
+    initializer_range=0.3,
+)
+
+
+@pytest.fixture
+def model() -> CausalLM:
+    return CausalLM(CONFIG)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 31, (3, 12), generator=torch.Generator().manual_seed(0))
+
+
+def test_shapes():
+    cache = StaticKVCache(CONFIG, batch_size=3, max_length=16, dtype=torch.bfloat16)
+    assert cache.k.shape == cache.v.shape == (2, 3, 16, 1, 16)
+    assert cache.k.dtype == torch.bfloat16
+    assert (cache.lengths.dtype, cache.lengths.tolist()) == (torch.int32, [0, 0, 0])
+
+
+def test_slots():
+    cache = StaticKVCache(CONFIG, batch_size=2, max_length=4)
+    cache.lengths = torch.tensor([1, 0], dtype=torch.int32)
+    assert cache.begin(2).tolist() == [[1, 2], [0, 1]]
+    k = torch.arange(1.0, 5.0).view(2, 2, 1, 1).expand(2, 2, 1, 16)
+    cache.update(1, k, -k)
+    assert cache.k[1, :, :, 0, 0].tolist() == [[0, 1, 2, 0], [3, 4, 0, 0]]
+    assert torch.equal(cache.v, -cache.k)
+    assert not cache.k[0].any()
+    assert (cache.lengths.tolist(), cache.seqlens.tolist()) == ([1, 0], [3, 2])
+    cache.commit()
+    assert cache.lengths.tolist() == [3, 2]
+
+
+@torch.no_grad()
+def test_rollback(model, ids):
+    """Tokens past set_lengths are forgotten: what speculative decoding needs, with a different length per sequence."""
+    cache = StaticKVCache(CONFIG, batch_size=3, max_length=13)
+    model(ids, cache=cache)
+    cache.set_lengths(torch.tensor([12, 7, 9]))
+    token = torch.tensor([[1], [2], [3]])
+    logits = model(token, cache=cache).logits
+    for row, length in enumerate((12, 7, 9)):
+        expected = model(torch.cat((ids[row, :length], token[row]))[None]).logits[0, -1]
+        torch.testing.assert_close(logits[row, 0], expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parents", [[2, 0, 2], [1], [0, 0, 1, 1, 2, 2]], ids=["reordered", "fewer", "more"])
+def test_select(model, ids, parents):
+    cache = StaticKVCache(CONFIG, batch_size=3, max_length=16)
+    model(ids, cache=cache)
+    parents = torch.tensor(parents)
+    cache.select(parents)
+    token = torch.arange(1, len(parents) + 1)[:, None]
+    logits = model(token, cache=cache).logits
+    expected = model(torch.cat((ids[parents], token), dim=1)).logits[:, -1:]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_reset(model, ids):
+    cache = StaticKVCache(CONFIG, batch_size=3, max_length=12)
+    first = model(ids, cache=cache).logits
+    cache.reset()
+    assert torch.equal(model(ids, cache=cache).logits, first)
+
+
+@torch.no_grad()
+def test_failed_pass_stores_nothing(model, ids):
+    cache = StaticKVCache(CONFIG, batch_size=3, max_length=14)
+    model(ids, cache=cache)
+    with pytest.raises(ValueError, match="StaticKVCache: max_length must be at least 15 for this, got 14"):
+        model(ids[:, :3], cache=cache)
+    assert cache.lengths.tolist() == [12] * 3
+    model(ids[:, :2], cache=cache)
+    assert cache.lengths.tolist() == [14] * 3
+
+
+@torch.no_grad()
+def test_packed_arguments(model, ids):
+    cache = StaticKVCache(CONFIG, batch_size=3, max_length=14)
+    offsets = torch.tensor([0, 6, 12], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens must hold one document per sequence, 3, got 2"):
+        model(ids[:1], cu_seqlens=offsets, cache=cache)
+    model(ids, cache=cache)
+    with pytest.raises(ValueError, match="a packed batch must come first, got a cache of length 12"):
+        model(ids[:1], cu_seqlens=torch.tensor([0, 4, 8, 12], dtype=torch.int32), cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [((0, 4), "batch_size must be a positive"), ((2, 1.5), "max_length must be")]
+)
+def test_sizes(options, message):
+    with pytest.raises(ValueError, match=f"StaticKVCache: {message}"):
+        StaticKVCache(CONFIG, *options)
+
+
+def test_set_lengths_only_shortens():
+    cache = StaticKVCache(CONFIG, batch_size=2, max_length=4)
+    with pytest.raises(ValueError, match=r"StaticKVCache: lengths must be in \[0, \[0, 0\]\], got \[1, 0\]"):
+        cache.set_lengths(torch.tensor([1, 0]))
