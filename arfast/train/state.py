@@ -1,0 +1,137 @@
+"""What a checkpoint holds besides weights and tokenizer: counters, optimizer tensors, random states. No pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .engine import Engine, TrainState
+from .manifest import CheckpointError
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+RNG_FILE = "rng.safetensors"
+STATE_FILE = "trainer_state.json"
+_VERSION = 1
+# What changes the last bits of a run on one machine; recorded so that a resume elsewhere does not surprise.
+_ENVIRONMENT_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "MKL_CBWR",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "ATEN_CPU_CAPABILITY",
+)
+
+
+def save_engine(engine: Engine, directory: Path, identity: dict[str, Any]) -> None:
+    """Write weights (as a Hugging Face model), optimizer, random states and counters.
+
+    Args:
+        identity: what must be equal for a run to continue from here, ready for JSON.
+    """
+    engine.model.save_pretrained(directory)
+    _save_optimizer(engine.optimizer, engine.model, directory / OPTIMIZER_FILE)
+    _save_random_states(engine.device, directory / RNG_FILE)
+    content = {
+        "version": _VERSION,
+        "state": dataclasses.asdict(engine.state),
+        "identity": identity,
+        "config": engine.config.to_dict(),
+        "environment": environment(engine.device),
+    }
+    (directory / STATE_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def load_engine(engine: Engine, directory: Path) -> None:
+    """Take over what `save_engine` wrote.
+
+    Raises:
+        CheckpointError: it was written for other parameters.
+    """
+    state = TrainState(**read_state(directory)["state"])
+    weights = type(engine.model).from_pretrained(directory, dtype=torch.float32, device=engine.device).state_dict()
+    try:
+        engine.model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"checkpoint: {directory} must hold the model's parameters, got {error}") from None
+    _load_optimizer(engine.optimizer, engine.model, directory / OPTIMIZER_FILE)
+    _load_random_states(engine.device, directory / RNG_FILE)
+    engine.weights_changed()
+    engine.state = state
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """``{"version", "state", "identity", "config", "environment"}`` of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is of another version or lacks a part.
+    """
+    path = directory / STATE_FILE
+    try:
+        content = json.loads(path.read_text())
+        version, keys = content["version"], set(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint: {path} must be a trainer state, got {error!r}") from None
+    if version != _VERSION:
+        raise CheckpointError(f"checkpoint: {path} must have version {_VERSION}, got {version}")
+    if missing := {"state", "identity", "config", "environment"} - keys:
+        raise CheckpointError(f"checkpoint: {path} must have {', '.join(sorted(missing))}, got {sorted(keys)}")
+    return content
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What decides the last bits of a run besides its configuration."""
+    return {
+        "torch": torch.__version__,
+        "num_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "variables": {name: os.environ[name] for name in _ENVIRONMENT_VARIABLES if name in os.environ},
+    }
+
+
+def _save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> None:
+    """Tensors by the names ``<kind>.<parameter>``, for example ``exp_avg.model.norm.weight``."""
+    tensors = {
+        f"{kind}.{name}": value.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+    save_file(tensors, path)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> None:
+    parameters = dict(model.named_parameters())
+    state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for key, value in load_file(path).items():
+        kind, _, name = key.partition(".")
+        parameter = parameters.get(name)
+        if parameter is None or (value.ndim > 0 and value.shape != parameter.shape):
+            wanted = "parameters of the model" if parameter is None else f"shape {tuple(parameter.shape)}"
+            raise CheckpointError(f"checkpoint: {path} must have {wanted}, got {key} {tuple(value.shape)}")
+        # A copy in memory of its own: the mapped file is aligned to 8 bytes only, and its pages come one by one.
+        state.setdefault(parameter, {})[kind] = value.clone()
+    parameters_in_order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbered = {i: state[parameter] for i, parameter in enumerate(parameters_in_order) if parameter in state}
+    optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _save_random_states(device: torch.device, path: Path) -> None:
+    """States of the CPU's and the device's generator, uint8 tensors."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    save_file(states, path)
+
+
+def _load_random_states(device: torch.device, path: Path) -> None:
+    states = load_file(path)
+    torch.set_rng_state(states["cpu"].clone())
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].clone(), device)

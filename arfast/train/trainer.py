@@ -1,0 +1,301 @@
+"""A training run: steps, checkpoints, evaluation and samples, in an order that a kill at any instant cannot spoil."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint as ckpt
+from .config import TrainConfig
+from .engine import Engine, StepResult, TrainState
+from .evaluation import Evaluation, evaluate
+from .inputs import check_identity, check_inputs, describe, describe_changes, open_data
+from .log import RunLog, notice
+from .manifest import MANIFEST, CheckpointError
+from .memory import keep_freed_memory
+from .signals import StopRequest, TrainingInterrupted
+from .state import OPTIMIZER_FILE, RNG_FILE, STATE_FILE, environment, load_engine, read_state, save_engine
+
+_SMALL_FILES_BYTES = 32 << 20  # configuration, tokenizer, state: generous, for the check of free space
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a finished run stands.
+
+    loss: of the last step; evaluation: None without a validation split; samples: see `Trainer.sample`.
+    """
+
+    output_dir: str
+    step: int
+    tokens: int
+    loss: float | None
+    evaluation: Evaluation | None
+    samples: list[dict[str, str]]
+
+
+class Trainer:
+    """Trains a causal language model.
+
+    `fit` continues by itself from the newest intact checkpoint in ``config.output_dir``. After a kill at any instant
+    the weights that it ends with are, on the same machine with the same number of threads, those of a run that nobody
+    killed, to the last bit: a run is a function of its configuration, the weights, the optimizer's tensors, torch's
+    random state and a few integers (`TrainState`), and all of these are in a checkpoint.
+
+    Args:
+        model: a `CausalLM`, or another module with its call, ``config``, ``save_pretrained`` and ``from_pretrained``;
+            float32 parameters, on the device where training is to happen.
+        config: settings.
+        data: a directory made by `arfast.data.prepare_dataset`, or data sets by split ("train", and "validation" if
+            there is one).
+        tokenizer: written beside the weights and used for samples; None: the one in the data directory.
+        generate: called as ``arfast.generate.generate``, the default, for samples.
+
+    Raises:
+        ValueError: model, config, data and tokenizer do not belong together.
+
+    >>> trainer = Trainer(CausalLM(config), TrainConfig(max_tokens=4_000_000), "data")  # doctest: +SKIP
+    >>> trainer.fit().evaluation.bits_per_byte  # doctest: +SKIP
+    1.9
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        data: str | os.PathLike[str] | Mapping[str, Any],
+        tokenizer: Any | None = None,
+        *,
+        generate: Callable[..., Tensor] | None = None,
+    ) -> None:
+        self.config = config
+        self.datasets, self.tokenizer = open_data(data, config, tokenizer)
+        check_inputs(model, config, self.datasets, self.tokenizer)
+        self.engine = Engine(model, config)
+        self._identity = describe(model, config, self.datasets["train"])
+        self._generate = generate
+        self._root = Path(config.output_dir)
+        self._saved_step: int | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with the float32 weights."""
+        return self.engine.model
+
+    @property
+    def state(self) -> TrainState:
+        return self.engine.state
+
+    def step(self, batches: Sequence[Any]) -> StepResult:
+        """One optimizer step over micro-batches: see `Engine.step`."""
+        return self.engine.step(batches)
+
+    def fit(self) -> TrainResult:
+        """Train to the end of the schedule, and leave the model in Hugging Face layout in ``output_dir`` itself.
+
+        Raises:
+            TrainingInterrupted: after SIGTERM, SIGINT or SIGUSR1, once a checkpoint is written (a `SystemExit`).
+            CheckpointError: ``output_dir`` is in use, holds the checkpoints of another run, or its disk is full.
+            NonFiniteError: see `step`.
+        """
+        if self.config.keep_freed_memory and self.engine.device.type == "cpu":
+            keep_freed_memory()
+        with ckpt.lock_directory(self._root), StopRequest() as stop:
+            self._start()
+            with RunLog(self._root, self.config, self.state) as log:
+                self._work_between_steps(log, stop)
+                while self.state.step < self.config.num_steps:
+                    with log.timed():
+                        result = self.step(list(self._next_batches()))
+                    log.record_step(self.state, result)
+                    self._work_between_steps(log, stop)
+                log.plot()
+                return self._result(log)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present state and return its directory."""
+        with ckpt.lock_directory(self._root):
+            return self._save()
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take over weights, optimizer, random state and counters of a checkpoint of this run.
+
+        Raises:
+            CheckpointError: it is damaged, belongs to another model, data set, tokenizer or order of samples, or is
+                past the end of this schedule.
+        """
+        ckpt.verify(path)
+        self._load(Path(path))
+
+    def _load(self, path: Path) -> None:
+        saved = read_state(path)
+        check_identity(saved["identity"], self._identity, path)
+        if saved["state"]["step"] > self.config.num_steps:
+            done, planned = saved["state"]["step"], self.config.num_steps
+            raise CheckpointError(f"Trainer: max_steps must be at least {done} to continue {path}, got {planned}")
+        if changes := describe_changes(saved["config"], self.config.to_dict()):
+            notice(f"Trainer: continuing {path} with other settings ({changes})")
+        if changes := describe_changes(saved["environment"], environment(self.engine.device)):
+            notice(f"Trainer: continuing {path} under other conditions, not bit-identically ({changes})")
+        load_engine(self.engine, path)
+        self._saved_step = self.state.step
+
+    def evaluate(self, split: str = "validation", max_tokens: int | None = None) -> Evaluation:
+        """Loss on a split, without smoothing: the whole of it, or as many batches as hold ``max_tokens`` targets."""
+        if split not in self.datasets:
+            raise ValueError(f"Trainer: split must be one of {sorted(self.datasets)}, got {split!r}")
+        evaluation = self._evaluate(split, max_tokens, lambda: False)
+        assert evaluation is not None, "only a stop request ends an evaluation early"
+        return evaluation
+
+    def sample(self) -> list[dict[str, str]]:
+        """Continuations of ``config.sample_prompts``: ``{"prompt": str, "text": str}``, the same for the same step."""
+        return self._sample(lambda: False) or []
+
+    def _sample(self, stop: Callable[[], bool]) -> list[dict[str, str]] | None:
+        config, generate, model = self.config, self._generate, self.engine.compute_model
+        if generate is None:
+            from arfast.generate import generate
+        greedy = config.sample_temperature == 0
+        samples = []
+        model.eval()
+        with self._random_state_kept(), torch.no_grad():
+            for prompt in config.sample_prompts:
+                if stop():
+                    return None
+                prompt_ids = self.tokenizer.encode(prompt)
+                tokens = generate(
+                    model,
+                    torch.tensor([prompt_ids], device=self.engine.device),
+                    max_new_tokens=config.sample_tokens,
+                    do_sample=not greedy,
+                    temperature=1.0 if greedy else config.sample_temperature,
+                    eos_token_id=self.tokenizer.eos_token_id,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    seed=config.seed + self.state.step,
+                )
+                # A model may have more rows than the tokenizer has tokens; an untrained one draws them.
+                new = [token for token in tokens[0, len(prompt_ids) :].tolist() if token < self.tokenizer.vocab_size]
+                samples.append({"prompt": prompt, "text": self.tokenizer.decode(new)})
+        return samples
+
+    def _start(self) -> None:
+        """Continue from the newest intact checkpoint, or begin."""
+        if not self.config.resume and (existing := ckpt.list_checkpoints(self._root)):
+            raise CheckpointError(
+                f"Trainer: output_dir must hold no checkpoint when resume is False, got {existing[-1]} "
+                "(remove it, or choose another output_dir)"
+            )
+        path = ckpt.latest_checkpoint(self._root, notice)
+        if path is not None:
+            self._load(path)
+            ckpt.set_aside_damaged(self._root, path)
+        elif self.state.step == 0:
+            torch.manual_seed(self.config.seed)
+
+    def _next_batches(self) -> Iterator[Any]:
+        config = self.config
+        micro_batch_size = config.micro_batch_size or config.batch_size
+        for start in range(0, config.batch_size, micro_batch_size):
+            size = min(micro_batch_size, config.batch_size - start)
+            yield self.datasets["train"].batch(self.state.position + start, size)
+
+    def _work_between_steps(self, log: RunLog, stop: StopRequest) -> None:
+        """Save, then evaluate, then sample: what is expensive to lose comes first.
+
+        A run that was killed in here and continues from the checkpoint of this step does the rest now.
+        """
+        config, step = self.config, self.state.step
+        last = step >= config.num_steps
+
+        def due(period: int) -> bool:
+            return step > 0 and (last or (period > 0 and step % period == 0))
+
+        if due(config.save_every):
+            self._save_once(log)
+        if last:
+            self._publish()
+        self._leave_when_asked(log, stop)
+        if "validation" in self.datasets and due(config.eval_every) and not log.metrics.at_step(step, "val_loss"):
+            max_tokens = None if last else config.eval_tokens
+            if evaluation := self._evaluate("validation", max_tokens, lambda: bool(stop)):
+                log.record_evaluation(self.state, evaluation)
+        if config.sample_prompts and due(config.sample_every) and not log.samples.at_step(step, "samples"):
+            if samples := self._sample(lambda: bool(stop)):
+                log.record_samples(self.state, samples)
+        self._leave_when_asked(log, stop)
+
+    def _leave_when_asked(self, log: RunLog, stop: StopRequest) -> None:
+        if stop.signal is None:
+            return
+        if self.state.step > 0:
+            self._save_once(log)
+        notice(f"Trainer: stopped by {stop.signal.name} after step {self.state.step}; run again to continue")
+        raise TrainingInterrupted(128 + stop.signal)
+
+    def _save_once(self, log: RunLog) -> None:
+        if self._saved_step != self.state.step:
+            # The rows first: a checkpoint promises that the logs before it are complete.
+            log.sync()
+            self._save()
+
+    def _save(self) -> Path:
+        def write(directory: Path) -> None:
+            save_engine(self.engine, directory, self._identity)
+            if self.tokenizer is not None:
+                self.tokenizer.save(directory)
+
+        weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
+        # Weights and the two moments of AdamW.
+        path = ckpt.save_checkpoint(self._root, self.state.step, write, num_bytes=3 * weight_bytes + _SMALL_FILES_BYTES)
+        self._saved_step = self.state.step
+        ckpt.prune(self._root, self.config.keep_last)
+        return path
+
+    def _publish(self) -> None:
+        path = ckpt.list_checkpoints(self._root)[-1]
+        own = {OPTIMIZER_FILE, RNG_FILE, STATE_FILE, MANIFEST}
+        ckpt.publish(path, self._root, sorted(set(os.listdir(path)) - own))
+
+    def _evaluate(self, split: str, max_tokens: int | None, stop: Callable[[], bool]) -> Evaluation | None:
+        config, dataset = self.config, self.datasets[split]
+        batch_size = config.eval_batch_size or config.micro_batch_size or config.batch_size
+        with self._random_state_kept():
+            return evaluate(
+                self.engine.compute_model,
+                dataset.evaluation_batches(batch_size),
+                bytes_per_token=dataset.num_bytes / max(1, dataset.num_tokens - dataset.num_documents),
+                max_tokens=max_tokens,
+                stop=stop,
+            )
+
+    def _random_state_kept(self) -> AbstractContextManager[None]:
+        """Nothing that is done between the steps may change what the steps draw."""
+        device = self.engine.device
+        return torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type)
+
+    def _result(self, log: RunLog) -> TrainResult:
+        """From the logs, so that a run that was already finished gives the same."""
+        state = self.state
+        train, evaluation = (log.metrics.at_step(state.step, key) for key in ("loss", "val_loss"))
+        samples = log.samples.at_step(state.step, "samples")
+        if evaluation is not None:
+            keys = ("val_loss", "val_perplexity", "val_bits_per_byte", "val_tokens")
+            # null is how JSON has NaN and Inf.
+            evaluation = Evaluation(*(math.nan if evaluation[key] is None else evaluation[key] for key in keys))
+        return TrainResult(
+            output_dir=self.config.output_dir,
+            step=state.step,
+            tokens=state.tokens,
+            loss=train["loss"] if train else None,
+            evaluation=evaluation,
+            samples=samples["samples"] if samples else [],
+        )

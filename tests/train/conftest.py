@@ -1,0 +1,69 @@
+"""A worker for runs in fresh processes; one thread, which is all that models of this size can use."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from arfast.train import log
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def memory_path():
+    """A directory in memory where there is one: thousands of fsyncs are what these tests would wait for."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as path:
+        yield Path(path)
+
+
+@pytest.fixture(autouse=True)
+def _no_plot(monkeypatch):
+    """The picture costs more than all else in a run of this size."""
+    monkeypatch.setattr(log, "plot_loss", lambda rows, path: True)
+
+
+class Worker:
+    """See train_worker.py."""
+
+    def __init__(self):
+        path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "train_worker.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+
+    def __call__(self, output_dir, *, signals=(), **job):
+        """Run; returns (exit status, seconds, what it printed). signals: (seconds after the start, number)."""
+        output = Path(output_dir).with_suffix(".log")
+        output.write_text("")
+        config = job.pop("config", {}) | {"output_dir": str(output_dir)}
+        job |= {"config": config, "log": str(output), "signals": list(signals)}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        return answer["status"], answer["seconds"], output.read_text()
+
+
+@pytest.fixture(scope="session")
+def worker():
+    worker = Worker()
+    yield worker
+    worker.process.stdin.close()
+    assert worker.process.wait(timeout=60) == 0
