@@ -1,0 +1,91 @@
+"""What `generate` is asked to do, checked once."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+_SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+
+
+def require(condition: bool, argument: str, rule: str, got: Any) -> None:
+    """The uniform error of `generate`."""
+    if not condition:
+        raise ValueError(f"generate: {argument} must {rule}, got {got}")
+
+
+def describe(value: Any) -> str:
+    """What a message says of an argument that should have been another kind of tensor."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """The arguments of `generate` under the same names; eos_token_id is a tuple, pad_token_id a token."""
+
+    max_new_tokens: int
+    num_beams: int
+    num_return_sequences: int
+    length_penalty: float
+    early_stopping: bool | str
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    eos_token_id: tuple[int, ...]
+    pad_token_id: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
+            value = getattr(self, name)
+            require(is_integer(value) and value >= 1, name, "be a positive integer", repr(value))
+        require(isinstance(self.do_sample, bool), "do_sample", "be a bool", repr(self.do_sample))
+        self._check_sampling()
+        self._check_beams()
+
+    def _check_sampling(self) -> None:
+        number, value = _is_number, self.temperature
+        require(number(value) and 0 < value < float("inf"), "temperature", "be a positive number", repr(value))
+        require(is_integer(self.top_k) and self.top_k >= 0, "top_k", "be an integer >= 0", repr(self.top_k))
+        require(number(self.top_p) and 0 <= self.top_p <= 1, "top_p", "be in [0, 1]", repr(self.top_p))
+        require(number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "be in [0, 1]", repr(self.min_p))
+        ignored = [name for name, default in _SAMPLING_DEFAULTS.items() if getattr(self, name) != default]
+        if ignored and not self.do_sample:
+            warnings.warn(f"generate: {', '.join(ignored)} have no effect without do_sample=True", stacklevel=5)
+
+    def _check_beams(self) -> None:
+        penalty, stopping, returned = self.length_penalty, self.early_stopping, self.num_return_sequences
+        finite = _is_number(penalty) and abs(penalty) < float("inf")
+        require(finite, "length_penalty", "be a finite number", repr(penalty))
+        known = isinstance(stopping, bool) or stopping == "never"
+        require(known, "early_stopping", 'be True, False or "never"', repr(stopping))
+        if self.num_beams > 1:
+            require(not self.do_sample, "do_sample", "be False with num_beams > 1", self.do_sample)
+            rule = f"be at most num_beams={self.num_beams}"
+            require(returned <= self.num_beams, "num_return_sequences", rule, returned)
+        elif not self.do_sample:
+            require(returned == 1, "num_return_sequences", "be 1 in greedy decoding", returned)
+
+
+def special_tokens(
+    config: Any, eos_token_id: int | Sequence[int] | None, pad_token_id: int | None
+) -> tuple[tuple[int, ...], int | None]:
+    """The end tokens (None: the configuration's; several are allowed) and the padding token, if one is known."""
+    eos = config.eos_token_id if eos_token_id is None else eos_token_id
+    eos = () if eos is None else (eos,) if is_integer(eos) else tuple(eos)
+    pad = config.pad_token_id if pad_token_id is None else pad_token_id
+    for name, tokens in (("eos_token_id", eos), ("pad_token_id", () if pad is None else (pad,))):
+        valid = all(is_integer(token) and 0 <= token < config.vocab_size for token in tokens)
+        require(valid, name, f"be in [0, vocab_size={config.vocab_size})", list(tokens))
+    return tuple(dict.fromkeys(eos)), pad
