@@ -1,0 +1,1 @@
+"""The command line: one small module per verb, which only parses; the work is done by the library."""
