@@ -5,8 +5,10 @@ Environment: ARFAST_CUDA=0|1 (never | always compile the kernels), TORCH_CUDA_AR
 ARFAST_TORCH_SITE (the site-packages that holds torch, if the search below does not find it).
 """
 
-import importlib
+import functools
+import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,7 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-TORCH_MINIMUM = "2.10"
+TORCH_MINIMUM = (2, 10)
 CPU_TARGETS = {"baseline": []}
 if sysconfig.get_platform().endswith("x86_64"):
     CPU_TARGETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -26,35 +28,41 @@ if sysconfig.get_platform().endswith("x86_64"):
     CPU_TARGETS["avx512"].append("-mprefer-vector-width=512")
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=return-type"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+CXX_FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
+BYTES_PER_JOB = 2 << 30  # what the largest translation unit needs in the compiler
 
 
-def pythons_on_path():
-    """Interpreters of this version that a build front end may have hidden behind its own: PATH and CONDA_PREFIX."""
-    folders = os.environ.get("PATH", "").split(os.pathsep)
-    if os.environ.get("CONDA_PREFIX"):
-        folders.append(os.path.join(os.environ["CONDA_PREFIX"], "bin"))
-    query = "import sys, sysconfig; print(sys.version_info[:2] == %r and sysconfig.get_paths()['platlib'])"
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    for python in dict.fromkeys(os.path.join(folder, name) for folder in folders for name in ("python", "python3")):
-        if os.access(python, os.X_OK):
-            command = [python, "-c", query % (tuple(sys.version_info[:2]),)]
-            found = subprocess.run(command, capture_output=True, text=True, env=environment).stdout.strip()
-            if found not in ("", "False"):
-                yield found
+def torch_folders():
+    """Where torch may be: the build's own packages, then those of the interpreters that a build front end hides.
 
-
-def find_torch():
-    """The folder of the torch to build against, or None.
-
-    An isolated build hides the environment's packages but runs its interpreter, so sysconfig still names them.
+    An isolated build runs the environment's interpreter (pip) or leaves it on PATH (uv, build) without its packages.
     """
-    paths = sysconfig.get_paths()
-    places = [*sys.path, os.environ.get("ARFAST_TORCH_SITE"), paths["purelib"], paths["platlib"]]
-    for site in filter(None, places):
-        if Path(site, "torch", "version.py").is_file():
-            return Path(site, "torch")
-    return next((Path(site, "torch") for site in pythons_on_path() if Path(site, "torch", "version.py").is_file()), None)
+    if os.environ.get("ARFAST_TORCH_SITE"):
+        yield os.path.join(os.environ["ARFAST_TORCH_SITE"], "torch")
+        sys.exit("arfast: ARFAST_TORCH_SITE must name the folder that holds a torch >= {}.{}".format(*TORCH_MINIMUM))
+    yield from (os.path.join(folder, "torch") for folder in sys.path)
+    query = "import importlib.util, sys; print(sys.version_info[:2], importlib.util.find_spec('torch').origin, sep='|')"
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    path = [*os.environ.get("PATH", "").split(os.pathsep), os.path.join(os.environ.get("CONDA_PREFIX", ""), "bin")]
+    pythons = [sys.executable, *(os.path.join(folder, name) for folder in path for name in ("python", "python3"))]
+    for python in filter(lambda p: os.access(p, os.X_OK), dict.fromkeys(pythons)):
+        answer = subprocess.run([python, "-c", query], capture_output=True, text=True, env=environment, cwd=os.sep)
+        version, _, module = answer.stdout.strip().partition("|")
+        if version == str(sys.version_info[:2]):
+            yield os.path.dirname(module)
+
+
+@functools.cache
+def find_torch():
+    """The folder of the first torch that is new enough, or None. Importing it would take seconds."""
+    for folder in torch_folders():
+        version = Path(folder, "version.py")
+        number = re.search(r"__version__ = .(\d+)\.(\d+)", version.read_text()) if version.is_file() else None
+        if number and (int(number[1]), int(number[2])) >= TORCH_MINIMUM:
+            return Path(folder)
+    return None
 
 
 def find_nvcc():
@@ -65,7 +73,7 @@ def find_nvcc():
     cuda_home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc") or (cuda_home and shutil.which("nvcc", path=os.path.join(cuda_home, "bin")))
     if wish == "1" and not nvcc:
-        sys.exit("arfast: ARFAST_CUDA=1 needs nvcc on PATH or CUDA_HOME to name its toolkit")
+        sys.exit("arfast: ARFAST_CUDA=1 needs nvcc on PATH, or its toolkit named by CUDA_HOME")
     return None if wish == "0" else nvcc
 
 
@@ -90,11 +98,55 @@ def cuda_architectures():
 
 
 def sources():
-    """(bindings, CPU implementations, CUDA kernels): one glob, the same as in CMakeLists.txt."""
-    cpp = sorted(p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*.cpp"))
+    """(bindings, CPU implementations, CUDA kernels): the same globs as in CMakeLists.txt."""
+    cpp, kernels = (sorted(p.relative_to(ROOT) for p in (ROOT / "csrc").rglob(x)) for x in ("*.cpp", "*.cu"))
     per_target = [p for p in cpp if p.name.endswith("_cpu.cpp")]
-    kernels = sorted(p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*.cu"))
     return [p for p in cpp if p not in per_target], per_target, kernels
+
+
+def jobs():
+    """Compilers at a time: MAX_JOBS, else as many as the cores and the memory allow."""
+    if os.environ.get("MAX_JOBS"):
+        return os.environ["MAX_JOBS"]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return str(max(1, min(len(os.sched_getaffinity(0)), memory // BYTES_PER_JOB)))
+
+
+def ninja_file(torch, library):
+    """The text of build.ninja: every object, and the library that they are linked into."""
+    nvcc, (bindings, per_target, kernels) = find_nvcc(), sources()
+    gencode, architectures = cuda_architectures()
+    include = [f"-I{ROOT / 'csrc'}", f"-isystem{torch / 'include'}", f"-isystem{sysconfig.get_paths()['include']}"]
+    cuda = ["-DARFAST_WITH_CUDA", f'-DARFAST_CUDA_ARCHITECTURES="{",".join(architectures)}"'] if nvcc else []
+    link = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-Wl,-z,relro,-z,now", *(cuda_link_flags(nvcc) if nvcc else [])]
+    cxx = shlex.split(os.environ.get("CXX", "c++"))
+    commands = {
+        "cxx": quote(*cxx, *CXX_FLAGS, *cuda, *include) + " $flags -MMD -MF $out.d -c $in -o $out",
+        "nvcc": quote(nvcc or "nvcc", *NVCC_FLAGS, include[0], *gencode) + " -MMD -MF $out.d -c $in -o $out",
+        "link": quote(*cxx, "-shared") + " $in -o $out " + quote(*link),
+    }
+    objects = [("cxx", source, "", []) for source in bindings]
+    for source in per_target:
+        objects += [("cxx", source, f"_{t}", [*f, f"-DARFAST_CPU_TARGET={t}"]) for t, f in CPU_TARGETS.items()]
+    objects += [("nvcc", source, "_cuda", []) for source in kernels if nvcc]
+    lines = []
+    for rule, command in commands.items():
+        depend = "" if rule == "link" else "\n  depfile = $out.d\n  deps = gcc"
+        lines.append(f"rule {rule}\n  command = {command}\n  description = $out{depend}")
+    names = [f"{source.with_suffix('')}{suffix}.o" for _, source, suffix, _ in objects]
+    for name, (rule, source, _, flags) in zip(names, objects):
+        lines.append(f"build {name}: {rule} {escape(ROOT / source)}\n  flags = {' '.join(flags)}")
+    return "\n".join([*lines, f"build {escape(library)}: link {' '.join(names)}", ""])
+
+
+def quote(*words):
+    """Words for the shell, inside a ninja variable."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def escape(path):
+    """A path in a ninja build line."""
+    return str(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
 
 
 class NinjaBuild(build_ext):
@@ -103,81 +155,23 @@ class NinjaBuild(build_ext):
     def build_extension(self, extension):
         torch = find_torch()
         if torch is None:
-            sys.exit("arfast: torch not found; install it first, or set ARFAST_TORCH_SITE to the site-packages that holds it")
-        print(f"arfast: building against {torch}", file=sys.stderr)
+            sys.exit("arfast: needs torch to build; install it, or let ARFAST_TORCH_SITE name its site-packages")
+        print(f"arfast: building against {torch}, {find_nvcc() or 'no CUDA kernels'}", file=sys.stderr)
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         library = Path(self.get_ext_fullpath(extension.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(self.rules(torch, library))
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        ninja = importlib.import_module("ninja").BIN_DIR + "/ninja" if importlib.util.find_spec("ninja") else "ninja"
-        subprocess.run([ninja, "-C", str(build), "-j", jobs], check=True)
-
-    def rules(self, torch, library):
-        """The text of build.ninja."""
-        nvcc, (bindings, per_target, kernels) = find_nvcc(), sources()
-        include = [ROOT / "csrc", torch / "include", sysconfig.get_paths()["include"]]
-        flags = [*CXX_FLAGS, *(f"-I{x}" for x in include[:1]), *(f"-isystem{x}" for x in include[1:])]
-        flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
-        gencode, names = cuda_architectures()
-        if nvcc:
-            flags += ["-DARFAST_WITH_CUDA", f'-DARFAST_CUDA_ARCHITECTURES=\\"{",".join(names)}\\"']
-        nvcc_flags = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode]
-        nvcc_flags += ["--expt-relaxed-constexpr", "-lineinfo"]
-        link = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-Wl,-z,relro,-z,now", *(cuda_link_flags(nvcc) if nvcc else [])]
-        objects, builds = [], []
-
-        def add(rule, source, name, **variables):
-            objects.append(f"{name}.o")
-            lines = [f"build {name}.o: {rule} {ROOT / source}", *(f"  {k} = {v}" for k, v in variables.items())]
-            builds.append("\n".join(lines))
-
-        for source in bindings:
-            add("cxx", source, source.with_suffix(""))
-        for source in per_target:
-            for target, target_flags in CPU_TARGETS.items():
-                more = f"{' '.join(target_flags)} -DARFAST_CPU_TARGET={target}"
-                add("cxx", source, f"{source.with_suffix('')}_{target}", more=more)
-        for source in kernels if nvcc else []:
-            add("nvcc", source, f"{source.with_suffix('')}_cuda")
-        cxx = os.environ.get("CXX", "c++")
-        return f"""
-rule cxx
-  command = {cxx} {" ".join(flags)} $more -MMD -MF $out.d -c $in -o $out
-  description = $out
-  depfile = $out.d
-  deps = gcc
-rule nvcc
-  command = {nvcc} {" ".join(nvcc_flags)} -MMD -MF $out.d -c $in -o $out
-  description = $out
-  depfile = $out.d
-  deps = gcc
-rule link
-  command = {cxx} -shared $in -o $out {" ".join(link)}
-  description = $out
-{chr(10).join(builds)}
-build {library}: link {" ".join(objects)}
-default {library}
-"""
-
-
-def extension():
-    bindings, per_target, kernels = sources()
-    headers = [p.relative_to(ROOT) for pattern in ("*.h", "*.cuh") for p in sorted((ROOT / "csrc").rglob(pattern))]
-    return Extension(
-        "arfast._C",
-        sources=[str(p) for p in bindings + per_target],
-        depends=[str(p) for p in headers + kernels],
-        py_limited_api=True,
-    )
+        (build / "build.ninja").write_text(ninja_file(torch, library))
+        package = importlib.util.find_spec("ninja")  # its program may not be on PATH
+        ninja = os.path.join(importlib.import_module("ninja").BIN_DIR, "ninja") if package else "ninja"
+        subprocess.run([ninja, "-C", str(build), "-j", jobs()], check=True)
 
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[extension()],
+        ext_modules=[Extension("arfast._C", sources=[str(p) for p in sources()[0]], py_limited_api=True)],
         cmdclass={"build_ext": NinjaBuild},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
-        # Without torch in reach the build fetches one: harmless, since the stable ABI fits whichever is installed later.
-        setup_requires=[] if find_torch() else [f"torch>={TORCH_MINIMUM}"],
+        # A build front end asks what to install first. The stable ABI fits whichever torch is used later.
+        setup_requires=[] if "egg_info" not in sys.argv or find_torch() else ["torch>={}.{}".format(*TORCH_MINIMUM)],
     )

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# For a machine with an NVIDIA GPU, nvcc and an installed torch; needs no network. Builds in the tree for this GPU alone,
+# runs the tests marked gpu, some of them under compute-sanitizer, and the benchmarks (table to benchmarks/results/).
+# Under 8 minutes: each step has a limit. A missing tool is named and its step left out. Logs go to $1 (default: build/gpu).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+logs=${1:-build/gpu}
+mkdir -p "$logs"
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+summary=()
+status=0
+
+# step NAME SECONDS COMMAND...: its result goes to the summary, and a failure of it to the exit status.
+step() {
+  local name=$1 limit=$2 start=$SECONDS code=0
+  shift 2
+  printf '\n==> %s\n' "$name"
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$logs/$name.log" | tail -n 40
+  code=${PIPESTATUS[0]}
+  local result=passed
+  if [ "$code" = 124 ]; then result="stopped after $limit s"; elif [ "$code" != 0 ]; then result="failed ($code)"; fi
+  [ "$code" = 0 ] || status=1
+  summary+=("$name: $result, $((SECONDS - start)) s")
+  return "$code"
+}
+
+finish() {
+  printf '\n==> summary\n'
+  printf '%s\n' "${summary[@]}"
+  exit "$status"
+}
+
+capability=$("$python" -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}.{minor}" + ("a" if major == 9 else ""))' 2>/dev/null) || { echo "gpu: torch sees no GPU"; exit 1; }
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
+"$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
+
+export TORCH_CUDA_ARCH_LIST="$capability" ARFAST_CUDA=1
+step build 150 "$python" setup.py build_ext --inplace || finish
+
+if "$python" -c 'import pytest' 2>/dev/null; then
+  step tests 120 "$python" -m pytest -m "gpu and not slow" --quiet tests
+else
+  summary+=("tests: left out, pytest is not installed")
+  status=1
+fi
+
+# Without torch's caching allocator every tensor is an allocation of its own, whose ends the checker knows.
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 86 \
+      --target-processes all "$python" -m pytest -m "gpu and not slow" --quiet --maxfail 1 \
+      -k "${SANITIZE:-forward and 33 and not compile}" tests/ops
+  done
+else
+  summary+=("compute-sanitizer: left out, not on PATH")
+fi
+
+if "$python" -c 'import pytest_benchmark' 2>/dev/null; then
+  step benchmarks 100 "$python" -m pytest benchmarks --benchmark-only --save-table --quiet -m gpu
+  cp -r benchmarks/results "$logs" 2>/dev/null
+else
+  summary+=("benchmarks: left out, pytest-benchmark is not installed")
+fi
+finish

@@ -1,0 +1,61 @@
+"""Label-smoothed cross_entropy, forward and backward, against torch: eager, compiled, and in place."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Case, accurate, compiled
+
+from arfast.ops import cross_entropy, cross_entropy_reference
+
+
+def with_gradient(function, **options):
+    """(loss, gradient of the logits) for an upstream gradient of 1, as a training step asks for it."""
+
+    def run(logits, targets):
+        loss = function(logits, targets, label_smoothing=0.1, **options)
+        return loss, torch.autograd.grad(loss, logits)[0]
+
+    return run
+
+
+def wide_loss(function):
+    """The peer's loss in float32, so that outputs can be compared: torch rounds it to the dtype of the logits."""
+
+    def run(logits, targets):
+        loss, gradient = function(logits, targets)
+        return loss.float(), gradient
+
+    return run
+
+
+def case(rows, classes, dtype, inplace):
+    name = f"{'inplace-' if inplace else ''}{rows}x{classes}-{str(dtype).removeprefix('torch.')}"
+
+    def make_inputs(device):
+        logits = torch.randn(rows, classes, device=device).mul_(3).to(dtype).requires_grad_()
+        return logits, torch.randint(0, classes, (rows,), device=device)
+
+    torch_ce = wide_loss(with_gradient(F.cross_entropy))
+    gates = {"torch": 8.0 if inplace else 3.0} if (rows, dtype) == (1024, torch.bfloat16) else {}
+    return Case(
+        name=name,
+        make_inputs=make_inputs,
+        ours=with_gradient(cross_entropy, inplace=inplace),
+        peers={"torch": torch_ce, "torch.compile": compiled(torch_ce)},
+        check=accurate(with_gradient(cross_entropy_reference)),
+        bytes=2 * rows * classes * dtype.itemsize,
+        gates=gates,
+    )
+
+
+CASES = [
+    case(rows, classes, dtype, inplace)
+    for rows, classes in ((2048, 32000), (1024, 128256))
+    for dtype in (torch.float32, torch.bfloat16)
+    for inplace in (False, True)
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def bench_cross_entropy(compare, case):
+    compare(case)
