@@ -25,20 +25,32 @@ inline Vec<T> capped(Vec<T> z, Acc<T> cap) {
   return cap * tanh(z * (1 / cap));
 }
 
-// Calls f(offset, z') for the vectors of row[begin, end); lanes past the end hold `fill`.
+// Independent sums or maxima that a loop keeps, so that the latency of one does not hold up the next.
+constexpr int kChains = 4;
+
+template <typename T, bool kCap>
+inline Vec<T> load_logits(const T* row, int count, Acc<T> cap) {
+  const Vec<T> z = load_lanes(row, count);
+  if constexpr (kCap) return capped<T>(z, cap);
+  return z;
+}
+
+// Calls f(chain, offset, z', count) for the vectors of row[begin, end). Only the last one may have count < kLanes<T>;
+// its lanes past the end hold `fill`.
 template <typename T, bool kCap, typename F>
 inline void for_each_logit(const T* row, int64_t begin, int64_t end, Acc<T> cap, Acc<T> fill, const F& f) {
+  constexpr int kLane = kLanes<T>;
   int64_t i = begin;
-  for (; i + kLanes<T> <= end; i += kLanes<T>) {
-    Vec<T> z = load(row + i);
-    if constexpr (kCap) z = capped<T>(z, cap);
-    f(i, z);
+  for (; i + kChains * kLane <= end; i += kChains * kLane) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kChains; ++k) f(k, i + k * kLane, load_logits<T, kCap>(row + i + k * kLane, kLane, cap), kLane);
   }
+  for (; i + kLane <= end; i += kLane) f(0, i, load_logits<T, kCap>(row + i, kLane, cap), kLane);
   if (i < end) {
-    Vec<T> z = load_partial(row + i, static_cast<int>(end - i), Acc<T>{0});
-    if constexpr (kCap) z = capped<T>(z, cap);
-    for (int lane = static_cast<int>(end - i); lane < kLanes<T>; ++lane) z[lane] = fill;
-    f(i, z);
+    const int count = static_cast<int>(end - i);
+    Vec<T> z = load_logits<T, kCap>(row + i, count, cap);
+    for (int lane = count; lane < kLane; ++lane) z[lane] = fill;
+    f(0, i, z, count);
   }
 }
 
@@ -46,33 +58,45 @@ inline void for_each_logit(const T* row, int64_t begin, int64_t end, Acc<T> cap,
 template <typename T, bool kCap>
 Acc<T> tile_max(const T* row, int64_t begin, int64_t end, Acc<T> cap) {
   constexpr Acc<T> kLowest = -std::numeric_limits<Acc<T>>::infinity();
-  Vec<T> m[4] = {splat<Vec<T>>(kLowest), splat<Vec<T>>(kLowest), splat<Vec<T>>(kLowest), splat<Vec<T>>(kLowest)};
-  int64_t i = begin;
-  for (; i + 4 * kLanes<T> <= end; i += 4 * kLanes<T>) {
-    for (int k = 0; k < 4; ++k) m[k] = max(load(row + i + k * kLanes<T>), m[k]);
-  }
-  for_each_logit<T, false>(row, i, end, cap, kLowest, [&](int64_t, Vec<T> z) { m[0] = max(z, m[0]); });
+  Vec<T> m[kChains];
+  for (Vec<T>& chain : m) chain = splat<Vec<T>>(kLowest);
+  for_each_logit<T, false>(row, begin, end, cap, kLowest, [&](int k, int64_t, Vec<T> z, int) { m[k] = max(z, m[k]); });
   Acc<T> result = reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
   // tanh is monotone, so the cap of the maximum is the maximum of the capped.
   if constexpr (kCap) result = capped<T>(splat<Vec<T>>(result), cap)[0];
   return result;
 }
 
-// The sum of w z' over a tile. w (z' - shift) is what is summed in float: the loss subtracts W lse, and what cancels
-// there must not have been rounded.
-template <typename T, bool kCap>
-double weighted_sum(const T* row, const Acc<T>* weight, int64_t begin, int64_t end, Acc<T> cap, Acc<T> shift) {
-  Vec<T> sum[2] = {}, weights{};
-  int odd = 0;
-  for_each_logit<T, kCap>(row, begin, end, cap, shift, [&](int64_t i, Vec<T> z) {
-    Vec<T> w = splat<Vec<T>>(1);
-    if (weight) w = load_lanes(weight + i, static_cast<int>(end - i < kLanes<T> ? end - i : kLanes<T>));
-    sum[odd] += w * (z - shift);
-    weights += w;
-    odd ^= 1;
-  });
-  const double total_weight = weight ? static_cast<double>(reduce_add(weights)) : static_cast<double>(end - begin);
-  return static_cast<double>(reduce_add(sum[0] + sum[1])) + total_weight * static_cast<double>(shift);
+struct TileSums {
+  double exponentials;  // of exp(z' - shift)
+  double logits;        // of w z', when there is smoothing
+};
+
+// w (z' - shift) is what is summed in float, not w z': the loss subtracts W lse, and what cancels there must not have
+// been rounded.
+template <typename T, bool kCap, bool kSmooth, bool kWeighted>
+TileSums tile_sums(const CrossEntropyParams& params, const T* row, int64_t begin, int64_t end, Acc<T> shift) {
+  constexpr Acc<T> kLowest = -std::numeric_limits<Acc<T>>::infinity();
+  const Acc<T>* weight = reinterpret_cast<const Acc<T>*>(params.weight);
+  Vec<T> exponentials[kChains] = {}, logits[kChains] = {}, weights[kChains] = {};
+  for_each_logit<T, kCap>(row, begin, end, static_cast<Acc<T>>(params.softcap), kLowest,
+                          [&](int k, int64_t i, Vec<T> z, int count) {
+                            Vec<T> shifted = z - shift;
+                            exponentials[k] += exp(shifted);
+                            if (!kSmooth) return;
+                            // 0 * -inf past the end would be NaN.
+                            for (int lane = count; lane < kLanes<T>; ++lane) shifted[lane] = 0;
+                            if (!kWeighted) {
+                              logits[k] += shifted;
+                              return;
+                            }
+                            const Vec<T> w = load_lanes(weight + i, count);
+                            logits[k] += w * shifted;
+                            weights[k] += w;
+                          });
+  const auto total = [](const Vec<T>(&v)[kChains]) -> double { return reduce_add((v[0] + v[1]) + (v[2] + v[3])); };
+  const double total_weight = kWeighted ? total(weights) : static_cast<double>(end - begin);
+  return {total(exponentials), total(logits) + total_weight * static_cast<double>(shift)};
 }
 
 // Online softmax statistics (Milakov and Gimelshein 2018, arXiv 1805.02867) tile by tile; sums leave float after each
@@ -81,8 +105,10 @@ template <typename T, bool kCap>
 Statistics row_statistics(const CrossEntropyParams& params, const T* row) {
   constexpr Acc<T> kLowest = -std::numeric_limits<Acc<T>>::infinity();
   const Acc<T> cap = static_cast<Acc<T>>(params.softcap);
-  const Acc<T>* weight = reinterpret_cast<const Acc<T>*>(params.weight);
-  const bool smooth = params.label_smoothing > 0;
+  const bool smooth = params.label_smoothing > 0, weighted = params.weight != nullptr;
+  const auto sums = !smooth    ? tile_sums<T, kCap, false, false>
+                    : weighted ? tile_sums<T, kCap, true, true>
+                               : tile_sums<T, kCap, true, false>;
   Statistics s{kLowest, 0, 0};
   for (int64_t begin = 0; begin < params.vocab_size; begin += kTile) {
     const int64_t end = begin + kTile < params.vocab_size ? begin + kTile : params.vocab_size;
@@ -93,14 +119,9 @@ Statistics row_statistics(const CrossEntropyParams& params, const T* row) {
     }
     // Nothing but -inf so far: -inf - -inf would be NaN.
     const Acc<T> shift = s.max == kLowest ? 0 : static_cast<Acc<T>>(s.max);
-    Vec<T> sum[2] = {};
-    int odd = 0;
-    for_each_logit<T, kCap>(row, begin, end, cap, kLowest, [&](int64_t, Vec<T> z) {
-      sum[odd] += exp(z - shift);
-      odd ^= 1;
-    });
-    s.sum += reduce_add(sum[0] + sum[1]);
-    if (smooth) s.logits_sum += weighted_sum<T, kCap>(row, weight, begin, end, cap, shift);
+    const TileSums tile = sums(params, row, begin, end, shift);
+    s.sum += tile.exponentials;
+    s.logits_sum += tile.logits;
   }
   return s;
 }
@@ -127,8 +148,7 @@ void write_gradient(const CrossEntropyParams& params, const T* row, T* gradient,
   double at_target = std::exp(z - shift) * probability_scale - ce_scale * (1 - eps) * target_weight -
                      ce_scale * eps / static_cast<double>(size) * (weight ? weight[target] : 1);
   if constexpr (kCap) at_target *= 1 - z * z / (params.softcap * params.softcap);
-  for_each_logit<T, kCap>(row, 0, size, cap, 0, [&](int64_t i, Vec<T> z) {
-    const int count = static_cast<int>(size - i < kLanes<T> ? size - i : kLanes<T>);
+  for_each_logit<T, kCap>(row, 0, size, cap, 0, [&](int, int64_t i, Vec<T> z, int count) {
     store_lanes(gradient + i, value(z, weight ? load_lanes(weight + i, count) : splat<Vec<T>>(1)), count);
   });
   gradient[target] = from_acc<T>(static_cast<Acc<T>>(at_target));
