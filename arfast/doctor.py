@@ -1,8 +1,8 @@
 """Self-examination on the user's machine: each check does what training relies on and says by how much it holds.
 
-Every check answers a kind of silent fault that real training code has had: an op that is wrong for one instruction set, a
-mask that leaks the future or the neighbouring document, an accumulated loss that is a mean of means, a checkpoint that does
-not come back as it was.
+Every check answers a kind of silent fault that real training code has had: an op that is wrong for one instruction set,
+a mask that leaks the future or the neighbouring document, an accumulated loss that is a mean of means, a checkpoint
+that does not come back as it was.
 """
 
 import os
@@ -62,7 +62,7 @@ def examine(device: str = "cpu") -> Iterator[Finding]:
 
 
 def _close(actual, exact, baseline) -> tuple[bool, str]:
-    """The tests' bound: the error is at most twice that of the reference in the same dtype, plus two ulp of the result."""
+    """The tests' bound: at most twice the error of the reference in the same dtype, plus two ulp of the result."""
     worst = 0.0
     for a, e, b in zip(actual, exact, baseline, strict=True):
         error, allowed = ((t.double() - e).abs().max().item() for t in (a, b))

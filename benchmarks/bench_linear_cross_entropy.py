@@ -1,4 +1,5 @@
-"""linear_cross_entropy with label smoothing, forward and backward, against the head and torch's loss, eager and compiled."""
+"""linear_cross_entropy with label smoothing, forward and backward, against the head and torch's loss, eager and
+compiled."""
 
 import pytest
 import torch

@@ -1,7 +1,9 @@
-"""A training step (forward, backward, clipping, AdamW) of an 11M-parameter model, against transformers' LlamaForCausalLM.
+"""A training step (forward, backward, clipping, AdamW) of an 11M-parameter model, against transformers'
+LlamaForCausalLM.
 
-All start from the same weights, float32, and compute in bfloat16: ours with a working copy of the weights, as the trainer
-does it, transformers under autocast with SDPA attention, as its own trainer does it. 4 sequences of 512 tokens a step.
+All start from the same weights, float32, and compute in bfloat16: ours with a working copy of the weights, as the
+trainer does it, transformers under autocast with SDPA attention, as its own trainer does it. 4 sequences of 512 tokens
+a step.
 """
 
 import functools

@@ -14,13 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import report
 import torch
-
-ROOT = Path(__file__).resolve().parent
-sys.path[:0] = [str(ROOT), str(ROOT.parent / "tests")]
-
-import report  # noqa: E402
-from harness import compare as compare_case  # noqa: E402
+from harness import compare as compare_case
 
 # Freed memory stays in the heap, and the heap asks for huge pages: a fresh 4 KiB page costs about 0.7 us.
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=34359738368"
@@ -45,9 +41,8 @@ def pytest_cmdline_main(config):
     if not config.option.tuned_allocator or os.environ.get("GLIBC_TUNABLES") == TUNABLES:
         return None
     config.pluginmanager.getplugin("capturemanager").stop_global_capturing()
-    command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
-    environment = os.environ | {"GLIBC_TUNABLES": TUNABLES}
-    return subprocess.run(command, cwd=config.invocation_params.dir, env=environment).returncode
+    same_command = [sys.executable, *sys.orig_argv[1:]]
+    return subprocess.run(same_command, env=os.environ | {"GLIBC_TUNABLES": TUNABLES}).returncode
 
 
 def pytest_collection_modifyitems(config, items):
@@ -107,5 +102,5 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("ours against peers")
     terminalreporter.write_line(report.table(results))
     if config.option.save_table:
-        for path in report.save(results, ROOT / "results"):
+        for path in report.save(results, Path(__file__).resolve().parent / "results"):
             terminalreporter.write_line(f"wrote {path}")

@@ -1,7 +1,8 @@
-"""How far from exact an op may be: at most twice as far as the same formula in plain torch, plus two units in the last place.
+"""How far from exact an op may be: at most twice as far as the same formula in plain torch, plus two units in the last
+place.
 
-The bound comes from the dtype and the data, so no test carries a tolerance of its own (FlashAttention's rule, for maximum and
-root mean square alike).
+The bound comes from the dtype and the data, so no test carries a tolerance of its own (FlashAttention's rule, for
+maximum and root mean square alike).
 """
 
 import torch
@@ -37,7 +38,8 @@ def assert_accurate(
     for kind, mask in (("nan", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
         different = (mask(a) != mask(e)).nonzero()
         assert len(different) == 0, (
-            f"{name}: {kind} differs at {different[0].tolist()}: {a[tuple(different[0])]}, exact {e[tuple(different[0])]}"
+            f"{name}: {kind} differs at {different[0].tolist()}: {a[tuple(different[0])]}, "
+            f"exact {e[tuple(different[0])]}"
         )
     finite = torch.isfinite(e)
     if not finite.any():

@@ -1,6 +1,7 @@
 """`arfast <verb>`: finds the verb, turns what goes wrong into one sentence, prints the result as the last line in JSON.
 
-Exit status: 0 done, 2 wrong input, 130 interrupted; the verb's own where it says so. Progress goes to stderr, results to stdout.
+Exit status: 0 done, 2 wrong input, 130 interrupted; the verb's own where it says so. Progress goes to stderr, results
+to stdout.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Turn text into a data set: a tokenizer, learned here unless given, and token shards split into train, validation and test.
+"""Turn text into a data set: a tokenizer, learned here unless given, and token shards split into train,
+validation and test.
 
 Examples:
   arfast tokenize --data corpus.jsonl --output-dir data/corpus --vocab-size 16000
@@ -37,6 +38,9 @@ def run(arguments: argparse.Namespace) -> dict:
     )
     counts = {}
     for name, split in manifest.splits.items():
-        print(f"{name:>10}: {split.num_documents:>8,} documents {split.num_tokens:>12,} tokens {split.num_bytes:>12,} bytes")
+        print(
+            f"{name:>10}: {split.num_documents:>8,} documents {split.num_tokens:>12,} tokens "
+            f"{split.num_bytes:>12,} bytes"
+        )
         counts[name] = dict(documents=split.num_documents, tokens=split.num_tokens, bytes=split.num_bytes)
     return dict(output_dir=arguments.output_dir, vocab_size=manifest.tokenizer["vocab_size"], splits=counts)

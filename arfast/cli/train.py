@@ -1,7 +1,7 @@
 """Train a language model on text, or continue the run that stands in --output-dir.
 
-Without arguments it trains the default model on the source files of Python's standard library, which every machine has, in
-a few minutes on two cores, and prints samples.
+Without arguments it trains the default model on the source files of Python's standard library, which every machine has,
+in a few minutes on two cores, and prints samples.
 
 Examples:
   arfast train

@@ -203,11 +203,11 @@ class CausalLM(nn.Module):
 
         return generate(self, input_ids, **options)
 
-    def score(self, input_ids: Tensor, prompt_lengths: Tensor | None = None):
+    def score(self, input_ids: Tensor, prompt_lengths: Tensor | None = None, **options):
         """Log-probabilities of given tokens: see `arfast.generate.score`."""
         from arfast.generate import score
 
-        return score(self, input_ids, prompt_lengths)
+        return score(self, input_ids, prompt_lengths, **options)
 
     def save_pretrained(self, path, **options) -> None:
         """Write config.json and safetensors: see `arfast.hub.save_pretrained`."""

@@ -20,7 +20,7 @@ from arfast.ops._library import in_autocast, needs_grad
 
 _ops = torch.ops.arfast
 # Where the CPU multiplies bfloat16 matrices in hardware, torch's kernel, which uses that, is the faster one.
-_HAS_AMX = torch.cpu._is_amx_tile_supported()
+_HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 def attention(
@@ -43,30 +43,31 @@ def attention(
     """Softmax attention. Query i of T sees key j of S when j <= i + S - T: the last query sees the last key.
 
     Args:
-        q: [B, T, H, D], or [N, H, D] when documents are packed; float32, bfloat16, float16, or float64 on the CPU; D up to
-            256. Arithmetic is in float32 (float64). Under autocast q, k and v are cast to its dtype.
+        q: [B, T, H, D], or [N, H, D] when documents are packed; float32, bfloat16, float16, or float64 on the CPU; D up
+            to 256. Arithmetic is in float32 (float64). Under autocast q, k and v are cast to its dtype.
         k, v: [B, S, Hkv, D] or [M, Hkv, D]; H % Hkv == 0, and query head h uses key-value head h // (H // Hkv).
         causal: False lets every query see all keys (to the right of its window, if there is one).
         softmax_scale: positive; 1 / sqrt(D) if None.
         window: a query sees at most this many keys before its own: j >= i + S - T - window.
         softcap: replaces the scores by softcap * tanh(scores / softcap), as Gemma 2 does.
         sink: [H], the logit of one more key per head whose value is 0; differentiable.
-        cu_seqlens_q, cu_seqlens_k: int32 [B + 1], 0 = c_0 <= c_1 <= ...: document b is rows c_b to c_(b+1). Documents may be
-            empty. Rows past the last one belong to none: they see nothing and nobody sees them.
+        cu_seqlens_q, cu_seqlens_k: int32 [B + 1], 0 = c_0 <= c_1 <= ...: document b is rows c_b to c_(b+1). Documents
+            may be empty. Rows past the last one belong to none: they see nothing and nobody sees them.
         max_seqlen_q, max_seqlen_k: bounds on the documents' lengths, for GPUs; checked on the CPU.
         return_lse: return (out, lse).
-        deterministic: None follows torch.use_deterministic_algorithms. On the CPU the result has the same bits for every
-            number of threads in any case.
+        deterministic: None follows torch.use_deterministic_algorithms. On the CPU the result has the same bits for
+            every number of threads in any case.
 
     Returns:
-        out, like q and dense. With return_lse also lse in float32 (float64), natural logarithm, the sink included: [B, H, T]
-        or [H, N]; differentiable. A row that sees nothing has out 0, lse -inf (the sink's logit, if there is one) and
-        gradients 0.
+        out, like q and dense. With return_lse also lse in float32 (float64), natural logarithm, the sink included:
+        [B, H, T] or [H, N]; differentiable. A row that sees nothing has out 0, lse -inf (the sink's logit, if there is
+        one) and gradients 0.
 
     Raises:
         RuntimeError: `attention: <argument> must <rule>, got <actual>`.
 
-    Gradients of q, k, v and sink. The tensors may be strided (D dense): slices of one projection are read in place.
+    Gradients of q, k, v and sink. out and lse of a sequence do not depend on the batch around it. The tensors may be
+    strided (D dense): slices of one projection are read in place.
 
     Example:
         >>> q, k, v = torch.randn(1, 10, 4, 64), torch.randn(1, 10, 2, 64), torch.randn(1, 10, 2, 64)
@@ -89,16 +90,17 @@ def attention(
 
 
 def attention_reference(
-    q, k, v, *, causal=True, softmax_scale=None, window=None, softcap=None, sink=None, cu_seqlens_q=None, cu_seqlens_k=None,
-    return_lse=False,
+    q, k, v, *, causal=True, softmax_scale=None, window=None, softcap=None, sink=None, cu_seqlens_q=None,
+    cu_seqlens_k=None, return_lse=False,
 ):  # fmt: skip
     """The specification of `attention` in plain torch."""
-    options = dict(causal=causal, softmax_scale=softmax_scale, window=window, softcap=softcap, sink=sink, return_lse=True)
     if cu_seqlens_q is not None:
+        options = dict(causal=causal, softmax_scale=softmax_scale, window=window, softcap=softcap, sink=sink)
         out, lse = torch.zeros_like(q), q.new_full(q.shape[1::-1], -math.inf, dtype=statistics_dtype(q))
-        ends = [c.tolist() for c in (cu_seqlens_q, cu_seqlens_k)]
-        for (a, b), (c, d) in zip(*(zip(e, e[1:], strict=False) for e in ends), strict=True):
-            out[a:b], lse[:, a:b] = (x[0] for x in attention_reference(q[None, a:b], k[None, c:d], v[None, c:d], **options))
+        starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
+            document = attention_reference(q[None, a:b], k[None, c:d], v[None, c:d], return_lse=True, **options)
+            out[a:b], lse[:, a:b] = document[0][0], document[1][0]
         return (out, lse) if return_lse else out
     group = q.shape[2] // k.shape[2]
     heads_q, heads_k, heads_v = (x.transpose(1, 2) for x in (q, k, v))
@@ -143,7 +145,8 @@ def _prefers_torch(q, k, v, causal, softmax_scale):
     """Whether torch's kernel computes exactly this on the CPU, and faster."""
     return (
         _HAS_AMX
-        and all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.dim() == 4 and x.numel() > 0 for x in (q, k, v))
+        and all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in (q, k, v))
+        and all(x.dim() == 4 and x.numel() > 0 for x in (q, k, v))
         and k.shape == v.shape
         and q.shape[::3] == k.shape[::3]
         and (q.shape[1] == k.shape[1] or not causal)

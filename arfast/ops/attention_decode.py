@@ -1,8 +1,8 @@
 """Attention of the newest tokens of a batch of sequences to their key-value caches, for generation.
 
-The softmax of `arfast.ops.attention`, computed in ranges of keys that are merged at the end (Milakov and Gimelshein 2018,
-arXiv 1805.02867, section 3.1), so that one long sequence still occupies several cores. Pages: Kwon et al. 2023, arXiv
-2309.06180, section 4.1.
+The softmax of `arfast.ops.attention`, computed in ranges of keys that are merged at the end (Milakov and Gimelshein
+2018, arXiv 1805.02867, section 3.1), so that one long sequence still occupies several cores. Pages: Kwon et al. 2023,
+arXiv 2309.06180, section 4.1.
 """
 
 import torch
@@ -32,21 +32,21 @@ def attention_decode(
     Query t of sequence b stands at position seqlens[b] - Tq + t and sees the positions up to its own.
 
     Args:
-        q: [B, Tq, H, D], float32, bfloat16, float16, or float64 on the CPU; Tq is small; D up to 256. Under autocast it is
-            cast to the dtype of the caches.
-        k_cache, v_cache: [B, S_max, Hkv, D], position p of sequence b at [b, p]; or paged, [pages, page, Hkv, D]. They hold the
-            new tokens already. H % Hkv == 0.
-        seqlens: int32 [B], the tokens of every sequence, the new ones included; 0 gives an output of 0. Memory past them is
-            never read.
-        block_table: int32 [B, pages per sequence]: position p of sequence b is at [block_table[b, p // page], p % page].
+        q: [B, Tq, H, D], float32, bfloat16, float16, or float64 on the CPU; Tq is small; D up to 256. Under autocast it
+            is cast to the dtype of the caches.
+        k_cache, v_cache: [B, S_max, Hkv, D], position p of sequence b at [b, p]; or paged, [pages, page, Hkv, D]. They
+            hold the new tokens already. H % Hkv == 0.
+        seqlens: int32 [B], the tokens of every sequence, the new ones included; 0 gives an output of 0. Memory past
+            them is never read.
+        block_table: int32 [B, pages per sequence]: page block_table[b, p // page] holds position p of sequence b.
             Entries that no query needs may hold anything.
         softmax_scale: positive; 1 / sqrt(D) if None.
         window: a query sees at most this many tokens before its own.
         softcap: replaces the scores by softcap * tanh(scores / softcap).
         sink: [H], the logit of one more key per head whose value is 0.
         beam_slots: int32 [B, S_max], cache indirection for beam search: position p of sequence b is at
-            [beam_slots[b, p], p], so that a beam that continues another one shares its past without a copy. The caches may
-            then have any number of rows. Entries that no query needs may hold anything.
+            [beam_slots[b, p], p], so that a beam that continues another one shares its past without a copy. The caches
+            may then have any number of rows. Entries that no query needs may hold anything.
         num_splits: ranges of keys per sequence; 0: one per 512 keys.
 
     Returns:
@@ -63,7 +63,7 @@ def attention_decode(
         torch.Size([1, 1, 4, 64])
     """
     if needs_grad(q, k_cache, v_cache, sink):
-        raise RuntimeError("attention_decode: inputs must not require a gradient, got one that does; use attention")
+        raise RuntimeError("attention_decode: inputs must not require a gradient (use attention), got one that does")
     if in_autocast(q):
         q = q.to(k_cache.dtype)
     if sink is not None and sink.is_floating_point():

@@ -1,8 +1,8 @@
 """Label-smoothed cross-entropy over logits, with its gradient computed in the same pass.
 
-Label smoothing: Szegedy et al. 2015, arXiv 1512.00567, section 7. z-loss: de Brebisson and Vincent 2016, arXiv 1604.08859.
-With eps = label_smoothing and lse = logsumexp(z), a row costs lse - (1 - eps) z_y - eps mean(z) + z_loss lse^2, and its
-gradient is (1 + 2 z_loss lse) softmax(z) - eps / V - (1 - eps) onehot(y).
+Label smoothing: Szegedy et al. 2015, arXiv 1512.00567, section 7. z-loss: de Brebisson and Vincent 2016, arXiv
+1604.08859. With eps = label_smoothing and lse = logsumexp(z), a row costs lse - (1 - eps) z_y - eps mean(z) + z_loss
+lse^2, and its gradient is (1 + 2 z_loss lse) softmax(z) - eps / V - (1 - eps) onehot(y).
 """
 
 import math
@@ -28,7 +28,7 @@ def cross_entropy(
     num_items: float | None = None,
     inplace: bool = False,
 ) -> torch.Tensor:
-    """Cross-entropy in nats, with the value and gradient of `torch.nn.functional.cross_entropy`, plus `z_loss * lse**2`.
+    """Cross-entropy in nats: value and gradient of `torch.nn.functional.cross_entropy`, plus `z_loss * lse**2`.
 
     Args:
         logits: [N, V], float32, bfloat16, float16, or float64 on the CPU. Arithmetic is in float32 (float64).
@@ -38,12 +38,12 @@ def cross_entropy(
         label_smoothing: eps in [0, 1].
         z_loss: coefficient of lse**2, averaged over the rows that count.
         softcap: replaces the logits by `softcap * tanh(logits / softcap)` first.
-        reduction: "mean" (over the rows that count, by their class weights; NaN when there are none, as in torch), "sum",
-            or "none".
+        reduction: "mean" (over the rows that count, by their class weights; NaN when there are none, as in torch),
+            "sum", or "none".
         num_items: the denominator of the mean, when it is not the number of rows here: with gradient accumulation, the
             number of targets of the whole optimizer step.
-        inplace: write the gradient over the logits, which saves a tensor of their size. The logits are then lost; autograd
-            reports an error if something else still needs them.
+        inplace: write the gradient over the logits, which saves a tensor of their size. The logits are then lost;
+            autograd reports an error if something else still needs them.
 
     Returns:
         The loss in float32 (float64), [] or, for reduction="none", [N].
@@ -51,9 +51,10 @@ def cross_entropy(
     Raises:
         RuntimeError for tensors, ValueError for options: `cross_entropy: <argument> must <rule>, got <actual>`.
 
-    With "mean" and "sum" the gradient is made in the forward pass, while a row is in the cache; the backward pass multiplies
-    it by the upstream gradient, at no cost when that is 1 (with `inplace` it can run once). Not twice differentiable: use
-    `torch.nn.functional.cross_entropy` for that. Deterministic: the same bits for every number of threads.
+    With "mean" and "sum" the gradient is made in the forward pass, while a row is in the cache; the backward pass
+    multiplies it by the upstream gradient, at no cost when that is 1 (with `inplace` it can run once). Not twice
+    differentiable: use `torch.nn.functional.cross_entropy` for that. Deterministic: the same bits for every number of
+    threads.
 
     Example:
         >>> logits = torch.randn(8, 100, requires_grad=True)

@@ -1,9 +1,9 @@
-"""The language-model head and its loss together: logits = hidden weight^T + bias, then `cross_entropy`, a block of rows at a
-time, so that the [N, V] logits never exist whole.
+"""The language-model head and its loss together: logits = hidden weight^T + bias, then `cross_entropy`, a block of rows
+at a time, so that the [N, V] logits never exist whole.
 
-The matrix products are torch's; the cross-entropy runs in place on the block and leaves the gradient of the logits there, of
-which the gradients of hidden and weight are made at once. So a training step multiplies three times, as the unfused form does,
-and keeps one block instead of several [N, V] tensors.
+The matrix products are torch's; the cross-entropy runs in place on the block and leaves the gradient of the logits
+there, of which the gradients of hidden and weight are made at once. So a training step multiplies three times, as the
+unfused form does, and keeps one block instead of several [N, V] tensors.
 """
 
 import threading
@@ -50,8 +50,8 @@ def linear_cross_entropy(
     Raises:
         RuntimeError for tensors, ValueError for options: `linear_cross_entropy: <argument> must <rule>, got <actual>`.
 
-    Gradients of hidden, weight and bias; with "mean" and "sum" they are made in the forward pass and scaled by the upstream
-    gradient in the backward pass. With "none" the backward pass computes the logits again. Across blocks
+    Gradients of hidden, weight and bias; with "mean" and "sum" they are made in the forward pass and scaled by the
+    upstream gradient in the backward pass. With "none" the backward pass computes the logits again. Across blocks
     the gradient of `weight` is accumulated in its own dtype, with one rounding per block. Deterministic.
 
     Example:
@@ -121,8 +121,8 @@ _workspace = threading.local()
 
 
 def _block(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """An uninitialised [rows, columns] tensor. CUDA's allocator reuses memory; on the CPU touching fresh pages would cost more
-    than the arithmetic on them, so each thread keeps its largest block."""
+    """An uninitialised [rows, columns] tensor. CUDA's allocator reuses memory; on the CPU touching fresh pages would
+    cost more than the arithmetic on them, so each thread keeps its largest block."""
     if like.device.type != "cpu":
         return like.new_empty(rows, columns)
     size = rows * columns * like.element_size()
@@ -222,8 +222,8 @@ def _forward(
 
 
 def _backward(
-    dloss, hidden, weight, bias, targets, class_weight, statistics, ignore_index, label_smoothing, z_loss, softcap, chunk_bytes,
-    want_hidden, want_weight, want_bias,
+    dloss, hidden, weight, bias, targets, class_weight, statistics, ignore_index, label_smoothing, z_loss, softcap,
+    chunk_bytes, want_hidden, want_weight, want_bias,
 ):  # fmt: skip
     gradients = _Accumulator(hidden, weight, bias, (want_hidden, want_weight, want_bias))
     for begin, end in _chunks(hidden, weight, chunk_bytes):

@@ -47,10 +47,10 @@ def moe_experts(hidden: torch.Tensor, routing: Routing, w_gate_up: torch.Tensor,
 def moe_experts_reference(hidden, routing, w_gate_up, w_down):
     """The specification of `moe_experts` in plain torch."""
     out = hidden.new_zeros(hidden.shape, dtype=routing.expert_weights.dtype)
-    for expert in range(w_down.shape[0]):
+    for expert, (gate_up, down) in enumerate(zip(w_gate_up.unbind(), w_down.unbind())):
         tokens, choice = (routing.expert_ids == expert).nonzero(as_tuple=True)
-        gate, up = (hidden[tokens] @ w_gate_up[expert].T).chunk(2, dim=-1)
-        rows = (torch.nn.functional.silu(gate) * up) @ w_down[expert].T
+        gate, up = (hidden[tokens] @ gate_up.T).chunk(2, dim=-1)
+        rows = (torch.nn.functional.silu(gate) * up) @ down.T
         out = out.index_add(0, tokens, rows * routing.expert_weights[tokens, choice, None])
     return out.to(hidden.dtype)
 

@@ -22,8 +22,8 @@ def rms_norm(
         residual: [..., D] like `x`, or None.
 
     Returns:
-        out [..., D], the dtype of `x`; with `residual` the pair (out, x + residual), whose sum is rounded once before it
-        is normalised, as the unfused sequence does.
+        out [..., D], the dtype of `x`; with `residual` the pair (out, x + residual), whose sum is rounded once before
+        it is normalised, as the unfused sequence does.
 
     Raises:
         RuntimeError: an argument has another shape, dtype or device: `rms_norm: <argument> must <rule>, got <actual>`.

@@ -15,8 +15,8 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
     Args:
         x: [..., H, D], D even, float32, bfloat16, float16, or float64; arithmetic in float32 (float64).
-        cos, sin: float32 [P, D / 2]; the rows of `x`, its leading dimensions flattened, take the table's rows in turn, so
-            P is the sequence length, or the number of rows.
+        cos, sin: float32 [P, D / 2]; the rows of `x`, its leading dimensions flattened, take the table's rows in turn,
+            so P is the sequence length, or the number of rows.
 
     Returns:
         [..., H, D], contiguous. Differentiable in `x`.

@@ -77,6 +77,8 @@ def save_checkpoint(
     >>> save_checkpoint(mkdtemp(), 1000, lambda path: (path / "state.json").write_text("{}") and None).name
     'step-00001000'
     """
+    if not isinstance(step, int) or step < 0:
+        raise CheckpointError(f"checkpoint: step must be an integer >= 0, got {step!r}")
     target = Path(root) / f"step-{step:08d}"
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise CheckpointError(f"checkpoint: {target} must be a directory or absent, got something else")
@@ -117,9 +119,7 @@ def _report_to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def latest_checkpoint(
-    root: str | os.PathLike[str], report: Callable[[str], None] = _report_to_stderr
-) -> Path | None:
+def latest_checkpoint(root: str | os.PathLike[str], report: Callable[[str], None] = _report_to_stderr) -> Path | None:
     """The newest checkpoint under ``root`` that verifies, or None when there is none at all.
 
     Each damaged one on the way is reported in one sentence and passed over.
@@ -149,6 +149,8 @@ def set_aside_damaged(root: str | os.PathLike[str], good: Path) -> None:
 
 def prune(root: str | os.PathLike[str], keep_last: int) -> None:
     """Delete all but the newest ``keep_last`` checkpoints; 0 keeps all of them."""
+    if keep_last < 0:
+        raise CheckpointError(f"checkpoint: keep_last must be >= 0, got {keep_last}")
     for path in list_checkpoints(root)[:-keep_last] if keep_last else []:
         # Renamed first: a kill in the middle must leave a temporary, never a checkpoint with files missing.
         doomed = _temporary(path)

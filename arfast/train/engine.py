@@ -100,6 +100,8 @@ class Engine:
             NonFiniteError: loss or gradients are NaN or Inf and the policy is "stop", or it is "skip" and this is the
                 third such step in a row. Nothing has changed then.
         """
+        if not batches:
+            raise ValueError("Trainer: batches must hold at least one micro-batch, got none")
         tokens = sum(batch.input_ids.numel() for batch in batches)
         num_samples = tokens // self.config.seqlen
         lr = self.learning_rate(self.state.tokens + tokens)

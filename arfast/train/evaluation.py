@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,18 @@ class Evaluation:
     num_tokens: int
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No gradients, ``model.eval()``, and the mode that was before at the end."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -41,15 +53,16 @@ def evaluate(
         stop: asked before each batch; when it says so, evaluation ends and None is returned.
 
     Raises:
-        ValueError: there is no target token.
+        ValueError: there is no target token, or an argument is not positive.
 
     bits_per_byte = loss / (ln 2 * bytes_per_token).
     """
-    was_training = model.training
+    for name, value in (("bytes_per_token", bytes_per_token), ("max_tokens", max_tokens)):
+        if value is not None and not value > 0:
+            raise ValueError(f"evaluate: {name} must be > 0, got {value}")
     device = next(model.parameters()).device
     total, num_tokens = 0.0, 0
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for batch in batches:
             if stop():
                 return None
@@ -58,8 +71,6 @@ def evaluate(
             num_tokens += int(output.num_tokens)
             if max_tokens is not None and num_tokens >= max_tokens:
                 break
-    finally:
-        model.train(was_training)
     if num_tokens == 0:
         raise ValueError("evaluate: batches must hold at least one target token, got none")
     loss = total / num_tokens

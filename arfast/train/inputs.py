@@ -50,6 +50,8 @@ def open_data(
 
 def check_inputs(model: nn.Module, config: TrainConfig, datasets: Mapping[str, Any], tokenizer: Any | None) -> None:
     """Refuse a model, data sets and a tokenizer that do not belong together, naming the one that is wrong."""
+    if not dataclasses.is_dataclass(getattr(model, "config", None)):
+        raise TypeError(f"Trainer: model must have a dataclass as its config, got {type(model).__name__} without")
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ValueError(f"Trainer: model must have float32 parameters, got {parameter.dtype} for {name}")

@@ -55,6 +55,13 @@ class RunLog(contextlib.AbstractContextManager):
         yield
         self._seconds += time.perf_counter() - start
 
+    @contextlib.contextmanager
+    def activity(self, name: str) -> Iterator[None]:
+        """Show on the bar what keeps it from moving."""
+        self._bar.set_description(name)
+        yield
+        self._bar.set_description()
+
     def record_step(self, state: TrainState, result: StepResult) -> None:
         self._tokens += result.tokens
         if not result.applied:

@@ -37,7 +37,8 @@ class WorkingCopy:
     One cast per weight and step, instead of one per use as under autocast, and no operator runs in mixed precision.
     Each gradient is added to the float32 gradient of its master weight, and freed, as soon as it is complete, so that
     accumulation over micro-batches rounds once per micro-batch and the memory of low-precision gradients stays one
-    tensor. Measured on 2 cores (2026-11) with a 7M-parameter model: casting the weights costs 0.9 ms of a 360 ms step.
+    tensor. Measured on 2 cores (2026-11), CPU time of a step of 2048 tokens: 174 ms against 183 ms under autocast (4M
+    parameters), 434 against 467 ms (11M); casting the weights is below 1 % of it.
     """
 
     def __init__(self, masters: nn.Module, dtype: torch.dtype) -> None:

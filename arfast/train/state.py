@@ -54,7 +54,7 @@ def load_engine(engine: Engine, directory: Path) -> None:
     Raises:
         CheckpointError: it was written for other parameters.
     """
-    state = TrainState(**read_state(directory)["state"])
+    state, _ = read_state(directory)
     weights = type(engine.model).from_pretrained(directory, dtype=torch.float32, device=engine.device).state_dict()
     try:
         engine.model.load_state_dict(weights)
@@ -66,8 +66,8 @@ def load_engine(engine: Engine, directory: Path) -> None:
     engine.state = state
 
 
-def read_state(directory: Path) -> dict[str, Any]:
-    """``{"version", "state", "identity", "config", "environment"}`` of a checkpoint.
+def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
+    """Counters of a checkpoint, and all that is beside them: "identity", "config", "environment".
 
     Raises:
         CheckpointError: the file is of another version or lacks a part.
@@ -75,14 +75,12 @@ def read_state(directory: Path) -> dict[str, Any]:
     path = directory / STATE_FILE
     try:
         content = json.loads(path.read_text())
-        version, keys = content["version"], set(content)
+        if content["version"] != _VERSION:
+            raise CheckpointError(f"checkpoint: {path} must have version {_VERSION}, got {content['version']}")
+        parts = {name: dict(content[name]) for name in ("identity", "config", "environment")}
+        return TrainState(**content["state"]), parts
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint: {path} must be a trainer state, got {error!r}") from None
-    if version != _VERSION:
-        raise CheckpointError(f"checkpoint: {path} must have version {_VERSION}, got {version}")
-    if missing := {"state", "identity", "config", "environment"} - keys:
-        raise CheckpointError(f"checkpoint: {path} must have {', '.join(sorted(missing))}, got {sorted(keys)}")
-    return content
 
 
 def environment(device: torch.device) -> dict[str, Any]:

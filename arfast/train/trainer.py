@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import checkpoint as ckpt
 from .config import TrainConfig
 from .engine import Engine, StepResult, TrainState
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, evaluate, evaluation_mode
 from .inputs import check_identity, check_inputs, describe, describe_changes, open_data
 from .log import RunLog, notice
 from .manifest import MANIFEST, CheckpointError
@@ -60,7 +60,7 @@ class Trainer:
         generate: called as ``arfast.generate.generate``, the default, for samples.
 
     Raises:
-        ValueError: model, config, data and tokenizer do not belong together.
+        TypeError, ValueError: model, config, data and tokenizer are not what is asked for, or do not belong together.
 
     >>> trainer = Trainer(CausalLM(config), TrainConfig(max_tokens=4_000_000), "data")  # doctest: +SKIP
     >>> trainer.fit().evaluation.bits_per_byte  # doctest: +SKIP
@@ -76,6 +76,8 @@ class Trainer:
         *,
         generate: Callable[..., Tensor] | None = None,
     ) -> None:
+        if not isinstance(config, TrainConfig):
+            raise TypeError(f"Trainer: config must be a TrainConfig, got {type(config).__name__}")
         self.config = config
         self.datasets, self.tokenizer = open_data(data, config, tokenizer)
         check_inputs(model, config, self.datasets, self.tokenizer)
@@ -136,16 +138,18 @@ class Trainer:
         self._load(Path(path))
 
     def _load(self, path: Path) -> None:
-        saved = read_state(path)
+        state, saved = read_state(path)
         check_identity(saved["identity"], self._identity, path)
-        if saved["state"]["step"] > self.config.num_steps:
-            done, planned = saved["state"]["step"], self.config.num_steps
-            raise CheckpointError(f"Trainer: max_steps must be at least {done} to continue {path}, got {planned}")
-        if changes := describe_changes(saved["config"], self.config.to_dict()):
-            notice(f"Trainer: continuing {path} with other settings ({changes})")
-        if changes := describe_changes(saved["environment"], environment(self.engine.device)):
-            notice(f"Trainer: continuing {path} under other conditions, not bit-identically ({changes})")
+        if state.step > self.config.num_steps:
+            raise CheckpointError(
+                f"Trainer: max_steps must be at least {state.step} to continue {path}, got {self.config.num_steps}"
+            )
         load_engine(self.engine, path)
+        notice(f"Trainer: continuing {path}")
+        if changes := describe_changes(saved["config"], self.config.to_dict()):
+            notice(f"Trainer: its settings were others ({changes})")
+        if changes := describe_changes(saved["environment"], environment(self.engine.device)):
+            notice(f"Trainer: not bit-identical, since it was written under other conditions ({changes})")
         self._saved_step = self.state.step
 
     def evaluate(self, split: str = "validation", max_tokens: int | None = None) -> Evaluation:
@@ -166,8 +170,7 @@ class Trainer:
             from arfast.generate import generate
         greedy = config.sample_temperature == 0
         samples = []
-        model.eval()
-        with self._random_state_kept(), torch.no_grad():
+        with self._random_state_kept(), evaluation_mode(model):
             for prompt in config.sample_prompts:
                 if stop():
                     return None
@@ -226,10 +229,14 @@ class Trainer:
         self._leave_when_asked(log, stop)
         if "validation" in self.datasets and due(config.eval_every) and not log.metrics.at_step(step, "val_loss"):
             max_tokens = None if last else config.eval_tokens
-            if evaluation := self._evaluate("validation", max_tokens, lambda: bool(stop)):
+            with log.activity("evaluating"):
+                evaluation = self._evaluate("validation", max_tokens, lambda: bool(stop))
+            if evaluation:
                 log.record_evaluation(self.state, evaluation)
         if config.sample_prompts and due(config.sample_every) and not log.samples.at_step(step, "samples"):
-            if samples := self._sample(lambda: bool(stop)):
+            with log.activity("sampling"):
+                samples = self._sample(lambda: bool(stop))
+            if samples:
                 log.record_samples(self.state, samples)
         self._leave_when_asked(log, stop)
 

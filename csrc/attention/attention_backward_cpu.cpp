@@ -43,7 +43,7 @@ class BackwardRange {
         ld_(round_up_to_lanes<A>(head_dim_)),
         scale_(static_cast<A>(problem_.softmax_scale)),
         arena_(2 * Arena<A>::padded((range.end - range.begin) * ld_) + 5 * kQueryBlock * ld_ + 2 * kKeyBlock * ld_ +
-               2 * kKeyBlock * kQueryBlock + 2 * kQueryBlock),
+               2 * kKeyBlock * kQueryBlock + 3 * kQueryBlock),
         dk_(arena_.take((range.end - range.begin) * ld_)),
         dv_(arena_.take((range.end - range.begin) * ld_)),
         q_rows_(arena_.take(kQueryBlock * ld_)),
@@ -56,16 +56,20 @@ class BackwardRange {
         probabilities_(arena_.take(kKeyBlock * kQueryBlock)),
         dscores_(arena_.take(kKeyBlock * kQueryBlock)),
         lse_(arena_.take(kQueryBlock)),
-        delta_(arena_.take(kQueryBlock)) {}
+        delta_(arena_.take(kQueryBlock)),
+        dout_out_(arena_.take(kQueryBlock)) {}
 
-  void run() {
+  // Adds what the range contributes to dsink [H] to `dsink`, unless that is nullptr.
+  void run(double* dsink) {
     const int64_t num_keys = range_.end - range_.begin, group = problem_.num_heads / problem_.num_kv_heads;
     std::fill_n(dk_, num_keys * ld_, A{0});
     std::fill_n(dv_, num_keys * ld_, A{0});
     for (int64_t head = range_.kv_head * group; head < (range_.kv_head + 1) * group; ++head) {
       int64_t query = visible_.query_begin(sequence_.seqlen_q, sequence_.seqlen_k);
       for (; query < sequence_.seqlen_q; query += kQueryBlock) {
-        visit_queries(head, query, std::min(kQueryBlock, sequence_.seqlen_q - query));
+        const int64_t num_queries = std::min(kQueryBlock, sequence_.seqlen_q - query);
+        visit_queries(head, query, num_queries);
+        if (dsink != nullptr) dsink[head] -= sink_share(head, num_queries);
       }
     }
     for (int64_t key = range_.begin; key < range_.end; ++key) {
@@ -87,6 +91,7 @@ class BackwardRange {
     const int64_t begin = std::max(range_.begin, visible_.key_begin(query));
     const int64_t end = std::min(range_.end, visible_.key_end(query + num_queries - 1, sequence_.seqlen_k));
     std::fill_n(dq_, num_queries * ld_, A{0});
+    std::fill_n(dout_out_, kQueryBlock, A{0});
     if (begin < end) load_queries(head, query, num_queries);
     for (int64_t key = begin; key < end; key += kKeyBlock) {
       visit_tile(query, num_queries, key, std::min(kKeyBlock, end - key));
@@ -100,6 +105,15 @@ class BackwardRange {
         store_row(dq_partial<A>(params_, range_.split) + at, dq_ + i * ld_, scale_);
       }
     }
+  }
+
+  // The sink is a key with probability exp(sink - lse) and value 0, hence dsink = -sum over the rows of p (dout . out).
+  // The second factor is summed up here: from the rounded out it would be too coarse for a sum over so many rows.
+  double sink_share(int64_t head, int64_t num_queries) const {
+    const A sink = static_cast<const A*>(problem_.sink)[head];
+    double sum = 0;
+    for (int64_t i = 0; i < num_queries; ++i) sum += dout_out_[i] == 0 ? 0 : std::exp(sink - lse_[i]) * dout_out_[i];
+    return sum;
   }
 
   void load_queries(int64_t head, int64_t query, int64_t num_queries) {
@@ -169,13 +183,15 @@ class BackwardRange {
         const V bend = capped ? tanh(score * inside) : V{};
         if (capped) score = softcap * bend;
         V probability = exp2_bounded((score * score_scale - load(lse_ + i)) * static_cast<A>(kLog2E));
-        V dscore = probability * (load(ds) - load(delta_ + i));
+        const V dprobability = load(ds);
+        V dscore = probability * (dprobability - load(delta_ + i));
         if (capped) dscore *= 1 - bend * bend;
         if (band.masked) {
           const auto visible = visible_lanes<A>(visible_, query + i, key + row);
           probability = visible ? probability : V{};
           dscore = visible ? dscore : V{};
         }
+        if (problem_.sink != nullptr) store(dout_out_ + i, load(dout_out_ + i) + probability * dprobability);
         store(p, probability);
         store(ds, dscore);
       }
@@ -194,7 +210,7 @@ class BackwardRange {
   A *q_rows_, *q_panels_, *dout_rows_, *dout_panels_, *dq_;  // [kQueryBlock, ld] and panels of it
   A *keys_, *values_;                                        // [kKeyBlock, ld]
   A *probabilities_, *dscores_;                              // [kKeyBlock, kQueryBlock]
-  A *lse_, *delta_;                                          // [kQueryBlock]
+  A *lse_, *delta_, *dout_out_;                              // [kQueryBlock]
 };
 
 // delta = rowsum(dout * out) - dlse for up to kLanes rows of one head. Summed in the order of dprobabilities: with few
@@ -231,20 +247,21 @@ void compute_delta(const AttentionBackwardParams& params, const Sequence& sequen
   }
 }
 
-// The sink is a key with probability exp(sink - lse) and value 0, hence dsink = -sum over the rows of p * delta.
+// What dlse contributes to dsink: the sink's probability times dlse, summed over the rows.
 template <typename A>
-void compute_dsink(const AttentionBackwardParams& params, int64_t head) {
+double dlse_share(const AttentionBackwardParams& params, int64_t head) {
   const AttentionProblem& problem = params.problem;
   const A sink = static_cast<const A*>(problem.sink)[head];
   double sum = 0;
+  if (params.dlse == nullptr || sink == -kInfinity<A>) return sum;
   for (int64_t b = 0; b < problem.batch; ++b) {
     const Sequence sequence(problem, b);
     const int64_t at = statistic_index(problem, sequence.batch, sequence.q_row, head);
-    for (int64_t i = at; i < at + sequence.seqlen_q && sink > -kInfinity<A>; ++i) {
-      sum -= std::exp(sink - static_cast<const A*>(params.lse)[i]) * static_cast<const A*>(params.delta)[i];
+    for (int64_t i = at; i < at + sequence.seqlen_q; ++i) {
+      sum += std::exp(sink - static_cast<const A*>(params.lse)[i]) * static_cast<const A*>(params.dlse)[i];
     }
   }
-  static_cast<A*>(params.dsink)[head] = static_cast<A>(sum);
+  return sum;
 }
 
 // Zeros for the rows that no task writes.
@@ -293,8 +310,11 @@ void backward(const AttentionBackwardParams& params) {
   std::stable_sort(ranges.begin(), ranges.end(), [&](const KeyRange& a, const KeyRange& b) {
     return Sequence(problem, a.sequence).seqlen_k > Sequence(problem, b.sequence).seqlen_k;
   });
-  run_tasks(static_cast<int64_t>(ranges.size()), 1,
-            [&](int64_t index) { BackwardRange<T>(params, ranges[index]).run(); });
+  const int64_t num_heads = problem.num_heads, count = static_cast<int64_t>(ranges.size());
+  std::vector<double> dsink(params.dsink != nullptr ? count * num_heads : 0);
+  run_tasks(count, 1, [&](int64_t index) {
+    BackwardRange<T>(params, ranges[index]).run(dsink.empty() ? nullptr : dsink.data() + index * num_heads);
+  });
 
   for (int64_t b = 0; b < problem.batch; ++b) {
     const Sequence sequence(problem, b);
@@ -314,10 +334,10 @@ void backward(const AttentionBackwardParams& params) {
     fill_zeros<T>(problem, params.dk, 0, k_end, problem.num_keys, problem.num_keys, problem.num_kv_heads);
     fill_zeros<T>(problem, params.dv, 0, k_end, problem.num_keys, problem.num_keys, problem.num_kv_heads);
   }
-  if (params.dsink != nullptr) {
-    parallel_for(problem.num_heads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t head = begin; head < end; ++head) compute_dsink<Acc<T>>(params, head);
-    });
+  for (int64_t head = 0; head < num_heads && params.dsink != nullptr; ++head) {
+    double sum = dlse_share<Acc<T>>(params, head);
+    for (int64_t index = 0; index < count; ++index) sum += dsink[index * num_heads + head];
+    static_cast<Acc<T>*>(params.dsink)[head] = static_cast<Acc<T>>(sum);
   }
 }
 

@@ -42,10 +42,9 @@ void check_tensors(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
   check_shape(kOp, "q", q, "[B, Tq, H, D]", {kAny, kAny, kAny, kAny});
   check(!block_table || !beam_slots, kOp, "beam_slots", "be None with block_table", "a tensor");
   const bool own_rows = !block_table && !beam_slots;
-  check_shape(kOp, "k_cache", k_cache, block_table ? "[pages, page, Hkv, D]" : "[B, S_max, Hkv, D]",
-              {own_rows ? q.size(0) : kAny, kAny, kAny, q.size(3)});
-  check_shape(kOp, "v_cache", v_cache, "that of k_cache",
-              {k_cache.size(0), k_cache.size(1), k_cache.size(2), k_cache.size(3)});
+  const char* names = block_table ? "[pages, page, Hkv, D]" : "[B, S_max, Hkv, D]";
+  check_shape(kOp, "k_cache", k_cache, names, {own_rows ? q.size(0) : kAny, kAny, kAny, q.size(3)});
+  check_shape(kOp, "v_cache", v_cache, names, {k_cache.size(0), k_cache.size(1), k_cache.size(2), k_cache.size(3)});
   const int64_t num_heads = q.size(2), num_kv_heads = k_cache.size(2), head_dim = q.size(3);
   check(num_heads >= 1, kOp, "q", "have at least one head", "0");
   check(head_dim >= 1 && head_dim <= kAttentionMaxHeadDim, kOp, "q", "have a head_dim in [1, 256]",

@@ -2,6 +2,7 @@
 // group of query heads. A task is a range of keys of one key-value head; the partial softmaxes of the ranges are merged
 // in their order (Milakov and Gimelshein 2018, arXiv 1805.02867, section 3.1).
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "attention/attention_decode.h"
@@ -36,6 +37,71 @@ A* partial_of(const AttentionDecodeParams& params, int64_t sequence, int64_t kv_
   return static_cast<A*>(params.partial) + (range * Rows(params).count + row) * (params.head_dim + 2);
 }
 
+// Scores of kLanes pairs of a row and a key: their partial sums are added while they are transposed into one vector.
+// size is a multiple of the lanes.
+template <typename T, int kRows>
+inline void multiply_keys(const Acc<T>* queries, int64_t ld, const T* const* keys, int64_t size, Acc<T>* scores) {
+  using V = Vec<T>;
+  constexpr int kL = kLanes<T>, kKeys = kL / kRows;
+  V sum[kL] = {};
+  int64_t i = 0;
+  do {
+    V key[kKeys];
+#pragma GCC unroll 16
+    for (int k = 0; k < kKeys; ++k) key[k] = load(keys[k] + i);
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+      const V query = load(queries + row * ld + i);
+#pragma GCC unroll 16
+      for (int k = 0; k < kKeys; ++k) sum[row * kKeys + k] += query * key[k];
+    }
+    i += kL;
+  } while (i < size);
+  Acc<T> products[kL];
+  store(products, add_transposed(sum));
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row)
+    std::memcpy(scores + row * kDecodeTile, products + row * kKeys, sizeof(V) / kRows);
+}
+
+// out [kRows, kVectors] += weights [kRows, num_keys] values [num_keys, kVectors], from a column on.
+template <typename T, int kRows, int kVectors>
+inline void multiply_values(const Acc<T>* weights, const T* const* values, int64_t num_keys, int64_t column,
+                            Acc<T>* out, int64_t ld) {
+  using V = Vec<T>;
+  constexpr int kL = kLanes<T>;
+  V sum[kRows][kVectors] = {};
+  for (int64_t key = 0; key < num_keys; ++key) {
+    V value[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) value[v] = load(values[key] + column + v * kL);
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[row][v] += weights[row * kDecodeTile + key] * value[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Acc<T>* p = out + row * ld + column + v * kL;
+      store(p, load(p) + sum[row][v]);
+    }
+  }
+}
+
+// Calls f(number of rows as a compile-time constant, first row) for blocks of at most 4 rows, and at most kLanes.
+template <typename A, typename F>
+inline void for_each_row_block(int64_t rows, const F& f) {
+  int64_t row = 0;
+  if constexpr (kLanes<A> >= 4) {
+    for (; row + 4 <= rows; row += 4) f(std::integral_constant<int, 4>{}, row);
+  }
+  for (; row + 2 <= rows; row += 2) f(std::integral_constant<int, 2>{}, row);
+  if (row < rows) f(std::integral_constant<int, 1>{}, row);
+}
+
 template <typename T>
 class DecodeRange {
  public:
@@ -55,8 +121,8 @@ class DecodeRange {
                2 * Arena<A>::padded(rows_.count)),
         queries_(arena_.take(rows_.count * ld_)),
         out_(arena_.take(rows_.count * ld_)),
-        keys_(arena_.take(kDecodeTile * ld_)),
-        values_(arena_.take(kDecodeTile * ld_)),
+        packed_keys_(arena_.take(kDecodeTile * ld_)),
+        packed_values_(arena_.take(kDecodeTile * ld_)),
         scores_(arena_.take(rows_.count * kDecodeTile)),
         maximum_(arena_.take(rows_.count)),
         sum_(arena_.take(rows_.count)) {}
@@ -83,33 +149,67 @@ class DecodeRange {
   }
 
  private:
-  // Where the cache holds key `position` of the sequence: at (batch or page, row).
-  int64_t offset(const AttentionView& cache, int64_t position) const {
-    int64_t batch = range_.sequence, row = position;
-    if (params_.block_table != nullptr) {
-      batch = params_.block_table[range_.sequence * params_.table_stride + position / params_.page_size];
-      row = position % params_.page_size;
-    } else if (params_.beam_slots != nullptr) {
-      batch = params_.beam_slots[range_.sequence * params_.table_stride + position];
+  // Where the cache holds the keys and values from position `key` on, run by run.
+  void locate(int64_t key, int64_t num_keys, const T** keys, const T** values) const {
+    const AttentionView &k = params_.k, &v = params_.v;
+    const int64_t table_row = range_.sequence * params_.table_stride;
+    for (int64_t i = 0; i < num_keys;) {
+      int64_t batch = range_.sequence, row = key + i, run = num_keys - i;
+      if (params_.block_table != nullptr) {
+        batch = params_.block_table[table_row + row / params_.page_size];
+        row %= params_.page_size;
+        run = std::min(run, params_.page_size - row);
+      } else if (params_.beam_slots != nullptr) {
+        batch = params_.beam_slots[table_row + row];
+        run = 1;
+      }
+      const T* k_row =
+          static_cast<const T*>(k.data) + batch * k.batch_stride + row * k.row_stride + range_.kv_head * k.head_stride;
+      const T* v_row =
+          static_cast<const T*>(v.data) + batch * v.batch_stride + row * v.row_stride + range_.kv_head * v.head_stride;
+      for (const int64_t end = i + run; i < end; ++i, k_row += k.row_stride, v_row += v.row_stride) {
+        keys[i] = k_row;
+        values[i] = v_row;
+      }
     }
-    return batch * cache.batch_stride + row * cache.row_stride + range_.kv_head * cache.head_stride;
   }
 
   void visit_tile(int64_t key, int64_t num_keys) {
     const T *keys[kDecodeTile], *values[kDecodeTile];
-    for (int64_t i = 0; i < num_keys; ++i) {
-      keys[i] = static_cast<const T*>(params_.k.data) + offset(params_.k, key + i);
-      values[i] = static_cast<const T*>(params_.v.data) + offset(params_.v, key + i);
+    locate(key, num_keys, keys, values);
+    // Scores come kLanes at a time: past the end the last key is repeated, and its scores are masked.
+    std::fill(keys + num_keys, keys + kDecodeTile, keys[num_keys - 1]);
+    if (head_dim_ == ld_) return visit_rows<T>(keys, values, key, num_keys);
+    pack_rows<T>(keys, kDecodeTile, head_dim_, packed_keys_, ld_);
+    pack_rows<T>(values, num_keys, head_dim_, packed_values_, ld_);
+    const A *key_rows[kDecodeTile], *value_rows[kDecodeTile];
+    for (int64_t i = 0; i < kDecodeTile; ++i) {
+      key_rows[i] = packed_keys_ + i * ld_;
+      value_rows[i] = packed_values_ + i * ld_;
     }
-    pack_panels<T>(keys, num_keys, head_dim_, keys_);
-    pack_rows<T>(values, num_keys, head_dim_, values_, ld_);
-    const int64_t lanes = round_up_to_lanes<A>(num_keys);
-    for (int64_t lane = 0; lane < lanes; lane += kPanel<A>) {
-      multiply<A, Layout::kRowMajor>(scores_ + lane, kDecodeTile, queries_, ld_, keys_ + lane * head_dim_, kPanel<A>,
-                                     rows_.count, std::min<int64_t>(kPanel<A>, lanes - lane), head_dim_, false);
-    }
+    visit_rows<A>(key_rows, value_rows, key, num_keys);
+  }
+
+  // U: the type of the rows, which are a multiple of the lanes long.
+  template <typename U>
+  void visit_rows(const U* const* keys, const U* const* values, int64_t key, int64_t num_keys) {
+    for_each_row_block<A>(rows_.count, [&](auto count, int64_t row) {
+      constexpr int kRows = count, kKeys = kL / kRows;
+      for (int64_t i = 0; i < num_keys; i += kKeys) {
+        multiply_keys<U, kRows>(queries_ + row * ld_, ld_, keys + i, ld_, scores_ + row * kDecodeTile + i);
+      }
+    });
     for (int64_t row = 0; row < rows_.count; ++row) add_scores(row, key, num_keys);
-    multiply<A, Layout::kRowMajor>(out_, ld_, scores_, kDecodeTile, values_, ld_, rows_.count, ld_, num_keys, true);
+    for_each_row_block<A>(rows_.count, [&](auto count, int64_t row) {
+      constexpr int kRows = count;
+      int64_t column = 0;
+      for (; column + 4 * kL <= ld_; column += 4 * kL) {
+        multiply_values<U, kRows, 4>(scores_ + row * kDecodeTile, values, num_keys, column, out_ + row * ld_, ld_);
+      }
+      for (; column < ld_; column += kL) {
+        multiply_values<U, kRows, 1>(scores_ + row * kDecodeTile, values, num_keys, column, out_ + row * ld_, ld_);
+      }
+    });
   }
 
   // Online softmax of one row: scores become weights relative to the new maximum.
@@ -138,12 +238,13 @@ class DecodeRange {
       store(scores + i, weight);
       sum += weight;
     }
-    const A factor = std::exp2((maximum_[row] - reference) * exponent_scale_);
-    sum_[row] = sum_[row] * factor + reduce_add(sum);
     if (maximum > maximum_[row]) {
+      const A factor = std::exp2((maximum_[row] - maximum) * exponent_scale_);
+      sum_[row] *= factor;
       A* out = out_ + row * ld_;
       for (int64_t i = 0; i < ld_; i += kL) store(out + i, load(out + i) * factor);
     }
+    sum_[row] += reduce_add(sum);
     maximum_[row] = maximum;
   }
 
@@ -153,11 +254,10 @@ class DecodeRange {
   const int64_t seqlen_, head_dim_, ld_;
   const A exponent_scale_;
   Arena<A> arena_;
-  A *queries_, *out_;  // [rows, ld]
-  A* keys_;            // panels [kDecodeTile / kPanel][D][kPanel]
-  A* values_;          // [kDecodeTile, ld]
-  A* scores_;          // [rows, kDecodeTile]
-  A *maximum_, *sum_;  // [rows]
+  A *queries_, *out_;                // [rows, ld]
+  A *packed_keys_, *packed_values_;  // [kDecodeTile, ld]
+  A* scores_;                        // [rows, kDecodeTile]
+  A *maximum_, *sum_;                // [rows]
 };
 
 // Merges the ranges of one row with each other and with the sink, a key with value 0.

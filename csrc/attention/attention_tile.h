@@ -109,28 +109,50 @@ void multiply(A* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ld
   }
 }
 
-// Transposes a square of kLanes rows: each round interleaves the lower half of the rows with the upper half.
+// Two vectors interleaved, a0 b0 a1 b1 ...: the vector of their lower and that of their upper halves.
 template <typename V, size_t... kLane>
-inline void transpose(V* rows, std::index_sequence<kLane...>) {
-  constexpr int kL = sizeof...(kLane);
-  using Indices = decltype(V{} < V{});
-  constexpr Indices kLow = {(kLane / 2 + kLane % 2 * kL)...};
-  constexpr Indices kHigh = {(kLane / 2 + kLane % 2 * kL + kL / 2)...};
+inline V interleave_low(V a, V b, std::index_sequence<kLane...>) {
+  return __builtin_shuffle(a, b, decltype(V{} < V{}){(kLane / 2 + kLane % 2 * sizeof...(kLane))...});
+}
+template <typename V, size_t... kLane>
+inline V interleave_high(V a, V b, std::index_sequence<kLane...>) {
+  constexpr size_t kL = sizeof...(kLane);
+  return __builtin_shuffle(a, b, decltype(V{} < V{}){(kL / 2 + kLane / 2 + kLane % 2 * kL)...});
+}
+
+// Transposes a square of kLanes vectors in place: each round interleaves its lower half with its upper half.
+template <typename A>
+inline void transpose(Vec<A>* rows) {
+  constexpr int kL = kLanes<A>;
+  constexpr std::make_index_sequence<kL> kLane;
 #pragma GCC unroll 4
   for (int round = 1; round < kL; round *= 2) {
-    V next[kL];
+    Vec<A> next[kL];
 #pragma GCC unroll 8
     for (int i = 0; i < kL / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kL / 2], kLow);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kL / 2], kHigh);
+      next[2 * i] = interleave_low(rows[i], rows[i + kL / 2], kLane);
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + kL / 2], kLane);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kL; ++i) rows[i] = next[i];
   }
 }
-template <typename A>
-inline void transpose(Vec<A>* rows) {
-  transpose(rows, std::make_index_sequence<kLanes<A>>{});
+
+// The vector whose lane i is the sum over the lanes of rows[i]: the rounds of a transposition, added up.
+template <typename V, size_t kCount>
+inline V add_transposed(const V (&rows)[kCount]) {
+  if constexpr (kCount == 1) {
+    return rows[0];
+  } else {
+    constexpr std::make_index_sequence<sizeof(V) / sizeof(rows[0][0])> kLane;
+    V next[kCount / 2];
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kCount / 2; ++i) {
+      const V a = rows[i], b = rows[i + kCount / 2];
+      next[i] = interleave_low(a, b, kLane) + interleave_high(a, b, kLane);
+    }
+    return add_transposed(next);
+  }
 }
 
 // Rows of T at a constant distance. Packing takes anything whose [i] is the pointer to a row.

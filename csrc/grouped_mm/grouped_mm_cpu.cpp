@@ -1,16 +1,12 @@
 // Grouped matrix products on the CPU: blocks of rows whose bounds depend on the groups alone, each on one thread, so
 // the result does not depend on how many there are.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <vector>
 
-#include "core/parallel.h"
+#include "core/simd.h"
+#include "core/tasks.h"
 #include "grouped_mm/grouped_mm.h"
-
-#ifndef ARFAST_CPU_TARGET
-#define ARFAST_CPU_TARGET baseline
-#endif
 
 namespace arfast::ARFAST_CPU_TARGET {
 namespace {
@@ -20,15 +16,6 @@ constexpr int64_t kBlockRows = 256;
 struct Block {
   int64_t group, begin, end;
 };
-
-// Calls f(block) for every block; threads take the next one when they are done, since blocks differ in size.
-template <typename F>
-void run_blocks(const std::vector<Block>& blocks, const F& f) {
-  std::atomic<size_t> next{0};
-  parallel_for(static_cast<int64_t>(blocks.size()), 1, [&](int64_t, int64_t) {
-    for (size_t i = next++; i < blocks.size(); i = next++) f(blocks[i]);
-  });
-}
 
 void split(int64_t group, int64_t begin, int64_t end, std::vector<Block>& blocks) {
   for (; begin < end; begin += kBlockRows) blocks.push_back({group, begin, std::min(begin + kBlockRows, end)});
@@ -56,7 +43,8 @@ void grouped_mm(const GroupedMmParams& params) {
   for (int64_t group = 0; group < params.num_groups; ++group) {
     split(group, params.offsets[group], params.offsets[group + 1], blocks);
   }
-  run_blocks(blocks, [&](const Block& block) {
+  run_tasks(blocks.size(), [&](int64_t task) {
+    const Block& block = blocks[task];
     Matrix b = params.b;
     b.data = static_cast<char*>(b.data) + block.group * params.b_group_stride * item;
     params.matmul(params.dtype, rows_of(params.a, block.begin, block.end, item), b,
@@ -68,7 +56,8 @@ void grouped_mm_transposed(const GroupedMmTransposedParams& params) {
   const int64_t item = item_size(params.dtype), group_rows = params.out.rows, columns = params.out.columns;
   std::vector<Block> blocks;
   for (int64_t group = 0; group < params.num_groups; ++group) split(group, 0, group_rows, blocks);
-  run_blocks(blocks, [&](const Block& block) {
+  run_tasks(blocks.size(), [&](int64_t task) {
+    const Block& block = blocks[task];
     const int64_t begin = params.offsets[block.group], end = params.offsets[block.group + 1];
     const Matrix out =
         rows_of(params.out, block.group * group_rows + block.begin, block.group * group_rows + block.end, item);

@@ -59,7 +59,8 @@ struct Arguments {
       total += rows;
       largest = std::max(largest, rows);
     }
-    return std::min(total, std::max(largest, kWaveRowsPerThread * int64_t{torch::stable::get_num_threads()}));
+    const int64_t wave = std::max(kWaveRows, kWaveRowsPerThread * int64_t{torch::stable::get_num_threads()});
+    return std::min(total, std::max(largest, wave));
   }
 
   MoeExpertsShape shape() const {
@@ -78,8 +79,8 @@ struct Arguments {
   }
 
  private:
-  // Enough for every thread to have a few tasks, little enough to stay in the cache.
-  static constexpr int64_t kWaveRowsPerThread = 512;
+  // Enough for every thread to have a few tasks, little enough to stay in the last-level cache.
+  static constexpr int64_t kWaveRows = 2048, kWaveRowsPerThread = 512;
 
   static void check_routing_table(const char* argument, const Tensor& tensor, const char* names,
                                   std::initializer_list<int64_t> sizes, const Tensor& hidden) {

@@ -55,12 +55,11 @@ struct MoeExpertsBackwardParams {
   void* dw_down;           // [E, d, I]; nullptr with dw_gate_up
 };
 
-// An expert's rows take a multiple of this many in the scratch memory, the last ones zero: torch compiles a kernel for
-// every new shape of a bfloat16 product, 0.3 ms each, and row counts change from step to step.
-constexpr int64_t kMoeRowAlignment = 16;
-
+// The rows that `rows` of an expert take in the scratch memory, the last ones zero: torch compiles a kernel for every new
+// shape of a bfloat16 product, 0.3 ms each, and the counts change from step to step.
 inline int64_t moe_padded_rows(int64_t rows) {
-  return (rows + kMoeRowAlignment - 1) / kMoeRowAlignment * kMoeRowAlignment;
+  const int64_t multiple = rows < 16 ? 1 : rows < 64 ? 4 : 16;
+  return (rows + multiple - 1) / multiple * multiple;
 }
 
 ARFAST_CPU_FUNCTION(moe_experts_forward, MoeExpertsForwardParams)

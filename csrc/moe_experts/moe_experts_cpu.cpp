@@ -3,76 +3,17 @@
 // is ever in memory. Tasks are blocks of rows or of weight rows whose bounds depend on the routing alone, each on one
 // thread, so the result does not depend on how many there are.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <vector>
 
 #include "core/parallel.h"
 #include "core/simd.h"
+#include "core/tasks.h"
 #include "moe_experts/moe_experts.h"
+#include "moe_experts/waves.h"
 
 namespace arfast::ARFAST_CPU_TARGET {
 namespace {
-
-// Rows of one task, and rows of a weight gradient that one task computes.
-constexpr int64_t kTaskRows = 256;
-
-// One expert's rows of a wave: rows [first, first + count) of the order by expert, at [begin, begin + padded) of the
-// scratch memory.
-struct Segment {
-  int64_t expert, first, count, begin;
-  int64_t padded() const { return moe_padded_rows(count); }
-};
-
-// Rows [begin, end) of a segment, its padding included.
-struct RowTask {
-  Segment segment;
-  int64_t begin, end;
-  int64_t scratch_row() const { return segment.begin + begin; }
-  int64_t rows() const { return end - begin; }
-  // How many of the rows are not padding.
-  int64_t filled() const { return std::clamp<int64_t>(segment.count - begin, 0, rows()); }
-};
-
-template <typename F>
-void for_each_wave(const MoeExpertsShape& shape, const F& f) {
-  std::vector<Segment> segments;
-  int64_t used = 0;
-  for (int64_t expert = 0; expert < shape.num_experts; ++expert) {
-    Segment segment{expert, shape.offsets[expert], shape.offsets[expert + 1] - shape.offsets[expert], 0};
-    if (segment.count == 0) continue;
-    if (used + segment.padded() > shape.wave_rows) {
-      f(segments);
-      segments.clear();
-      used = 0;
-    }
-    segment.begin = used;
-    used += segment.padded();
-    segments.push_back(segment);
-  }
-  if (!segments.empty()) f(segments);
-}
-
-std::vector<RowTask> row_tasks(const std::vector<Segment>& segments) {
-  std::vector<RowTask> tasks;
-  for (const Segment& segment : segments) {
-    const int64_t count = (segment.padded() + kTaskRows - 1) / kTaskRows;
-    const int64_t size = moe_padded_rows((segment.padded() + count - 1) / count);
-    for (int64_t begin = 0; begin < segment.padded(); begin += size) {
-      tasks.push_back({segment, begin, std::min(begin + size, segment.padded())});
-    }
-  }
-  return tasks;
-}
-
-// Calls f(task) for every task; threads take the next one when they are done, since tasks differ in size.
-template <typename Task, typename F>
-void run_tasks(const std::vector<Task>& tasks, const F& f) {
-  std::atomic<size_t> next{0};
-  parallel_for(static_cast<int64_t>(tasks.size()), 1, [&](int64_t, int64_t) {
-    for (size_t i = next++; i < tasks.size(); i = next++) f(tasks[i]);
-  });
-}
 
 template <typename T>
 T* at(void* base, int64_t index) {
@@ -127,28 +68,29 @@ Acc<T> swiglu_backward_row(int64_t size, const T* h, Acc<T> weight, T* dactivati
   return reduce_add(dweight);
 }
 
-// accumulator[token] += weight * rows[row]; weights [T, K], or nullptr for 1. The rows of an expert rise with the
-// token, so a thread that owns a range of tokens finds its rows by bisection, and every sum runs over the experts in
-// order.
+int64_t combine_tasks(const MoeExpertsShape& shape) { return (shape.num_tokens + kTaskRows - 1) / kTaskRows; }
+
+// accumulator[token] += weight * rows[row] for the tokens of one task and all their rows of the wave; weights [T, K],
+// or nullptr for 1. The rows of an expert rise with the token, so bisection finds them, and every sum runs over the
+// experts in order.
 template <typename T>
-void combine_wave(const MoeExpertsShape& shape, const std::vector<Segment>& segments, const T* rows,
-                  const Acc<T>* weights, Acc<T>* accumulator) {
-  const int64_t size = shape.hidden_size;
-  parallel_for(shape.num_tokens, grain_for(size), [&](int64_t begin, int64_t end) {
-    for (const Segment& segment : segments) {
-      const int32_t* first = shape.choices + segment.first;
-      const int32_t* last = first + segment.count;
-      for (const int32_t* choice = std::lower_bound(first, last, begin * shape.top_k);
-           choice < last && *choice < end * shape.top_k; ++choice) {
-        const T* row = rows + (segment.begin + (choice - first)) * size;
-        Acc<T>* sum = accumulator + *choice / shape.top_k * size;
-        const Acc<T> weight = weights == nullptr ? 1 : weights[*choice];
-        for_each_vector<Acc<T>>(size, [&](int64_t i, int count) {
-          store_lanes(sum + i, load_lanes(sum + i, count) + weight * load_lanes(row + i, count), count);
-        });
-      }
+void combine(const MoeExpertsShape& shape, const std::vector<Segment>& segments, int64_t task, const T* rows,
+             const Acc<T>* weights, Acc<T>* accumulator) {
+  const int64_t size = shape.hidden_size, begin = task * kTaskRows;
+  const int64_t end = std::min(begin + kTaskRows, shape.num_tokens);
+  for (const Segment& segment : segments) {
+    const int32_t* first = shape.choices + segment.first;
+    const int32_t* last = first + segment.count;
+    for (const int32_t* choice = std::lower_bound(first, last, begin * shape.top_k);
+         choice < last && *choice < end * shape.top_k; ++choice) {
+      const T* row = rows + (segment.begin + (choice - first)) * size;
+      Acc<T>* sum = accumulator + *choice / shape.top_k * size;
+      const Acc<T> weight = weights == nullptr ? 1 : weights[*choice];
+      for_each_vector<Acc<T>>(size, [&](int64_t i, int count) {
+        store_lanes(sum + i, load_lanes(sum + i, count) + weight * load_lanes(row + i, count), count);
+      });
     }
-  });
+  }
 }
 
 template <typename A>
@@ -167,40 +109,54 @@ void round_to(const MoeExpertsShape& shape, const Acc<T>* accumulator, T* out) {
 }
 
 template <typename T>
-void forward(const MoeExpertsForwardParams& params) {
+struct ForwardScratch {
+  explicit ForwardScratch(const MoeExpertsForwardParams& params) {
+    const int64_t rows = params.shape.wave_rows, d = params.shape.hidden_size, size = params.shape.intermediate_size;
+    x = static_cast<T*>(params.scratch);
+    y = x + rows * d;
+    h = y + rows * d;
+    activation = h + rows * 2 * size;
+  }
+  T *x, *y;       // [wave_rows, d]
+  T* h;           // [wave_rows, 2 I]
+  T* activation;  // [wave_rows, I]
+};
+
+template <typename T>
+void forward_rows(const MoeExpertsForwardParams& params, const RowTask& task, const ForwardScratch<T>& scratch) {
   const MoeExpertsShape& shape = params.shape;
   const int64_t d = shape.hidden_size, size = shape.intermediate_size;
-  T* x = static_cast<T*>(params.scratch);
-  T* h = x + shape.wave_rows * d;
-  T* activation = h + shape.wave_rows * 2 * size;
-  T* y = activation + shape.wave_rows * size;
+  const int64_t row = task.scratch_row(), expert = task.segment.expert;
+  T* h = scratch.h + row * 2 * size;
+  T* activation = scratch.activation + row * size;
+  gather(shape, task, params.hidden, params.hidden_stride, scratch.x + row * d);
+  shape.matmul(shape.dtype, dense_matrix(scratch.x + row * d, task.rows(), d),
+               transposed(expert_matrix<T>(params.w_gate_up, expert, 2 * size, d)),
+               dense_matrix(h, task.rows(), 2 * size));
+  for (int64_t i = 0; i < task.rows(); ++i) swiglu_row(size, h + i * 2 * size, activation + i * size);
+  if (params.h != nullptr) {
+    std::memcpy(at<T>(params.h, (task.segment.first + task.begin) * 2 * size), h, task.filled() * 2 * size * sizeof(T));
+  }
+  shape.matmul(shape.dtype, dense_matrix(activation, task.rows(), size),
+               transposed(expert_matrix<T>(params.w_down, expert, d, size)),
+               dense_matrix(scratch.y + row * d, task.rows(), d));
+}
+
+template <typename T>
+void forward(const MoeExpertsForwardParams& params) {
+  const MoeExpertsShape& shape = params.shape;
+  const ForwardScratch<T> scratch(params);
+  const auto* weights = reinterpret_cast<const Acc<T>*>(params.expert_weights);
   Acc<T>* accumulator = static_cast<Acc<T>*>(params.accumulator);
   clear(shape, accumulator);
-
   for_each_wave(shape, [&](const std::vector<Segment>& segments) {
-    run_tasks(row_tasks(segments), [&](const RowTask& task) {
-      const int64_t row = task.scratch_row(), expert = task.segment.expert;
-      gather(shape, task, params.hidden, params.hidden_stride, x + row * d);
-      shape.matmul(shape.dtype, dense_matrix(x + row * d, task.rows(), d),
-                   transposed(expert_matrix<T>(params.w_gate_up, expert, 2 * size, d)),
-                   dense_matrix(h + row * 2 * size, task.rows(), 2 * size));
-      for (int64_t i = 0; i < task.rows(); ++i) {
-        swiglu_row(size, h + (row + i) * 2 * size, activation + (row + i) * size);
-      }
-      if (params.h != nullptr) {
-        std::memcpy(at<T>(params.h, (task.segment.first + task.begin) * 2 * size), h + row * 2 * size,
-                    task.filled() * 2 * size * sizeof(T));
-      }
-      shape.matmul(shape.dtype, dense_matrix(activation + row * size, task.rows(), size),
-                   transposed(expert_matrix<T>(params.w_down, expert, d, size)),
-                   dense_matrix(y + row * d, task.rows(), d));
-    });
-    combine_wave(shape, segments, y, reinterpret_cast<const Acc<T>*>(params.expert_weights), accumulator);
+    const std::vector<RowTask> tasks = row_tasks(segments);
+    run_tasks(tasks.size(), [&](int64_t i) { forward_rows(params, tasks[i], scratch); });
+    run_tasks(combine_tasks(shape), [&](int64_t i) { combine(shape, segments, i, scratch.y, weights, accumulator); });
   });
   if (params.accumulator != params.out) round_to(shape, accumulator, static_cast<T*>(params.out));
 }
 
-// The scratch memory of the backward pass, wave_rows rows each.
 template <typename T>
 struct BackwardScratch {
   explicit BackwardScratch(const MoeExpertsBackwardParams& params) {
@@ -243,26 +199,39 @@ void backward_rows(const MoeExpertsBackwardParams& params, const RowTask& task, 
   }
 }
 
-// out[e] = left^T right over the rows of each segment's expert, in blocks of rows of out [E, m, n].
-template <typename T>
-void weight_gradients(const MoeExpertsShape& shape, const std::vector<Segment>& segments, T* left, int64_t m, T* right,
-                      int64_t n, void* out) {
-  struct Block {
-    Segment segment;
-    int64_t begin, end;
-  };
-  std::vector<Block> blocks;
+// Rows [begin, end) of one expert's dw_gate_up (2 I rows) or dw_down (d rows).
+struct WeightTask {
+  Segment segment;
+  bool down;
+  int64_t begin, end;
+};
+
+std::vector<WeightTask> weight_tasks(const MoeExpertsShape& shape, const std::vector<Segment>& segments) {
+  std::vector<WeightTask> tasks;
   for (const Segment& segment : segments) {
-    for (int64_t begin = 0; begin < m; begin += kTaskRows) {
-      blocks.push_back({segment, begin, std::min(begin + kTaskRows, m)});
+    for (const bool down : {false, true}) {
+      const int64_t rows = down ? shape.hidden_size : 2 * shape.intermediate_size;
+      for (int64_t begin = 0; begin < rows; begin += kTaskRows) {
+        tasks.push_back({segment, down, begin, std::min(begin + kTaskRows, rows)});
+      }
     }
   }
-  run_tasks(blocks, [&](const Block& block) {
-    const Segment& segment = block.segment;
-    const Matrix columns{left + segment.begin * m + block.begin, segment.padded(), block.end - block.begin, m, 1};
-    shape.matmul(shape.dtype, transposed(columns), dense_matrix(right + segment.begin * n, segment.padded(), n),
-                 dense_matrix(at<T>(out, (segment.expert * m + block.begin) * n), block.end - block.begin, n));
-  });
+  return tasks;
+}
+
+// dw_gate_up = dh^T x and dw_down = dy^T (weight * activation), over the rows of an expert.
+template <typename T>
+void weight_gradient(const MoeExpertsBackwardParams& params, const WeightTask& task,
+                     const BackwardScratch<T>& scratch) {
+  const int64_t d = params.shape.hidden_size, size = params.shape.intermediate_size;
+  const int64_t m = task.down ? d : 2 * size, n = task.down ? size : d;
+  const Segment& segment = task.segment;
+  T* left = (task.down ? scratch.dy : scratch.dh) + segment.begin * m + task.begin;
+  T* right = (task.down ? scratch.activation : scratch.x) + segment.begin * n;
+  T* out = at<T>(task.down ? params.dw_down : params.dw_gate_up, (segment.expert * m + task.begin) * n);
+  const Matrix columns{left, segment.padded(), task.end - task.begin, m, 1};
+  params.shape.matmul(params.shape.dtype, transposed(columns), dense_matrix(right, segment.padded(), n),
+                      dense_matrix(out, task.end - task.begin, n));
 }
 
 // Experts without rows have zero gradients, which no product writes.
@@ -285,14 +254,15 @@ void backward(const MoeExpertsBackwardParams& params) {
   if (params.dhidden != nullptr) clear(shape, accumulator);
 
   for_each_wave(shape, [&](const std::vector<Segment>& segments) {
-    run_tasks(row_tasks(segments), [&](const RowTask& task) { backward_rows(params, task, scratch); });
-    if (params.dw_gate_up != nullptr) {
-      weight_gradients(shape, segments, scratch.dh, 2 * size, scratch.x, d, params.dw_gate_up);
-      weight_gradients(shape, segments, scratch.dy, d, scratch.activation, size, params.dw_down);
-    }
-    if (params.dhidden != nullptr) {
-      combine_wave(shape, segments, scratch.dx, static_cast<const Acc<T>*>(nullptr), accumulator);
-    }
+    const std::vector<RowTask> rows = row_tasks(segments);
+    run_tasks(rows.size(), [&](int64_t i) { backward_rows(params, rows[i], scratch); });
+    std::vector<WeightTask> weights;
+    if (params.dw_gate_up != nullptr) weights = weight_tasks(shape, segments);
+    const int64_t num_weights = weights.size(), num_combine = params.dhidden == nullptr ? 0 : combine_tasks(shape);
+    run_tasks(num_weights + num_combine, [&](int64_t i) {
+      if (i < num_weights) return weight_gradient(params, weights[i], scratch);
+      combine(shape, segments, i - num_weights, scratch.dx, static_cast<const Acc<T>*>(nullptr), accumulator);
+    });
   });
   if (params.dw_gate_up != nullptr) {
     clear_unused_experts<T>(shape, 2 * size * d, params.dw_gate_up);

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
+#include "core/buffer.h"
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "core/transpose.h"
@@ -40,7 +40,7 @@ struct Tile {
         choice(params.num_experts * kLanes<T>),
         groups(params.num_groups * kLanes<T>),
         weights(params.top_k * kLanes<T>) {}
-  std::vector<Acc<T>> logits, choice, groups, weights;
+  Buffer<Acc<T>> logits, choice, groups, weights;
 };
 
 // One row per expert, one lane per token; lanes past `count` repeat the last token.

@@ -10,7 +10,20 @@ from pathlib import Path
 
 import pytest
 
-TINY = ["--preset", "tiny", "--vocab-size", "300", "--seqlen", "32", "--batch-size", "2", "--sample-tokens", "4"]
+TINY = [
+    "--preset",
+    "tiny",
+    "--vocab-size",
+    "300",
+    "--seqlen",
+    "32",
+    "--batch-size",
+    "2",
+    "--sample-tokens",
+    "4",
+    "--dtype",
+    "float32",
+]
 
 
 def arfast(*arguments, cwd=None, **options):

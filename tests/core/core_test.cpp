@@ -125,9 +125,9 @@ void test_exp_and_tanh() {
   const auto exact_tanh = [](double x) { return std::tanh(x); };
   test_function("exp", vector_exp, exact_exp, -87.3f, 88.7f, 2);
   test_function("exp", vector_exp, exact_exp, -1e-3f, 1e-3f, 2);
-  test_function("tanh", vector_tanh, exact_tanh, -10.0f, 10.0f, 4);
-  test_function("tanh", vector_tanh, exact_tanh, -0.4f, 0.4f, 4);
-  test_function("tanh", vector_tanh, exact_tanh, -1e-6f, 1e-6f, 4);
+  test_function("tanh", vector_tanh, exact_tanh, -10.0f, 10.0f, 2);
+  test_function("tanh", vector_tanh, exact_tanh, -0.4f, 0.4f, 2);
+  test_function("tanh", vector_tanh, exact_tanh, -1e-6f, 1e-6f, 2);
   const float infinity = INFINITY, smallest = FLT_MIN;
   for (const float x : {-88.0f, -103.9f, -104.5f, -1e4f, -FLT_MAX, -infinity}) {
     const float y = exp(splat<VecF>(x))[0];

@@ -204,6 +204,9 @@ def test_wrong_arguments_give_the_documented_error(name):
     documented = tuple(f"{prefix}: " for prefix in op.errors or (name,))
 
     def check(arguments):
+        devices = {tensor.device.type for tensor in leaves(list(arguments.values()))}
+        if devices == {"meta"}:  # shapes alone: nothing looks at options and sizes
+            return
         try:
             outputs = run(op, op.function, arguments)
         except (RuntimeError, ValueError, TypeError) as error:
@@ -211,10 +214,8 @@ def test_wrong_arguments_give_the_documented_error(name):
             return
         if "routing" in arguments:  # an op reads a part of it, and cannot know that a number in range is another's
             return
-        devices = {tensor.device.type for tensor in leaves(list(arguments.values()))}
         assert len(devices) == 1, f"{name} accepts tensors of different devices"
-        if devices == {"cpu"}:  # what was changed may still be right
-            assert_same(op, outputs, arguments)
+        assert_same(op, outputs, arguments)  # what was changed may still be right
 
     fuzz(check, op, spoiled=True)
 

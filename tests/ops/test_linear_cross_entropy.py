@@ -58,7 +58,7 @@ def test_gradcheck(name, reduction):
     hidden, weight, bias, targets, options = inputs(6, 4, 9, torch.float64, OPTIONS[name])
     leaves = [t.requires_grad_() for t in (hidden, weight, bias) if t is not None]
     options |= dict(reduction=reduction, chunk_bytes=2 * 9 * 8)
-    function = lambda h, w, b=None: linear_cross_entropy(h, w, targets, bias=b, **options)  # noqa: E731
+    function = lambda h, w, b=None: linear_cross_entropy(h, w, targets, bias=b, **options)
     assert torch.autograd.gradcheck(function, leaves)
 
 

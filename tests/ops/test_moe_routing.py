@@ -22,7 +22,7 @@ SIZES = [
 ]
 GROUPS = dict(num_groups=4, top_groups=2)
 VARIANTS = {
-    "softmax": dict(),
+    "softmax": dict(scale=1.5),
     "softmax-plain": dict(renormalize=False, scale=2.5),
     "sigmoid": dict(score="sigmoid", scale=2.5),
     "sigmoid-plain": dict(score="sigmoid", renormalize=False),

@@ -36,17 +36,22 @@ def _no_plot(monkeypatch):
     monkeypatch.setattr(log, "plot_loss", lambda rows, path: True)
 
 
+def worker_environment():
+    """Modules of this tree; and threads that wait without spinning, since the tests share their cores."""
+    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
+
+
 class Worker:
     """See train_worker.py."""
 
     def __init__(self):
-        path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
             [sys.executable, HERE / "train_worker.py"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": path},
+            env=worker_environment(),
         )
 
     def __call__(self, output_dir, *, signals=(), **job):
@@ -59,6 +64,19 @@ class Worker:
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
         return answer["status"], answer["seconds"], output.read_text()
+
+
+@pytest.fixture
+def new_interpreter():
+    """Run a job as the worker does, in an interpreter of its own; returns the exit status."""
+
+    def run(output_dir, **job):
+        job["config"] = job["config"] | {"output_dir": str(output_dir)}
+        job["log"] = str(output_dir.with_suffix(".log"))
+        command = [sys.executable, HERE / "train_worker.py", json.dumps(job)]
+        return subprocess.run(command, env=worker_environment()).returncode
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -231,6 +231,14 @@ def test_prune(tmp_path):
     assert len(list_checkpoints(tmp_path)) == 2
 
 
+def test_numbers_are_checked(tmp_path):
+    for step in (-1, 1.0, "1"):
+        with pytest.raises(CheckpointError, match=f"step must be an integer >= 0, got {step!r}"):
+            save_checkpoint(tmp_path, step, write_files(1))
+    with pytest.raises(CheckpointError, match="keep_last must be >= 0, got -1"):
+        ckpt.prune(tmp_path, -1)
+
+
 def test_set_aside_damaged(tmp_path):
     paths = [save(tmp_path, step) for step in (1, 2, 3)]
     ckpt.set_aside_damaged(tmp_path, paths[0])

@@ -129,6 +129,11 @@ def test_batch_without_targets_changes_no_number_to_nan():
     assert engine.step([batch]).loss == 0.0
 
 
+def test_no_batch():
+    with pytest.raises(ValueError, match="Trainer: batches must hold at least one micro-batch, got none"):
+        make().step([])
+
+
 def test_decay_on_matrices_only():
     model = TinyLM(TinyConfig())
     model.experts = nn.Parameter(torch.zeros(3, 4, 5))

@@ -156,6 +156,12 @@ def test_evaluation_without_targets():
             evaluate(TinyLM(TinyConfig()), batches)
 
 
+def test_evaluation_arguments():
+    for name in ("bytes_per_token", "max_tokens"):
+        with pytest.raises(ValueError, match=f"evaluate: {name} must be > 0, got 0"):
+            evaluate(TinyLM(TinyConfig()), [], **{name: 0})
+
+
 def test_perplexity_of_a_huge_loss():
     class Hopeless(TinyLM):
         def forward(self, *args, **options):

@@ -47,9 +47,7 @@ def test_order_of_samples(tmp_path):
 
 def test_metrics(tmp_path):
     make_trainer(tmp_path, max_steps=6, eval_every=2, eval_tokens=5).fit()
-    train, evaluations = (
-        [row for row in rows(tmp_path) if key in row] for key in ("loss", "val_loss")
-    )
+    train, evaluations = ([row for row in rows(tmp_path) if key in row] for key in ("loss", "val_loss"))
     for step, row in enumerate(train, start=1):
         assert row.keys() == {"step", "tokens", "position", "loss", "lr", "grad_norm", "tokens_per_second"}
         assert row["step"] == step
@@ -257,6 +255,7 @@ def test_progress_bar(tmp_path, capsys):
     make_trainer(tmp_path, progress=True).fit()
     text = capsys.readouterr().err
     assert re.search(r"100%.*256/256 .*tok/s, loss=\d\.\d{4}", text)
+    assert "evaluating: " in text
 
 
 def test_missing_matplotlib_is_told_once(tmp_path, capsys, monkeypatch):

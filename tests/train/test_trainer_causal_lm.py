@@ -1,12 +1,8 @@
 """The trainer with the real model, data and decoder: resume, experts, packings, and what transformers makes of it."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -87,19 +83,13 @@ def test_kill_and_resume(worker, memory_path, data, dtype, model):
         assert_same_outcome(outcome(path), expected)
 
 
-def test_new_interpreters_give_the_same_bits(worker, memory_path, data):
+def test_new_interpreters_give_the_same_bits(worker, new_interpreter, memory_path, data):
     """As the forks of the worker do, which the other tests rest on; with two threads."""
-    job = {"model": DENSE, "data": str(data), "config": CONFIG | {"dtype": "bfloat16"}, "threads": 2}
+    job = {"model": DENSE, "data": str(data), "config": CONFIG | {"dtype": "bfloat16", "max_steps": 4}, "threads": 2}
     assert worker(memory_path / "forked", **job)[0] == 0
-    path = memory_path / "run"
-    job |= {"log": str(memory_path / "log"), "config": job["config"] | {"output_dir": str(path)}}
-    program = [sys.executable, Path(__file__).with_name("train_worker.py")]
-    here = Path(__file__)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parents[2])])}
-    for more, status in (({"kill_in": {"step": 4}}, -signal.SIGKILL), ({}, 0)):
-        result = subprocess.run([*program, json.dumps(job | more)], env=environment)
-        assert result.returncode == status, (memory_path / "log").read_text()
-    assert_same_outcome(outcome(path), outcome(memory_path / "forked"))
+    assert new_interpreter(memory_path / "run", kill_in={"step": 4}, **job) == -signal.SIGKILL
+    assert new_interpreter(memory_path / "run", **job) == 0
+    assert_same_outcome(outcome(memory_path / "run"), outcome(memory_path / "forked"))
 
 
 @pytest.mark.parametrize("packing", ["contiguous", "documents", "padded"])

@@ -1,5 +1,6 @@
 """The trainer refuses inputs that do not belong together, and checkpoints that are not its own."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -52,6 +53,14 @@ def test_data_argument(tmp_path):
         Trainer(TinyLM(TinyConfig()), sampling, {"train": TinyData()})
 
 
+def test_kinds_of_arguments(tmp_path):
+    data = {"train": TinyData()}
+    with pytest.raises(TypeError, match="Trainer: config must be a TrainConfig, got dict"):
+        Trainer(TinyLM(TinyConfig()), {"max_steps": 1}, data)
+    with pytest.raises(TypeError, match="Trainer: model must have a dataclass as its config, got Linear without"):
+        Trainer(torch.nn.Linear(1, 1), TrainConfig(**SIZE, output_dir=tmp_path), data)
+
+
 def test_unknown_split(tmp_path):
     with pytest.raises(ValueError, match=r"Trainer: split must be one of \['train', 'validation'\], got 'test'"):
         make_trainer(tmp_path).evaluate("test")
@@ -95,18 +104,24 @@ def test_other_settings_are_told(tmp_path, capsys):
     make_trainer(tmp_path, max_steps=2).fit()
     make_trainer(tmp_path, max_steps=4, learning_rate=2e-3, save_every=1).fit()
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert "with other settings (learning_rate: 0.001 -> 0.002, max_steps: 2 -> 4)" in lines[0]
+    assert lines == [
+        f"Trainer: continuing {tmp_path}/step-00000002",
+        "Trainer: its settings were others (learning_rate: 0.001 -> 0.002, max_steps: 2 -> 4)",
+    ]
 
 
 def test_other_conditions_are_told(tmp_path, capsys, monkeypatch):
     make_trainer(tmp_path, max_steps=2).fit()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     make_trainer(tmp_path, max_steps=2).fit()
-    assert "under other conditions, not bit-identically (num_threads: 1 -> 7)" in capsys.readouterr().err
+    expected = "not bit-identical, since it was written under other conditions (num_threads: 1 -> 7)"
+    assert expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"version": 1}', '{"version": 2}'])
+UNKNOWN_COUNTER = {"version": 1, "state": {"steps": 1}, "identity": {}, "config": {}, "environment": {}}
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"version": 1}', '{"version": 2}', json.dumps(UNKNOWN_COUNTER)])
 def test_unknown_trainer_state(tmp_path, content):
     """Intact by its checksum, but of another kind or version."""
     save_checkpoint(tmp_path, 1, lambda path: (path / "trainer_state.json").write_text(content))

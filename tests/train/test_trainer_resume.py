@@ -191,8 +191,7 @@ def test_longer_run_continues(worker, memory_path):
     assert worker(path, config=CONFIG | {"max_steps": 4})[0] == 0
     status, _, log = worker(path, config=CONFIG | {"max_steps": 6})
     assert status == 0, log
-    assert "continuing" in log
-    assert "with other settings (max_steps: 4 -> 6)" in log
+    assert "step-00000004\nTrainer: its settings were others (max_steps: 4 -> 6)\n" in log
     assert outcome(path)["state"]["step"] == 6
 
 

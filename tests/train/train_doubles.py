@@ -112,9 +112,7 @@ class TinyData:
     @staticmethod
     def make(rows):
         ids, labels = (torch.stack(column) for column in zip(*rows))
-        return SimpleNamespace(
-            input_ids=ids, labels=labels, cu_seqlens=None, num_tokens=int((labels != IGNORE).sum())
-        )
+        return SimpleNamespace(input_ids=ids, labels=labels, cu_seqlens=None, num_tokens=int((labels != IGNORE).sum()))
 
 
 class TinyTokenizer:

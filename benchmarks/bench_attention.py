@@ -1,0 +1,115 @@
+"""attention and attention_decode against torch's scaled_dot_product_attention: plain, packed, windowed, cached."""
+
+import pytest
+import torch
+from harness import Case, accurate, with_gradients
+from torch.nn.functional import scaled_dot_product_attention
+
+from arfast.ops import attention, attention_decode, attention_decode_reference, attention_reference
+
+
+def sdpa(q, k, v, **options):
+    """torch's function on our layout [B, T, H, D]."""
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    return scaled_dot_product_attention(*heads, enable_gqa=q.shape[2] != k.shape[2], **options).transpose(1, 2)
+
+
+def masked(mask):
+    return lambda q, k, v: sdpa(q, k, v, attn_mask=mask.to(q.device))
+
+
+def training_cases(name, seqlen, heads, head_dim, dtype, *, ours, reference, peer, visible, gate):
+    """Forward alone and with the backward pass. `visible`: the fraction of all scores that the mask leaves."""
+    num_heads, num_kv_heads = heads
+    suffix = f"{name}-T{seqlen}-H{num_heads}/{num_kv_heads}-D{head_dim}-{str(dtype).removeprefix('torch.')}"
+    flops = int(4 * num_heads * seqlen**2 * head_dim * visible)
+
+    def make_inputs(device, gradients=False):
+        shapes = [(1, seqlen, h, head_dim) for h in (num_heads, num_kv_heads, num_kv_heads)]
+        tensors = [torch.randn(shape, device=device).to(dtype).requires_grad_(gradients) for shape in shapes]
+        return (*tensors, torch.randn(shapes[0], device=device).to(dtype)) if gradients else tuple(tensors)
+
+    def make(name, inputs, wrap, flops):
+        return Case(
+            name=f"{name}-{suffix}",
+            make_inputs=inputs,
+            ours=wrap(ours),
+            peers={"torch": wrap(peer)},
+            check=accurate(wrap(reference)),
+            flops=flops,
+            gates={"torch": gate} if gate else {},
+            devices=("cpu",),
+        )
+
+    return [
+        make("forward", make_inputs, lambda function: function, flops),
+        make("forward-backward", lambda device: make_inputs(device, True), with_gradients, flops * 7 // 2),
+    ]
+
+
+def plain_cases():
+    for dtype in (torch.float32, torch.bfloat16):
+        for seqlen, heads, head_dim in ((512, (8, 8), 64), (512, (8, 2), 128), (2048, (2, 2), 64), (2048, (2, 2), 128)):
+            yield from training_cases(
+                "causal", seqlen, heads, head_dim, dtype,
+                ours=attention, reference=attention_reference, visible=0.5, gate=0.95,
+                peer=lambda q, k, v: sdpa(q, k, v, is_causal=True),
+            )  # fmt: skip
+
+
+def masked_cases(seqlen=2048, window=128, document=256):
+    distance = torch.arange(seqlen)[:, None] - torch.arange(seqlen)
+    ends = torch.arange(0, seqlen + 1, document, dtype=torch.int32)
+    index = torch.arange(seqlen) // document
+
+    def packed(function):
+        def run(q, k, v):
+            return function(q[0], k[0], v[0], cu_seqlens_q=ends, cu_seqlens_k=ends)[None]
+
+        return run
+
+    masks = {
+        "window": (distance >= 0) & (distance <= window),
+        "documents": (distance >= 0) & (index[:, None] == index),
+    }
+    ours = {
+        "window": lambda function: lambda q, k, v: function(q, k, v, window=window),
+        "documents": packed,
+    }
+    for name, mask in masks.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            yield from training_cases(
+                name, seqlen, (2, 2), 64, dtype,
+                ours=ours[name](attention), reference=ours[name](attention_reference), peer=masked(mask),
+                visible=mask.float().mean().item(), gate=None,
+            )  # fmt: skip
+
+
+def decode_case(batch, seqlen, heads, head_dim, dtype):
+    num_heads, num_kv_heads = heads
+
+    def make_inputs(device):
+        q = torch.randn(batch, 1, num_heads, head_dim, device=device)
+        caches = torch.randn(2, batch, seqlen, num_kv_heads, head_dim, device=device).to(dtype)
+        return q.to(dtype), caches[0], caches[1], torch.full((batch,), seqlen, dtype=torch.int32, device=device)
+
+    return Case(
+        name=f"decode-B{batch}-S{seqlen}-H{num_heads}/{num_kv_heads}-D{head_dim}-{str(dtype).removeprefix('torch.')}",
+        make_inputs=make_inputs,
+        ours=attention_decode,
+        peers={"torch": lambda q, k, v, seqlens: sdpa(q, k, v)},
+        check=accurate(attention_decode_reference),
+        bytes=2 * batch * seqlen * num_kv_heads * head_dim * dtype.itemsize,
+        devices=("cpu",),
+    )
+
+
+def decode_cases():
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch, seqlen, heads, head_dim in ((1, 1024, (8, 2), 64), (1, 4096, (8, 2), 64), (8, 1024, (32, 8), 128)):
+            yield decode_case(batch, seqlen, heads, head_dim, dtype)
+
+
+@pytest.mark.parametrize("case", [*plain_cases(), *masked_cases(), *decode_cases()], ids=str)
+def bench_attention(compare, case):
+    compare(case)

@@ -1,0 +1,153 @@
+"""The benchmark harness refuses what must not be measured, and reports what it measured."""
+
+import json
+from types import SimpleNamespace
+
+import harness
+import pytest
+import report
+import torch
+from harness import Case, accurate, compare, with_gradients
+
+
+class Clock:
+    """Stands in for the module `time`: it moves only when a function under test says so."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+clock = Clock()
+
+
+class Benchmark:
+    """pytest-benchmark's fixture, as far as the harness uses it."""
+
+    disabled = False
+
+    def pedantic(self, target, args=(), setup=None, rounds=1):
+        data = []
+        for _ in range(rounds):
+            if setup:
+                setup()
+            start = clock.now
+            target(*args)
+            data.append(clock.now - start)
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=data))
+
+
+def lasting(seconds, function=lambda x: 2 * x):
+    def run(*inputs):
+        clock.now += seconds
+        return function(*inputs)
+
+    return run
+
+
+def case(**changes):
+    arguments = dict(
+        name="double",
+        make_inputs=lambda device: (torch.randn(4, 5, device=device),),
+        ours=lasting(2e-3),
+        peers={"slow": lasting(6e-3), "same": lasting(2e-3)},
+        check=accurate(lambda x: x + x),
+        bytes=160,
+    )
+    return Case(**(arguments | changes))
+
+
+@pytest.fixture(autouse=True)
+def fake_time(monkeypatch):
+    monkeypatch.setattr(harness, "time", clock)
+    monkeypatch.setattr(harness, "PATIENCE_SECONDS", 0.0)
+
+
+def test_ratios():
+    benchmark = Benchmark()
+    result = compare(benchmark, case(), "cpu")
+    assert result.ratios == pytest.approx({"slow": 3.0, "same": 1.0})
+    assert result.seconds == pytest.approx(2e-3) and result.peers["slow"] == pytest.approx(6e-3)
+    assert result.rounds == harness.ROUNDS and len(benchmark.stats.stats.data) in (result.rounds, result.quiet_rounds)
+
+
+def test_disturbed_rounds_are_dropped(monkeypatch):
+    foreign = iter([0.0, 0.0, 3.0, 0.0] + [0.0] * 5)
+    monkeypatch.setattr(harness.ForeignLoad, "cores", lambda self: next(foreign))
+    benchmark = Benchmark()
+    result = compare(benchmark, case(), "cpu")
+    assert (result.quiet_rounds, result.rounds, result.noisy) == (8, 9, False)
+    assert len(benchmark.stats.stats.data) == 8
+
+
+def test_a_busy_machine_is_reported(monkeypatch):
+    monkeypatch.setattr(harness.ForeignLoad, "cores", lambda self: 1.0)
+    result = compare(Benchmark(), case(), "cpu")
+    assert result.noisy and "0/9 noisy" in report.table([result])
+
+
+def test_gates():
+    result = compare(Benchmark(), case(gates={"slow": 1.5, "same": 100.0}), "cpu")
+    assert [missed.split()[0] for missed in result.missed_gates] == ["same:"]
+    assert "100.00 missed" in report.table([result]) and "1.50 missed" not in report.table([result])
+
+
+@pytest.mark.parametrize(
+    "change,error,message",
+    [
+        (dict(make_inputs=lambda device: (torch.zeros(4, 5),)), ValueError, "must give random data"),
+        (dict(ours=lasting(1e-3, lambda x: 2.001 * x)), AssertionError, "output 0: maximum error"),
+        (dict(peers={"other": lambda x: 3 * x}), ValueError, "other: output 0 differs from ours by more than 5 %"),
+        (dict(peers={"other": lambda x: x[0]}), ValueError, r"other: output 0 has shape \[5\], ours \[4, 5\]"),
+    ],
+)
+def test_what_is_wrong_is_not_timed(change, error, message):
+    benchmark = Benchmark()
+    with pytest.raises(error, match=message):
+        compare(benchmark, case(**change), "cpu")
+    assert not hasattr(benchmark, "stats")
+
+
+@pytest.mark.parametrize("change", [dict(peers={}), dict(gates={"nobody": 2.0})])
+def test_a_case_names_its_peers(change):
+    with pytest.raises(ValueError, match="double: gates must name peers"):
+        case(**change)
+
+
+@pytest.mark.parametrize("overwrites", [False, True])
+def test_overwritten_inputs_are_made_anew_for_every_call(overwrites):
+    made = []
+
+    def make_inputs(device):
+        made.append(torch.randn(3))
+        return (made[-1],)
+
+    ours = lasting(2e-3, (lambda x: x.mul_(2)) if overwrites else (lambda x: x * 2))
+    compare(Benchmark(), case(make_inputs=make_inputs, ours=ours), "cpu")
+    assert (len(made) > 2 * harness.ROUNDS) == overwrites
+
+
+def test_disabled_checks_without_timing():
+    benchmark = Benchmark()
+    benchmark.disabled = True
+    assert compare(benchmark, case(), "cpu") is None
+    with pytest.raises(AssertionError, match="maximum error"):
+        compare(benchmark, case(ours=lambda x: 3 * x), "cpu")
+
+
+def test_gradients():
+    x, w, dout = torch.randn(4, requires_grad=True), torch.randn(4), torch.randn(4)
+    out, dx = with_gradients(lambda x, w: x * w)(x, w, dout)
+    torch.testing.assert_close((out, dx), (x * w, w * dout))
+
+
+def test_saved_table(tmp_path):
+    result = compare(Benchmark(), case(), "cpu")
+    markdown, data = report.save([result], tmp_path / "results")
+    assert "| double " in markdown.read_text() and "* commit: " in markdown.read_text()
+    saved = json.loads(data.read_text())
+    assert saved["results"][0]["ratios"] == result.ratios and saved["machine"]["allocator"]
