@@ -202,7 +202,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   const int64_t splits = attention_key_splits(problem.batch, problem.num_kv_heads, problem.num_keys);
   Tensor dq = new_like(arguments.q), dk = new_like(arguments.k), dv = new_like(arguments.v);
   Tensor dsink = new_empty(q, {sink ? problem.num_heads : 0}, wide);
-  Tensor delta = arguments.new_statistics();
   Tensor dq_partial = new_empty(q, {splits > 1 ? splits * q.numel() : 0}, wide);
   attention_backward_cpu({
       .problem = problem,
@@ -210,7 +209,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
       .dout = view_of(dout),
       .lse = lse.data_ptr(),
       .dlse = pointer_or_null(dlse),
-      .delta = delta.data_ptr(),
       .key_splits = splits,
       .dq_partial = splits > 1 ? dq_partial.data_ptr() : nullptr,
       .dq = dq.data_ptr(),

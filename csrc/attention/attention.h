@@ -19,7 +19,7 @@ struct AttentionView {
   int64_t head_stride;
 };
 
-// What forward and backward pass share. Statistics (lse and its gradient, sink, delta) are float, or double when dtype
+// What forward and backward pass share. Statistics (lse, sink and their gradients) are float, or double when dtype
 // is kFloat64; [B, H, T] when dense, [H, N] when packed.
 struct AttentionProblem {
   DType dtype;
@@ -53,7 +53,6 @@ struct AttentionBackwardParams {
   AttentionView dout;
   const void* lse;
   const void* dlse;    // or nullptr
-  void* delta;         // like lse: rowsum(dout * out) - dlse, workspace
   int64_t key_splits;  // attention_key_splits()
   void* dq_partial;    // [key_splits, rows of q, H, D] in the dtype of lse, or nullptr when key_splits is 1
   void* dq;            // like q, k, v, dense

@@ -130,9 +130,32 @@ class BackwardRange {
       // +inf makes every probability of a row without any 0; -inf would make them NaN.
       lse_[i] = lse == -kInfinity<A> ? kInfinity<A> : lse;
     }
-    std::copy_n(static_cast<const A*>(params_.delta) + at, num_queries, delta_);
     std::fill(lse_ + num_queries, lse_ + kQueryBlock, A{0});
-    std::fill(delta_ + num_queries, delta_ + kQueryBlock, A{0});
+    compute_delta(rows_of<T>(params_.out, sequence_.batch, row, head), num_queries);
+    const A* dlse = static_cast<const A*>(params_.dlse);
+    for (int64_t i = 0; i < num_queries && dlse != nullptr; ++i) delta_[i] -= dlse[at + i];
+  }
+
+  // delta = rowsum(dout * out), summed in the order of dprobabilities: with few keys the two cancel almost entirely in
+  // dscores, and so do their roundings.
+  void compute_delta(const StridedRows<T>& out, int64_t num_queries) {
+    for (int64_t lane = 0; lane < num_queries; lane += kL) {
+      const A* dout = dout_panels_ + lane / kPanel<A> * kPanel<A> * head_dim_ + lane % kPanel<A>;
+      V sum{}, chain{};
+      for (int64_t column = 0; column < head_dim_; column += kL) {
+        const int count = static_cast<int>(std::min<int64_t>(kL, head_dim_ - column));
+        V square[kL] = {};
+        for (int64_t i = 0; i < std::min<int64_t>(kL, num_queries - lane); ++i) {
+          square[i] = load_lanes(out[lane + i] + column, count);
+        }
+        transpose<A>(square);
+        for (int i = 0; i < count; ++i) chain += load(dout + (column + i) * kPanel<A>) * square[i];
+        if ((column + kL) % kChain != 0) continue;
+        sum += chain;
+        chain = V{};
+      }
+      store(delta_ + lane, sum + chain);
+    }
   }
 
   void visit_tile(int64_t query, int64_t num_queries, int64_t key, int64_t num_keys) {
@@ -213,40 +236,6 @@ class BackwardRange {
   A *lse_, *delta_, *dout_out_;                              // [kQueryBlock]
 };
 
-// delta = rowsum(dout * out) - dlse for up to kLanes rows of one head. Summed in the order of dprobabilities: with few
-// keys the two cancel almost entirely in dscores, and so do their roundings.
-template <typename T>
-void compute_delta(const AttentionBackwardParams& params, const Sequence& sequence, int64_t head, int64_t query) {
-  using V = Vec<T>;
-  constexpr int kL = kLanes<T>;
-  const AttentionProblem& problem = params.problem;
-  const int64_t count = std::min<int64_t>(kL, sequence.seqlen_q - query), row = sequence.q_row + query;
-  const StridedRows<T> out = rows_of<T>(params.out, sequence.batch, row, head);
-  const StridedRows<T> dout = rows_of<T>(params.dout, sequence.batch, row, head);
-  V sum{}, chain{};
-  for (int64_t column = 0; column < problem.head_dim; column += kL) {
-    const int lanes = static_cast<int>(std::min<int64_t>(kL, problem.head_dim - column));
-    V left[kL] = {}, right[kL] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      left[i] = load_lanes(dout[i] + column, lanes);
-      right[i] = load_lanes(out[i] + column, lanes);
-    }
-    transpose<Acc<T>>(left);
-    transpose<Acc<T>>(right);
-    for (int i = 0; i < lanes; ++i) chain += left[i] * right[i];
-    if ((column + kL) % kChain == 0) {
-      sum += chain;
-      chain = V{};
-    }
-  }
-  sum += chain;
-  const int64_t at = statistic_index(problem, sequence.batch, row, head);
-  const Acc<T>* dlse = static_cast<const Acc<T>*>(params.dlse);
-  for (int64_t i = 0; i < count; ++i) {
-    static_cast<Acc<T>*>(params.delta)[at + i] = sum[i] - (dlse != nullptr ? dlse[at + i] : 0);
-  }
-}
-
 // What dlse contributes to dsink: the sink's probability times dlse, summed over the rows.
 template <typename A>
 double dlse_share(const AttentionBackwardParams& params, int64_t head) {
@@ -293,12 +282,6 @@ void backward(const AttentionBackwardParams& params) {
   for (int64_t b = 0; b < problem.batch; ++b) {
     const Sequence sequence(problem, b);
     const int64_t size = ((sequence.seqlen_k + splits - 1) / splits + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
-    const int64_t blocks = (sequence.seqlen_q + kLanes<T> - 1) / kLanes<T>;
-    parallel_for(blocks * problem.num_heads, grain_for(problem.head_dim * kLanes<T>), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        compute_delta<T>(params, sequence, i % problem.num_heads, i / problem.num_heads * kLanes<T>);
-      }
-    });
     for (int64_t split = 0; split < splits; ++split) {
       for (int64_t head = 0; head < problem.num_kv_heads; ++head) {
         ranges.push_back({b, head, split, std::min(split * size, sequence.seqlen_k),

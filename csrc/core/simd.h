@@ -312,8 +312,8 @@ inline VecD exp(VecD x) {
   return v;
 }
 
-// tanh(x) = 1 - 2 / (e^(2x) + 1); near 0, where that cancels, x + x^3 P(x^2) with the P of Cephes (Moshier 1989). At most
-// 2 ulp.
+// tanh(x) = 1 - 2 / (e^(2x) + 1); near 0, where that cancels, x + x^3 P(x^2) with the P of Cephes (Moshier 1989). At
+// most 2 ulp.
 inline VecF tanh(VecF x) {
   const VecF magnitude = x < 0.0f ? -x : x;
   const VecF by_exp = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);

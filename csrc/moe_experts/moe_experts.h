@@ -55,8 +55,8 @@ struct MoeExpertsBackwardParams {
   void* dw_down;           // [E, d, I]; nullptr with dw_gate_up
 };
 
-// The rows that `rows` of an expert take in the scratch memory, the last ones zero: torch compiles a kernel for every new
-// shape of a bfloat16 product, 0.3 ms each, and the counts change from step to step.
+// The rows that `rows` of an expert take in the scratch memory, the last ones zero: torch compiles a kernel for every
+// new shape of a bfloat16 product, 0.3 ms each, and the counts change from step to step.
 inline int64_t moe_padded_rows(int64_t rows) {
   const int64_t multiple = rows < 16 ? 1 : rows < 64 ? 4 : 16;
   return (rows + multiple - 1) / multiple * multiple;

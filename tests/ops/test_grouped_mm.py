@@ -77,9 +77,9 @@ def test_gradcheck():
 
 
 def test_strided_inputs_give_the_same_bits():
-    a, b, offsets, dout = inputs([20, 13], 50, 40, torch.float32)
+    a, b, offsets, dout = inputs([20, 13, 5], 50, 40, torch.float32)
     expected = run(grouped_mm, a, b, offsets, dout)
-    strided = torch.full((33, 77), float("nan"))[:, 3:53].copy_(a)
+    strided = torch.full((38, 77), float("nan"))[:, 3:53].copy_(a)
     for view in (strided, a.t().contiguous().t()):
         for weights in (b, b.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
             for x, y in zip(run(grouped_mm, view, weights, offsets, dout), expected, strict=True):
