@@ -1,12 +1,26 @@
 """Fixtures that every test may use: the implementation under test, poisoned memory, fixed seeds."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import arfast
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _child_processes_import_the_same_arfast(tmp_path_factory):
+    """Python puts the current folder first: in the source tree it would find the package without its compiled library."""
+    before = Path.cwd()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(arfast.__file__).parents[1]), prepend=os.pathsep)
+        os.chdir(tmp_path_factory.mktemp("cwd"))
+        yield
+        os.chdir(before)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """Loads the compiled library and holds the few lines that every op's Python side needs."""
 
+import functools
+
 import torch
 
 try:
@@ -18,4 +20,25 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 
 def in_autocast(tensor: torch.Tensor) -> bool:
     """Whether autocast is on for the tensor's device."""
-    return torch.is_autocast_enabled(tensor.device.type)
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def register_fake(name: str):
+    """torch.library.register_fake for `arfast::<name>`, with the check of devices that the binding makes elsewhere.
+
+    A call with a meta tensor among others comes here, not to the binding.
+    """
+    op = name.removesuffix("_").removesuffix("_forward").removesuffix("_backward")
+
+    def register(function):
+        @functools.wraps(function)
+        def checked(*arguments, **options):
+            devices = {str(t.device) for t in (*arguments, *options.values()) if isinstance(t, torch.Tensor)}
+            if len(devices) > 1:
+                raise RuntimeError(f"{op}: tensors must be on one device, got {', '.join(sorted(devices))}")
+            return function(*arguments, **options)
+
+        return torch.library.register_fake(f"arfast::{name}")(checked)
+
+    return register

@@ -16,7 +16,7 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from arfast.ops._library import in_autocast, needs_grad
+from arfast.ops._library import in_autocast, needs_grad, register_fake
 
 _ops = torch.ops.arfast
 # Where the CPU multiplies bfloat16 matrices in hardware, torch's kernel, which uses that, is the faster one.
@@ -166,13 +166,13 @@ def statistics_dtype(q):
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("arfast::attention_forward")
+@register_fake("attention_forward")
 def _(q, k, v, sink, cu_seqlens_q, *options):
     shape = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
     return q.new_empty(q.shape), q.new_empty(shape, dtype=statistics_dtype(q))
 
 
-@torch.library.register_fake("arfast::attention_backward")
+@register_fake("attention_backward")
 def _(dout, dlse, q, k, v, out, lse, sink, *options):
     dsink = q.new_empty(q.shape[-2] if sink is not None else 0, dtype=statistics_dtype(q))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink

@@ -7,7 +7,7 @@ arXiv 2309.06180, section 4.1.
 
 import torch
 
-from arfast.ops._library import in_autocast, needs_grad
+from arfast.ops._library import in_autocast, needs_grad, register_fake
 from arfast.ops.attention import attention_reference, statistics_dtype
 
 _ops = torch.ops.arfast
@@ -93,6 +93,6 @@ def attention_decode_reference(
     return torch.cat(out) if out else torch.empty_like(q)
 
 
-@torch.library.register_fake("arfast::attention_decode")
+@register_fake("attention_decode")
 def _(q, *arguments):
     return q.new_empty(q.shape)

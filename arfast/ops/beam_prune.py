@@ -7,7 +7,7 @@ arXiv 1805.02867, section 4.
 import torch
 from torch import Tensor
 
-from arfast.ops._library import needs_grad
+from arfast.ops._library import needs_grad, register_fake
 
 _ops = torch.ops.arfast
 
@@ -63,7 +63,7 @@ def beam_prune_reference(logits, scores, *, num_candidates, banned=None):
     return best, index // vocab_size, index % vocab_size, lse.view(groups, beams)
 
 
-@torch.library.register_fake("arfast::beam_prune")
+@register_fake("beam_prune")
 def _(logits, scores, num_candidates, banned):
     shape = (scores.shape[0], num_candidates)
     integers = [scores.new_empty(shape, dtype=torch.int32) for _ in range(2)]

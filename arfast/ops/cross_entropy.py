@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from arfast.ops._library import needs_grad
+from arfast.ops._library import needs_grad, register_fake
 
 _ops = torch.ops.arfast
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -179,7 +179,7 @@ def _loss_shape(logits, reduction):
     return (logits.shape[0],) if reduction == _REDUCTIONS["none"] else ()
 
 
-@torch.library.register_fake("arfast::cross_entropy_forward")
+@register_fake("cross_entropy_forward")
 def _(logits, targets, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, num_items, with_gradient):
     rows, classes = logits.shape
     wide = _statistics_dtype(logits)
@@ -191,7 +191,7 @@ def _(logits, targets, weight, ignore_index, label_smoothing, z_loss, softcap, r
     )
 
 
-@torch.library.register_fake("arfast::cross_entropy_forward_")
+@register_fake("cross_entropy_forward_")
 def _(logits, targets, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, num_items):
     wide = _statistics_dtype(logits)
     return logits.new_empty(_loss_shape(logits, reduction), dtype=wide), logits.new_empty(
@@ -199,11 +199,11 @@ def _(logits, targets, weight, ignore_index, label_smoothing, z_loss, softcap, r
     )
 
 
-@torch.library.register_fake("arfast::cross_entropy_backward")
+@register_fake("cross_entropy_backward")
 def _(dloss, logits, targets, weight, statistics, ignore_index, label_smoothing, z_loss, softcap):
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake("arfast::scale_gradient_")
+@register_fake("scale_gradient_")
 def _(gradient, scale):
     return None

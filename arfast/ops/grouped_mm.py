@@ -2,7 +2,7 @@
 
 import torch
 
-from arfast.ops._library import in_autocast, needs_grad
+from arfast.ops._library import in_autocast, needs_grad, register_fake
 
 _ops = torch.ops.arfast
 
@@ -65,11 +65,11 @@ class _GroupedMm(torch.autograd.Function):
         return da, db, None
 
 
-@torch.library.register_fake("arfast::grouped_mm")
+@register_fake("grouped_mm")
 def _(a, b, offsets):
     return a.new_empty((a.shape[0], b.shape[2]))
 
 
-@torch.library.register_fake("arfast::grouped_mm_transposed")
+@register_fake("grouped_mm_transposed")
 def _(a, b, offsets):
     return a.new_empty((offsets.shape[0] - 1, a.shape[1], b.shape[1]))

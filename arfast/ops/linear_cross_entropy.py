@@ -10,7 +10,7 @@ import threading
 
 import torch
 
-from arfast.ops._library import in_autocast, needs_grad
+from arfast.ops._library import in_autocast, needs_grad, register_fake
 from arfast.ops.cross_entropy import _REDUCTIONS, check_options, cross_entropy_reference, scaled_gradient
 
 _ops = torch.ops.arfast
@@ -301,7 +301,7 @@ def _fake_gradients(hidden, weight, wants):
     return tuple(hidden.new_empty(s if w else 0) for s, w in zip(shapes, wants, strict=True))
 
 
-@torch.library.register_fake("arfast::linear_cross_entropy_forward")
+@register_fake("linear_cross_entropy_forward")
 def _(hidden, weight, bias, targets, class_weight, *arguments):
     reduction, wants = arguments[4], arguments[-3:]
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -310,6 +310,6 @@ def _(hidden, weight, bias, targets, class_weight, *arguments):
     return loss, hidden.new_empty((rows, 2), dtype=wide), *_fake_gradients(hidden, weight, wants)
 
 
-@torch.library.register_fake("arfast::linear_cross_entropy_backward")
+@register_fake("linear_cross_entropy_backward")
 def _(dloss, hidden, weight, bias, targets, class_weight, statistics, *arguments):
     return _fake_gradients(hidden, weight, arguments[-3:])

@@ -6,7 +6,7 @@ equation 1: out_t = sum_j w_tj W_down[e] (silu(W_gate[e] x_t) * W_up[e] x_t) wit
 
 import torch
 
-from arfast.ops._library import in_autocast, needs_grad
+from arfast.ops._library import in_autocast, needs_grad, register_fake
 from arfast.ops.moe_routing import Routing
 
 _ops = torch.ops.arfast
@@ -74,13 +74,13 @@ class _MoeExperts(torch.autograd.Function):
         return dhidden if needs_hidden else None, dexpert_weights, None, None, dw_gate_up, dw_down
 
 
-@torch.library.register_fake("arfast::moe_experts_forward")
+@register_fake("moe_experts_forward")
 def _(hidden, expert_weights, position, offsets, w_gate_up, w_down, save_h):
     rows = expert_weights.numel() if save_h else 0
     return hidden.new_empty(hidden.shape), hidden.new_empty((rows, w_gate_up.shape[1]))
 
 
-@torch.library.register_fake("arfast::moe_experts_backward")
+@register_fake("moe_experts_backward")
 def _(dout, hidden, expert_weights, position, offsets, w_gate_up, w_down, h, needs_hidden, needs_experts):
     experts = w_down.shape[0] if needs_experts else 0
     return (

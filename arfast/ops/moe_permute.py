@@ -5,7 +5,7 @@ Shazeer et al. 2017, arXiv 1701.06538, equation 1: out_t = sum_j w_tj expert_out
 
 import torch
 
-from arfast.ops._library import needs_grad
+from arfast.ops._library import needs_grad, register_fake
 from arfast.ops.moe_routing import Routing
 
 _ops = torch.ops.arfast
@@ -31,6 +31,9 @@ def moe_permute(hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
         >>> moe_permute(torch.tensor([[10.0], [20.0]]), routing).tolist()
         [[20.0], [10.0]]
     """
+    tokens = list(routing.position.shape[:1])
+    if list(hidden.shape[:1]) != tokens:
+        raise RuntimeError(f"moe_permute: hidden must have shape [T, d] with [T] = {tokens}, got {list(hidden.shape)}")
     if needs_grad(hidden):
         return _MoePermute.apply(hidden, routing.source_token, routing.position)
     return _ops.moe_permute(hidden, routing.source_token)
@@ -96,16 +99,16 @@ class _MoeCombine(torch.autograd.Function):
         return *_ops.moe_combine_backward(dout, *ctx.saved_tensors), None
 
 
-@torch.library.register_fake("arfast::moe_permute")
+@register_fake("moe_permute")
 def _(hidden, source_token):
     return hidden.new_empty((source_token.shape[0], hidden.shape[1]))
 
 
-@torch.library.register_fake("arfast::moe_combine_forward")
+@register_fake("moe_combine_forward")
 def _(expert_out, expert_weights, position):
     return expert_out.new_empty((position.shape[0], expert_out.shape[1]))
 
 
-@torch.library.register_fake("arfast::moe_combine_backward")
+@register_fake("moe_combine_backward")
 def _(dout, expert_out, expert_weights, position):
     return expert_out.new_empty(expert_out.shape), expert_weights.new_empty(expert_weights.shape)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from arfast.ops._library import needs_grad
+from arfast.ops._library import needs_grad, register_fake
 
 _ops = torch.ops.arfast
 
@@ -201,7 +201,7 @@ def _without(wide, keep):
     return wide.masked_fill(~keep[:, None], 0)
 
 
-@torch.library.register_fake("arfast::moe_route_forward")
+@register_fake("moe_route_forward")
 def _(router_logits, top_k, score, renormalize, bias, num_groups, top_groups, scale):
     tokens, experts = router_logits.shape
     integer = lambda *sizes: router_logits.new_empty(sizes, dtype=torch.int32)
@@ -211,6 +211,6 @@ def _(router_logits, top_k, score, renormalize, bias, num_groups, top_groups, sc
     return *choices, integer(experts), integer(experts + 1), integer(rows), integer(tokens, top_k), wide(tokens)
 
 
-@torch.library.register_fake("arfast::moe_route_backward")
+@register_fake("moe_route_backward")
 def _(dexpert_weights, dlse, router_logits, expert_ids, expert_weights, lse, score, renormalize, scale):
     return router_logits.new_empty(router_logits.shape)

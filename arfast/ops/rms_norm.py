@@ -3,9 +3,11 @@
 Zhang and Sennrich 2019, arXiv 1910.07467, equation 4: out_i = x_i / sqrt(mean(x^2) + eps) * weight_i.
 """
 
+import math
+
 import torch
 
-from arfast.ops._library import in_autocast, needs_grad
+from arfast.ops._library import in_autocast, needs_grad, register_fake
 
 _ops = torch.ops.arfast
 
@@ -37,8 +39,16 @@ def rms_norm(
     """
     if in_autocast(x):
         weight = weight.to(x.dtype)
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-    residual_rows = residual.reshape(-1, x.shape[-1]) if residual is not None and x.dim() != 2 else residual
+    rows, residual_rows = x, residual
+    if x.dim() != 2:
+        if x.dim() == 0:
+            raise RuntimeError("rms_norm: x must have at least one dimension, got []")
+        if residual is not None and residual.shape != x.shape:
+            raise RuntimeError(
+                f"rms_norm: residual must have the shape of x {list(x.shape)}, got {list(residual.shape)}"
+            )
+        shape = (math.prod(x.shape[:-1]), x.shape[-1])
+        rows, residual_rows = x.reshape(shape), None if residual is None else residual.reshape(shape)
     if needs_grad(x, weight, residual):
         out, total = _RmsNorm.apply(rows, residual_rows, weight, eps)
     else:
@@ -78,13 +88,13 @@ def _statistics_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("arfast::rms_norm_forward")
+@register_fake("rms_norm_forward")
 def _(x, residual, weight, eps):
     total = x.new_empty((x.shape[0] if residual is not None else 0, x.shape[1]))
     return x.new_empty(x.shape), total, x.new_empty(x.shape[0], dtype=_statistics_dtype(x))
 
 
-@torch.library.register_fake("arfast::rms_norm_backward")
+@register_fake("rms_norm_backward")
 def _(dout, dsum, x, weight, rstd):
     blocks = (x.shape[0] + 31) // 32
     return x.new_empty(x.shape), x.new_empty((blocks, x.shape[1]), dtype=_statistics_dtype(x))

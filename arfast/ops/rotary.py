@@ -5,7 +5,7 @@ Channels are paired as Hugging Face (and GPT-NeoX) pairs them: i with i + D / 2.
 
 import torch
 
-from arfast.ops._library import needs_grad
+from arfast.ops._library import needs_grad, register_fake
 
 _ops = torch.ops.arfast
 
@@ -61,6 +61,6 @@ class _Rotary(torch.autograd.Function):
         return _ops.rotary(dout, *ctx.saved_tensors, True), None, None
 
 
-@torch.library.register_fake("arfast::rotary")
+@register_fake("rotary")
 def _(x, cos, sin, inverse):
     return x.new_empty(x.shape)

@@ -1,8 +1,10 @@
 """The gate of a SwiGLU feed-forward layer: silu(gate) * up in one pass (Shazeer 2020, arXiv 2002.05202, equation 6)."""
 
+import math
+
 import torch
 
-from arfast.ops._library import needs_grad
+from arfast.ops._library import needs_grad, register_fake
 
 _ops = torch.ops.arfast
 
@@ -32,8 +34,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
             raise RuntimeError(f"swiglu: up must have the shape of gate {list(gate.shape)}, got {list(up.shape)}")
         if gate.dim() == 0:
             raise RuntimeError("swiglu: gate must have at least one dimension, got []")
-        shape, gate, up = gate.shape, gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
-        return swiglu(gate, up).view(shape)
+        rows = (math.prod(gate.shape[:-1]), gate.shape[-1])
+        return swiglu(gate.reshape(rows), up.reshape(rows)).view(gate.shape)
     return _Swiglu.apply(gate, up) if needs_grad(gate, up) else _ops.swiglu_forward(gate, up)
 
 
@@ -55,11 +57,11 @@ class _Swiglu(torch.autograd.Function):
         return _ops.swiglu_backward(dout, *ctx.saved_tensors)
 
 
-@torch.library.register_fake("arfast::swiglu_forward")
+@register_fake("swiglu_forward")
 def _(gate, up):
     return gate.new_empty(gate.shape)
 
 
-@torch.library.register_fake("arfast::swiglu_backward")
+@register_fake("swiglu_backward")
 def _(dout, gate, up):
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)

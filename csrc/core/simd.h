@@ -272,10 +272,10 @@ inline VecF exp(VecF x) {
   const __m512 n = _mm512_roundscale_ps(t * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 r = t - n * 0.693145752f;
   r = r - n * 1.42860677e-6f;
-  __m512 p = r * 1.38888889e-3f + 8.33333333e-3f;
-  p = p * r + 4.16666667e-2f;
-  p = p * r + 1.66666667e-1f;
-  p = p * r + 0.5f;
+  __m512 p = r * 1.38146690e-3f + 8.36884586e-3f;
+  p = p * r + 4.16683965e-2f;
+  p = p * r + 1.66665196e-1f;
+  p = p * r + 0.49999994f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   return reinterpret_cast<VecF>(_mm512_scalef_ps(p, n));
@@ -289,11 +289,11 @@ inline VecF exp(VecF x) {
   const VecF n = shifted - 12582912.0f;
   VecF r = clamped - n * 0.693145752f;
   r = r - n * 1.42860677e-6f;
-  VecF p = splat<VecF>(1.38888889e-3f);
-  p = p * r + 8.33333333e-3f;
-  p = p * r + 4.16666667e-2f;
-  p = p * r + 1.66666667e-1f;
-  p = p * r + 0.5f;
+  VecF p = splat<VecF>(1.38146690e-3f);
+  p = p * r + 8.36884586e-3f;
+  p = p * r + 4.16683965e-2f;
+  p = p * r + 1.66665196e-1f;
+  p = p * r + 0.49999994f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   // 2^n in two factors: n reaches 128, which has no exponent of its own.

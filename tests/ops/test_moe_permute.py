@@ -135,7 +135,7 @@ def test_compile():
     [
         (dict(hidden=torch.zeros(4)), r"hidden must have shape \[T, d\] = \[\*, \*\], got \[4\]"),
         (dict(hidden=torch.zeros(4, 8).long()), "hidden must be float32, bfloat16, float16 or float64, got int64"),
-        (dict(hidden=torch.zeros(3, 8)), r"source_token must be in \[0, T=3\), got 3 at row"),
+        (dict(hidden=torch.zeros(3, 8)), r"hidden must have shape \[T, d\] with \[T\] = \[4\], got \[3, 8\]"),
         (dict(source_token=torch.zeros(4)), "source_token must be int32, got float32"),
         (dict(source_token=torch.tensor([0, -1]).int()), r"source_token must be in \[0, T=4\), got -1 at row 1"),
     ],

@@ -38,7 +38,7 @@ def _no_plot(monkeypatch):
 
 def worker_environment():
     """Modules of this tree; and threads that wait without spinning, since the tests share their cores."""
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     return os.environ | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
 
 
