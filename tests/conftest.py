@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(scope="session", autouse=True)
 def _child_processes_import_the_same_arfast(tmp_path_factory):
-    """Python puts the current folder first: in the source tree it would find the package without its compiled library."""
+    """Python puts the current folder first: in the source tree, that is the package without its compiled library."""
     before = Path.cwd()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(arfast.__file__).parents[1]), prepend=os.pathsep)
