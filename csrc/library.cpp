@@ -14,7 +14,7 @@ namespace {
 #endif
 
 void torch_parallel_for_adapter(int64_t begin, int64_t end, int64_t grain, RangeFunction f, void* context) {
-  torch_parallel_for(begin, end, grain, f, context);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, f, context));
 }
 
 const bool parallel_for_installed = [] {
