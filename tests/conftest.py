@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# Read when torch starts its threads: on a busy machine, waiting threads that spin cost more than the work in the tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 import arfast

@@ -148,7 +148,7 @@ class BackwardRange {
         for (int64_t i = 0; i < std::min<int64_t>(kL, num_queries - lane); ++i) {
           square[i] = load_lanes(out[lane + i] + column, count);
         }
-        transpose<A>(square);
+        transpose(square);
         for (int i = 0; i < count; ++i) chain += load(dout + (column + i) * kPanel<A>) * square[i];
         if ((column + kL) % kChain != 0) continue;
         sum += chain;
@@ -279,9 +279,11 @@ void backward(const AttentionBackwardParams& params) {
   const AttentionProblem& problem = params.problem;
   const int64_t splits = params.key_splits;
   std::vector<KeyRange> ranges;
+  int64_t num_scores = 0;
   for (int64_t b = 0; b < problem.batch; ++b) {
     const Sequence sequence(problem, b);
     const int64_t size = ((sequence.seqlen_k + splits - 1) / splits + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
+    num_scores += sequence.seqlen_q * sequence.seqlen_k * problem.num_heads;
     for (int64_t split = 0; split < splits; ++split) {
       for (int64_t head = 0; head < problem.num_kv_heads; ++head) {
         ranges.push_back({b, head, split, std::min(split * size, sequence.seqlen_k),
@@ -295,7 +297,7 @@ void backward(const AttentionBackwardParams& params) {
   });
   const int64_t num_heads = problem.num_heads, count = static_cast<int64_t>(ranges.size());
   std::vector<double> dsink(params.dsink != nullptr ? count * num_heads : 0);
-  run_tasks(count, 1, [&](int64_t index) {
+  run_tasks(count, num_scores * problem.head_dim / kMultiplyAddsPerElement, [&](int64_t index) {
     BackwardRange<T>(params, ranges[index]).run(dsink.empty() ? nullptr : dsink.data() + index * num_heads);
   });
 

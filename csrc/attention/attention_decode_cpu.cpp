@@ -3,6 +3,7 @@
 // in their order (Milakov and Gimelshein 2018, arXiv 1805.02867, section 3.1).
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "attention/attention_decode.h"
@@ -35,6 +36,34 @@ template <typename A>
 A* partial_of(const AttentionDecodeParams& params, int64_t sequence, int64_t kv_head, int64_t split, int64_t row) {
   const int64_t range = (sequence * params.num_kv_heads + kv_head) * params.max_splits + split;
   return static_cast<A*>(params.partial) + (range * Rows(params).count + row) * (params.head_dim + 2);
+}
+
+// Two vectors interleaved, a0 b0 a1 b1 ...: the vector of their lower and that of their upper halves.
+template <typename V, size_t... kLane>
+inline V interleave_low(V a, V b, std::index_sequence<kLane...>) {
+  return __builtin_shuffle(a, b, decltype(V{} < V{}){(kLane / 2 + kLane % 2 * sizeof...(kLane))...});
+}
+template <typename V, size_t... kLane>
+inline V interleave_high(V a, V b, std::index_sequence<kLane...>) {
+  constexpr size_t kL = sizeof...(kLane);
+  return __builtin_shuffle(a, b, decltype(V{} < V{}){(kL / 2 + kLane / 2 + kLane % 2 * kL)...});
+}
+
+// The vector whose lane i is the sum over the lanes of rows[i]: the rounds of a transposition, added up.
+template <typename V, size_t kCount>
+inline V add_transposed(const V (&rows)[kCount]) {
+  if constexpr (kCount == 1) {
+    return rows[0];
+  } else {
+    constexpr std::make_index_sequence<sizeof(V) / sizeof(rows[0][0])> kLane;
+    V next[kCount / 2];
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kCount / 2; ++i) {
+      const V a = rows[i], b = rows[i + kCount / 2];
+      next[i] = interleave_low(a, b, kLane) + interleave_high(a, b, kLane);
+    }
+    return add_transposed(next);
+  }
 }
 
 // Scores of kLanes pairs of a row and a key: their partial sums are added while they are transposed into one vector.
@@ -306,8 +335,7 @@ void decode(const AttentionDecodeParams& params) {
     }
   }
   const int64_t count = static_cast<int64_t>(ranges.size());
-  const int64_t mean_elements = count > 0 ? 2 * params.head_dim * num_keys / count : 0;
-  run_tasks(count, grain_for(mean_elements), [&](int64_t index) { DecodeRange<T>(params, ranges[index]).run(); });
+  run_tasks(count, 2 * params.head_dim * num_keys, [&](int64_t index) { DecodeRange<T>(params, ranges[index]).run(); });
 
   const int64_t rows = Rows(params).count;
   parallel_for(

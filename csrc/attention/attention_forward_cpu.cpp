@@ -158,7 +158,7 @@ class ForwardBlock {
         const int count = static_cast<int>(std::min<int64_t>(kL, head_dim_ - column));
         V square[kL];
         for (int i = 0; i < kL; ++i) square[i] = i < count ? load(panel + (column + i) * kPanel<A>) * inverse : V{};
-        transpose<A>(square);
+        transpose(square);
         for (int64_t i = 0; i < std::min<int64_t>(kL, num_queries - lane); ++i) {
           const int64_t row = sequence.q_row + query + lane + i;
           T* out = static_cast<T*>(params_.out) +
@@ -204,11 +204,13 @@ void forward(const AttentionForwardParams& params) {
     int64_t query;
   };
   std::vector<Work> work;
+  int64_t num_scores = 0;
   for (int64_t b = 0; b < problem.batch; ++b) {
     const Sequence sequence(problem, b);
     const Visibility visible(problem, sequence.seqlen_q, sequence.seqlen_k);
     const int64_t begin = visible.query_begin(sequence.seqlen_q, sequence.seqlen_k);
     fill_empty_rows<T>(params, b, sequence.q_row, sequence.q_row + begin, problem.sink != nullptr);
+    num_scores += (sequence.seqlen_q - begin) * sequence.seqlen_k * problem.num_heads;
     // Last queries first: they see the most keys, and short tasks at the end keep all threads busy.
     const int64_t blocks = (sequence.seqlen_q - begin + kQueryBlock - 1) / kQueryBlock;
     for (int64_t block = blocks - 1; block >= 0; --block) {
@@ -220,11 +222,13 @@ void forward(const AttentionForwardParams& params) {
   if (problem.cu_seqlens_q != nullptr) {
     fill_empty_rows<T>(params, 0, problem.cu_seqlens_q[problem.batch], problem.num_queries, false);
   }
-  run_tasks(static_cast<int64_t>(work.size()), 1, [&](int64_t index) {
-    const Work& task = work[index];
-    const Sequence sequence(problem, task.sequence);
-    ForwardBlock<T>(params).run(sequence, task.head, task.query, std::min(kQueryBlock, sequence.seqlen_q - task.query));
-  });
+  run_tasks(static_cast<int64_t>(work.size()), num_scores * problem.head_dim / kMultiplyAddsPerElement,
+            [&](int64_t index) {
+              const Work& task = work[index];
+              const Sequence sequence(problem, task.sequence);
+              ForwardBlock<T>(params).run(sequence, task.head, task.query,
+                                          std::min(kQueryBlock, sequence.seqlen_q - task.query));
+            });
 }
 
 }  // namespace

@@ -8,6 +8,9 @@
 namespace arfast::ARFAST_CPU_TARGET {
 namespace {
 
+// Multiply-adds that take as long as touching one element of memory, for run_tasks.
+constexpr int64_t kMultiplyAddsPerElement = 16;
+
 // Key j is visible to query i when i + first <= j <= i + last (both count from the start of their sequence).
 struct Visibility {
   int64_t first, last;

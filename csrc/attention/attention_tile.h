@@ -3,14 +3,14 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <utility>
 
 #include "core/parallel.h"
 #include "core/simd.h"
+#include "core/tasks.h"
+#include "core/transpose.h"
 
 namespace arfast::ARFAST_CPU_TARGET {
 namespace {
@@ -109,52 +109,6 @@ void multiply(A* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ld
   }
 }
 
-// Two vectors interleaved, a0 b0 a1 b1 ...: the vector of their lower and that of their upper halves.
-template <typename V, size_t... kLane>
-inline V interleave_low(V a, V b, std::index_sequence<kLane...>) {
-  return __builtin_shuffle(a, b, decltype(V{} < V{}){(kLane / 2 + kLane % 2 * sizeof...(kLane))...});
-}
-template <typename V, size_t... kLane>
-inline V interleave_high(V a, V b, std::index_sequence<kLane...>) {
-  constexpr size_t kL = sizeof...(kLane);
-  return __builtin_shuffle(a, b, decltype(V{} < V{}){(kL / 2 + kLane / 2 + kLane % 2 * kL)...});
-}
-
-// Transposes a square of kLanes vectors in place: each round interleaves its lower half with its upper half.
-template <typename A>
-inline void transpose(Vec<A>* rows) {
-  constexpr int kL = kLanes<A>;
-  constexpr std::make_index_sequence<kL> kLane;
-#pragma GCC unroll 4
-  for (int round = 1; round < kL; round *= 2) {
-    Vec<A> next[kL];
-#pragma GCC unroll 8
-    for (int i = 0; i < kL / 2; ++i) {
-      next[2 * i] = interleave_low(rows[i], rows[i + kL / 2], kLane);
-      next[2 * i + 1] = interleave_high(rows[i], rows[i + kL / 2], kLane);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kL; ++i) rows[i] = next[i];
-  }
-}
-
-// The vector whose lane i is the sum over the lanes of rows[i]: the rounds of a transposition, added up.
-template <typename V, size_t kCount>
-inline V add_transposed(const V (&rows)[kCount]) {
-  if constexpr (kCount == 1) {
-    return rows[0];
-  } else {
-    constexpr std::make_index_sequence<sizeof(V) / sizeof(rows[0][0])> kLane;
-    V next[kCount / 2];
-#pragma GCC unroll 8
-    for (size_t i = 0; i < kCount / 2; ++i) {
-      const V a = rows[i], b = rows[i + kCount / 2];
-      next[i] = interleave_low(a, b, kLane) + interleave_high(a, b, kLane);
-    }
-    return add_transposed(next);
-  }
-}
-
 // Rows of T at a constant distance. Packing takes anything whose [i] is the pointer to a row.
 template <typename T>
 struct StridedRows {
@@ -185,7 +139,7 @@ inline void pack_panels(const Rows& rows, int64_t count, int64_t size, Acc<T>* t
       const int lanes = static_cast<int>(std::min<int64_t>(kL, size - column));
       Vec<A> square[kL];
       for (int i = 0; i < kL; ++i) square[i] = row + i < count ? load_lanes(rows[row + i] + column, lanes) : Vec<A>{};
-      transpose<A>(square);
+      transpose(square);
       for (int i = 0; i < lanes; ++i) store(panel + (column + i) * kPanel<A>, square[i]);
     }
   }
@@ -221,14 +175,11 @@ inline auto lanes_between(int64_t first, int64_t last) {
   return (lanes >= bound(first)) & (lanes <= bound(last));
 }
 
-// Runs task(index) for every index below `count`, each once, on whichever thread is free: tasks differ in length. At
-// most `grain` tasks are not worth waking a thread.
+// Runs the tasks; on this thread alone if their work, as grain_for counts it, is not worth waking another one.
 template <typename F>
-void run_tasks(int64_t count, int64_t grain, const F& task) {
-  std::atomic<int64_t> next{0};
-  parallel_for(count, grain, [&](int64_t, int64_t) {
-    for (int64_t index = next++; index < count; index = next++) task(index);
-  });
+void run_tasks(int64_t count, int64_t elements, const F& task) {
+  if (elements > grain_for(1)) return arfast::run_tasks(count, task);
+  for (int64_t index = 0; index < count; ++index) task(index);
 }
 
 // Memory of a thread that outlives the call: touching fresh pages costs more than the work of many tiles.
