@@ -183,7 +183,7 @@ class Inputs:
         # On a GPU, calls take turns with sets that do not fit its cache together.
         copies = min(16, GPU_CACHE_BYTES // max(case.bytes, 1) + 1) if device == "cuda" and not fresh else 1
         self.sets = [case.make_inputs(device) for _ in range(copies)]
-        self.dtype = next(t.dtype for t in leaves(self.sets) if t.is_floating_point())
+        self.dtype = next((t.dtype for t in leaves(self.sets) if t.is_floating_point()), torch.float32)
 
     def prepare(self) -> None:
         """What comes before the clock starts."""
