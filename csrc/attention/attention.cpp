@@ -13,10 +13,6 @@ constexpr const char* kOp = "attention";
 
 using OptionalTensor = std::optional<Tensor>;
 
-ScalarType statistics_dtype(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // Contiguous int32 [B + 1] on the device of q. On the CPU the values are checked, too: 0 = c[0] <= c[1] <= ... <= rows.
 // Returns the longest document (on a GPU 0: looking would stall the stream).
 int64_t check_cu_seqlens(const char* argument, const Tensor& cu_seqlens, const Tensor& q, int64_t rows) {

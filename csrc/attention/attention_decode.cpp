@@ -13,10 +13,6 @@ constexpr const char* kOp = "attention_decode";
 
 using OptionalTensor = std::optional<Tensor>;
 
-ScalarType statistics_dtype(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 AttentionView view_of(const Tensor& tensor) {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }

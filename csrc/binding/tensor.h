@@ -46,6 +46,14 @@ void check_range(const char* op, const char* argument, double value, bool inside
 // The contract's name of a floating-point dtype: float32, bfloat16, float16, and float64 on the CPU.
 DType float_dtype(const char* op, const char* argument, const Tensor& tensor);
 
+// What statistics and sums of a tensor are kept in: float32, or float64 for float64.
+inline ScalarType statistics_dtype(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+inline ScalarType statistics_dtype(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // Uninitialised tensors on the device of `like`. Large ones on the CPU ask the kernel for huge pages: touching fresh 4
 // KiB pages costs more time than the arithmetic that fills them.
 Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);

@@ -8,10 +8,6 @@ namespace arfast {
 
 enum Reduction : int64_t { kReductionNone, kReductionMean, kReductionSum };
 
-inline ScalarType statistics_dtype(DType dtype) {
-  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
 // Everything beside the logits, checked, with the denominators of the mean.
 class CrossEntropyArguments {
  public:

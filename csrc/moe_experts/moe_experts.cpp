@@ -13,10 +13,6 @@ namespace {
 
 constexpr const char* kOp = "moe_experts";
 
-ScalarType statistics_dtype(const Tensor& hidden) {
-  return hidden.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 void check_like_hidden(const char* argument, const Tensor& tensor, const Tensor& hidden) {
   check_same_dtype(kOp, argument, tensor, "hidden", hidden);
   check_same_device(kOp, argument, tensor, "hidden", hidden);

@@ -12,10 +12,6 @@ namespace {
 constexpr const char* kPermute = "moe_permute";
 constexpr const char* kCombine = "moe_combine";
 
-ScalarType statistics_dtype(const Tensor& like) {
-  return like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // -> hidden[source_token] [R, d]
 Tensor moe_permute(Tensor hidden, Tensor source_token) {
   check_shape(kPermute, "hidden", hidden, "[T, d]", {kAny, kAny});

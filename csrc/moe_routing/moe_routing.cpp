@@ -11,8 +11,6 @@ namespace {
 
 constexpr const char* kOp = "moe_route";
 
-ScalarType statistics_dtype(DType dtype) { return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
-
 bool is_sigmoid(const std::string& score) {
   check(score == "softmax" || score == "sigmoid", kOp, "score", "be softmax or sigmoid", score);
   return score == "sigmoid";

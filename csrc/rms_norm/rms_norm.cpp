@@ -10,8 +10,6 @@ namespace {
 
 constexpr const char* kOp = "rms_norm";
 
-ScalarType statistics_dtype(DType dtype) { return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
-
 void check_weight(const Tensor& x, const Tensor& weight) {
   check_shape(kOp, "weight", weight, "[D]", {x.size(1)});
   check_same_dtype(kOp, "weight", weight, "x", x);
