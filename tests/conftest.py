@@ -15,6 +15,8 @@ import arfast
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from threads import num_threads
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _child_processes_import_the_same_arfast(tmp_path_factory):
@@ -30,6 +32,13 @@ def _child_processes_import_the_same_arfast(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """For tensors that are too small to share: a second thread that waits costs a busy machine more than it gives."""
+    with num_threads(1):
+        yield
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -1,10 +1,11 @@
-// The fastest matrix product on the CPU that we know for each type, as the function that core/matmul.h asks for.
+// The fastest matrix product on the CPU that we know for each type and machine.
 #pragma once
 
 #include "core/matmul.h"
 
 namespace arfast {
 
-void fastest_matmul(DType dtype, const Matrix& a, const Matrix& b, const Matrix& out);
+// On the calling thread within a parallel region.
+void fastest_matmul(const MatmulParams& params);
 
 }  // namespace arfast

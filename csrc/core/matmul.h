@@ -20,18 +20,20 @@ struct Matrix {
 inline Matrix dense_matrix(void* data, int64_t rows, int64_t columns) { return {data, rows, columns, columns, 1}; }
 inline Matrix transposed(const Matrix& m) { return {m.data, m.columns, m.rows, m.column_stride, m.row_stride}; }
 
-// out = a b. Implementations get this function from their binding, which knows the fastest one for the type; within a
-// parallel region it stays on the calling thread.
-using Matmul = void (*)(DType dtype, const Matrix& a, const Matrix& b, const Matrix& out);
-
-// Our own product: float and double.
+// out = a b, or out + a b. Rows of `out` are dense.
 struct MatmulParams {
   DType dtype;
   Matrix a;    // [M, K]
   Matrix b;    // [K, N]
-  Matrix out;  // [M, N], rows dense
+  Matrix out;  // [M, N]
+  bool add = false;
 };
 
+// Implementations get a product from their binding, which knows the fastest one for the type; within a parallel region
+// it stays on the calling thread.
+using Matmul = void (*)(const MatmulParams& params);
+
+// Our own product of float and double.
 ARFAST_CPU_FUNCTION(matmul, MatmulParams)
 
 }  // namespace arfast

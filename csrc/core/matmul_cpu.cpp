@@ -87,7 +87,7 @@ void tile(const T* a, const T* b, int64_t b_stride, int64_t depth, int64_t rows,
 }
 
 template <typename T>
-void multiply(const Matrix& a, const Matrix& b, const Matrix& out) {
+void multiply(const Matrix& a, const Matrix& b, const Matrix& out, bool add) {
   thread_local const Buffer<T> packed_a(kBlockRows * kBlockDepth), packed_b(kTileColumns<T> * kBlockDepth);
   const bool b_is_dense = b.column_stride == 1 && out.rows < kFewRows;
   for (int64_t i = 0; i < out.rows; i += kBlockRows) {
@@ -105,12 +105,12 @@ void multiply(const Matrix& a, const Matrix& b, const Matrix& out) {
           stride = kTileColumns<T>;
         }
         for (int64_t row = 0; row < rows; row += kTileRows) {
-          tile(packed_a.data() + row * depth, strip, stride, depth, rows - row, columns, k > 0,
+          tile(packed_a.data() + row * depth, strip, stride, depth, rows - row, columns, add || k > 0,
                const_cast<T*>(element<T>(out, i + row, j)), out.row_stride);
         }
       }
     }
-    for (int64_t row = i; a.columns == 0 && row < i + rows; ++row) {
+    for (int64_t row = i; a.columns == 0 && !add && row < i + rows; ++row) {
       std::fill_n(const_cast<T*>(element<T>(out, row, 0)), out.columns, T{0});
     }
   }
@@ -119,7 +119,7 @@ void multiply(const Matrix& a, const Matrix& b, const Matrix& out) {
 // For few rows, and `b` dense along K: transposes squares of `b` in registers and uses them at once. Every sum runs in
 // the order of `multiply`, so the layout of the operands does not show in the result.
 template <typename T>
-void multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& out) {
+void multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& out, bool add) {
   constexpr int kRows = kTileRows / 2, kColumns = kLanes<T>;
   for (int64_t j = 0; j < out.columns; j += kColumns) {
     const T* columns[kColumns];
@@ -129,7 +129,7 @@ void multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& out) {
       const T* rows[kRows];
       for (int r = 0; r < kRows; ++r) rows[r] = element<T>(a, std::min(i + r, out.rows - 1), 0);
       for (int64_t k = 0; k < a.columns;) {
-        const bool add = k > 0;
+        const bool adds = add || k > 0;
         const int64_t end = std::min(k + kBlockDepth, a.columns);
         Vec<T> sums[kRows]{};
         for (; k + kColumns <= end; k += kColumns) {
@@ -147,7 +147,7 @@ void multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& out) {
         }
         for (int r = 0; r < kRows && i + r < out.rows; ++r) {
           T* p = const_cast<T*>(element<T>(out, i + r, j));
-          store_lanes(p, add ? load_lanes(p, count) + sums[r] : sums[r], count);
+          store_lanes(p, adds ? load_lanes(p, count) + sums[r] : sums[r], count);
         }
       }
     }
@@ -157,7 +157,7 @@ void multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& out) {
 template <typename T>
 void choose_and_multiply(const MatmulParams& params) {
   const bool few = params.out.rows < kFewRowsTransposed && params.b.row_stride == 1 && params.a.columns > 0;
-  (few ? multiply_few_rows<T> : multiply<T>)(params.a, params.b, params.out);
+  (few ? multiply_few_rows<T> : multiply<T>)(params.a, params.b, params.out, params.add);
 }
 
 }  // namespace

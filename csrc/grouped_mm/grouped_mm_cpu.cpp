@@ -47,8 +47,8 @@ void grouped_mm(const GroupedMmParams& params) {
     const Block& block = blocks[task];
     Matrix b = params.b;
     b.data = static_cast<char*>(b.data) + block.group * params.b_group_stride * item;
-    params.matmul(params.dtype, rows_of(params.a, block.begin, block.end, item), b,
-                  rows_of(params.out, block.begin, block.end, item));
+    params.matmul({params.dtype, rows_of(params.a, block.begin, block.end, item), b,
+                   rows_of(params.out, block.begin, block.end, item)});
   });
 }
 
@@ -67,7 +67,7 @@ void grouped_mm_transposed(const GroupedMmTransposedParams& params) {
       return;
     }
     const Matrix a = transposed(rows_of(params.a, begin, end, item));
-    params.matmul(params.dtype, rows_of(a, block.begin, block.end, item), rows_of(params.b, begin, end, item), out);
+    params.matmul({params.dtype, rows_of(a, block.begin, block.end, item), rows_of(params.b, begin, end, item), out});
   });
 }
 

@@ -130,16 +130,16 @@ void forward_rows(const MoeExpertsForwardParams& params, const RowTask& task, co
   T* h = scratch.h + row * 2 * size;
   T* activation = scratch.activation + row * size;
   gather(shape, task, params.hidden, params.hidden_stride, scratch.x + row * d);
-  shape.matmul(shape.dtype, dense_matrix(scratch.x + row * d, task.rows(), d),
-               transposed(expert_matrix<T>(params.w_gate_up, expert, 2 * size, d)),
-               dense_matrix(h, task.rows(), 2 * size));
+  shape.matmul({shape.dtype, dense_matrix(scratch.x + row * d, task.rows(), d),
+                transposed(expert_matrix<T>(params.w_gate_up, expert, 2 * size, d)),
+                dense_matrix(h, task.rows(), 2 * size)});
   for (int64_t i = 0; i < task.rows(); ++i) swiglu_row(size, h + i * 2 * size, activation + i * size);
   if (params.h != nullptr) {
     std::memcpy(at<T>(params.h, (task.segment.first + task.begin) * 2 * size), h, task.filled() * 2 * size * sizeof(T));
   }
-  shape.matmul(shape.dtype, dense_matrix(activation, task.rows(), size),
-               transposed(expert_matrix<T>(params.w_down, expert, d, size)),
-               dense_matrix(scratch.y + row * d, task.rows(), d));
+  shape.matmul({shape.dtype, dense_matrix(activation, task.rows(), size),
+                transposed(expert_matrix<T>(params.w_down, expert, d, size)),
+                dense_matrix(scratch.y + row * d, task.rows(), d)});
 }
 
 template <typename T>
@@ -178,9 +178,9 @@ void backward_rows(const MoeExpertsBackwardParams& params, const RowTask& task, 
   const int64_t d = shape.hidden_size, size = shape.intermediate_size;
   const int64_t row = task.scratch_row(), expert = task.segment.expert, first = task.segment.first + task.begin;
   gather(shape, task, params.dout, params.dout_stride, scratch.dy + row * d);
-  shape.matmul(shape.dtype, dense_matrix(scratch.dy + row * d, task.rows(), d),
-               expert_matrix<T>(params.w_down, expert, d, size),
-               dense_matrix(scratch.activation + row * size, task.rows(), size));
+  shape.matmul({shape.dtype, dense_matrix(scratch.dy + row * d, task.rows(), d),
+                expert_matrix<T>(params.w_down, expert, d, size),
+                dense_matrix(scratch.activation + row * size, task.rows(), size)});
   for (int64_t i = 0; i < task.filled(); ++i) {
     const int32_t choice = shape.choices[first + i];
     reinterpret_cast<Acc<T>*>(params.dexpert_weights)[choice] = swiglu_backward_row(
@@ -193,9 +193,9 @@ void backward_rows(const MoeExpertsBackwardParams& params, const RowTask& task, 
   std::fill(scratch.dh + filled * 2 * size, scratch.dh + end * 2 * size, T{});
   if (params.dw_gate_up != nullptr) gather(shape, task, params.hidden, params.hidden_stride, scratch.x + row * d);
   if (params.dhidden != nullptr) {
-    shape.matmul(shape.dtype, dense_matrix(scratch.dh + row * 2 * size, task.rows(), 2 * size),
-                 expert_matrix<T>(params.w_gate_up, expert, 2 * size, d),
-                 dense_matrix(scratch.dx + row * d, task.rows(), d));
+    shape.matmul({shape.dtype, dense_matrix(scratch.dh + row * 2 * size, task.rows(), 2 * size),
+                  expert_matrix<T>(params.w_gate_up, expert, 2 * size, d),
+                  dense_matrix(scratch.dx + row * d, task.rows(), d)});
   }
 }
 
@@ -230,8 +230,8 @@ void weight_gradient(const MoeExpertsBackwardParams& params, const WeightTask& t
   T* right = (task.down ? scratch.activation : scratch.x) + segment.begin * n;
   T* out = at<T>(task.down ? params.dw_down : params.dw_gate_up, (segment.expert * m + task.begin) * n);
   const Matrix columns{left, segment.padded(), task.end - task.begin, m, 1};
-  params.shape.matmul(params.shape.dtype, transposed(columns), dense_matrix(right, segment.padded(), n),
-                      dense_matrix(out, task.end - task.begin, n));
+  params.shape.matmul({params.shape.dtype, transposed(columns), dense_matrix(right, segment.padded(), n),
+                       dense_matrix(out, task.end - task.begin, n)});
 }
 
 // Experts without rows have zero gradients, which no product writes.

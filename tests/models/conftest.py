@@ -62,12 +62,8 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors here are too small to share, and a second thread that waits costs a busy machine more than it gives."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """Tensors here are too small to share."""
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from threads import num_threads
 
 from arfast.models import CausalLM, CausalLMConfig
 from arfast.models.causal_lm import init_parameter
@@ -43,10 +44,8 @@ def test_definition():
 def test_slices_equal_the_whole(ranks, dtype, monkeypatch):
     """Also with other threads and another chunk size."""
     size = 300_007
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    whole = normal_(torch.empty(size, dtype=dtype), seed=1, name="w", std=0.02)
-    torch.set_num_threads(threads)
+    with num_threads(3):
+        whole = normal_(torch.empty(size, dtype=dtype), seed=1, name="w", std=0.02)
     monkeypatch.setattr("arfast.nn.initialization._CHUNK", 4093)
     share = -(-size // ranks)
     starts = range(0, size, share)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate, assert_bitwise_equal
+from threads import same_for_any_threads
 
 from arfast.ops import attention, attention_reference
 
@@ -311,17 +312,7 @@ def test_same_bits_for_every_number_of_threads_and_every_run(packed):
         tensors, options = inputs((1, 700, 700, 2, 1, 32), torch.float32), {}
     options = with_sink(options | dict(sink=True, deterministic=True), tensors[0])
     upstream = upstream_of(tensors[0], packed=packed)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            results.append(run(attention, tensors, options, upstream))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for name, a, b in zip(NAMES, results[0], other, strict=True):
-            assert_bitwise_equal(a, b, name=name)
+    same_for_any_threads(lambda: run(attention, tensors, options, upstream))
 
 
 def test_same_bits_whatever_the_batch():

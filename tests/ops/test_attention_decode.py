@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
+from threads import same_for_any_threads
 
 from arfast.ops import attention, attention_decode, attention_decode_reference
 
@@ -158,16 +159,7 @@ def test_nan_stays_in_its_sequence_and_head():
 
 def test_same_bits_whatever_the_batch_and_the_threads():
     q, k, v, seqlens = inputs(([1300, 700, 41], 1, 4, 2, 64), torch.bfloat16)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            results.append(attention_decode(q, k, v, seqlens))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert_bitwise_equal(other, results[0])
+    same_for_any_threads(lambda: attention_decode(q, k, v, seqlens))
     for num_splits in (0, 3):
         together = attention_decode(q, k, v, seqlens, num_splits=num_splits)
         for b in range(3):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
+from threads import same_for_any_threads
 
 from arfast.ops import beam_prune, beam_prune_reference
 
@@ -33,12 +34,8 @@ SIZES = [
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors here are too small to share, but for the test that is about threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """Tensors here are too small to share."""
 
 
 def inputs(groups, beams, vocab_size, dtype=torch.float32, scale=2.0):
@@ -249,13 +246,7 @@ def test_same_bits_alone_in_a_batch_and_in_any_order():
 def test_same_bits_for_every_number_of_threads(groups, beams, vocab_size):
     logits, scores = inputs(groups, beams, vocab_size)
     logits = (logits * 8).round() / 8  # with ties
-    results = []
-    for count in (1, 2, 3, 8):
-        torch.set_num_threads(count)
-        results.append(beam_prune(logits, scores, num_candidates=2 * beams))
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert_bitwise_equal(a, b)
+    same_for_any_threads(lambda: beam_prune(logits, scores, num_candidates=2 * beams), (1, 2, 3, 8))
 
 
 @pytest.mark.parametrize("target", ["baseline", "avx2"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
+from threads import same_for_any_threads
 
 from arfast.ops import cross_entropy, cross_entropy_reference
 
@@ -209,20 +210,10 @@ def test_strided_and_misaligned_inputs_give_the_same_bits():
 
 def test_same_bits_for_every_number_of_threads_and_every_batch():
     logits, targets = inputs(90, 3001, torch.float32)
-    threads = torch.get_num_threads()
     options = dict(label_smoothing=0.1, reduction="none")
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(run(cross_entropy, logits, targets, options, torch.ones(90)))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert_bitwise_equal(a, b)
+    together = same_for_any_threads(lambda: run(cross_entropy, logits, targets, options, torch.ones(90)))
     alone = run(cross_entropy, logits[42:43], targets[42:43], options, torch.ones(1))
-    for whole, part in zip(results[0], alone, strict=True):
+    for whole, part in zip(together, alone, strict=True):
         assert_bitwise_equal(whole[42:43], part)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
+from threads import same_for_any_threads
 
 from arfast.ops import grouped_mm, grouped_mm_reference
 
@@ -90,17 +91,7 @@ def test_strided_inputs_give_the_same_bits():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_for_every_number_of_threads(dtype):
     arguments = inputs([300, 5, 0, 270], 64, 96, dtype)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(run(grouped_mm, *arguments))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for x, y in zip(results[0], other, strict=True):
-            assert_bitwise_equal(x, y)
+    same_for_any_threads(lambda: run(grouped_mm, *arguments))
 
 
 def test_only_the_gradients_that_are_asked_for():

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
+from threads import same_for_any_threads
 
 from arfast.ops import grouped_mm, moe_combine, moe_experts, moe_experts_reference, moe_permute, moe_route
 
@@ -180,17 +181,7 @@ def test_strided_inputs_give_the_same_bits():
 @pytest.mark.parametrize("tokens,experts,top_k", [(700, 16, 4), (900, 2, 1), (1, 8, 1)])
 def test_same_bits_for_every_number_of_threads(tokens, experts, top_k, dtype):
     arguments, dout = inputs(tokens, experts, top_k, 64, 96, dtype), torch.randn(tokens, 64)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(run(moe_experts, arguments, dout))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for name, a, b in zip(NAMES, results[0], other, strict=True):
-            assert_bitwise_equal(a, b, name=name)
+    same_for_any_threads(lambda: run(moe_experts, arguments, dout))
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="the machine has one instruction set")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
+from threads import same_for_any_threads
 
 from arfast.ops import moe_combine, moe_combine_reference, moe_permute, moe_permute_reference, moe_route
 
@@ -98,18 +99,8 @@ def test_strided_inputs_give_the_same_bits():
 def test_same_bits_for_every_number_of_threads():
     routing = make_routing(301, 16, 4)
     hidden, rows = torch.randn(301, 96), torch.randn(1204, 96)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            permuted = run_permute(moe_permute, hidden, routing, rows)
-            results.append((*permuted, *run_combine(moe_combine, rows, routing, hidden)))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert_bitwise_equal(a, b)
+    same_for_any_threads(lambda: run_permute(moe_permute, hidden, routing, rows))
+    same_for_any_threads(lambda: run_combine(moe_combine, rows, routing, hidden))
 
 
 def test_opcheck():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
+from threads import same_for_any_threads
 
 from arfast.ops import rms_norm, rms_norm_reference
 
@@ -78,17 +79,7 @@ def test_strided_and_misaligned_inputs_give_the_same_bits(device):
 def test_same_bits_for_every_number_of_threads():
     x, weight, residual = inputs(301, 640, torch.float32, "cpu")
     douts = [torch.randn_like(x), torch.randn_like(x)]
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(run(rms_norm, x, weight, residual, douts))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert_bitwise_equal(a, b)
+    same_for_any_threads(lambda: run(rms_norm, x, weight, residual, douts))
 
 
 def test_opcheck():
