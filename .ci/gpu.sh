@@ -50,8 +50,8 @@ fi
 
 # Without torch's caching allocator every tensor is an allocation of its own, whose ends the checker knows.
 if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 86 \
+  for tool in memcheck racecheck synccheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 35 compute-sanitizer --tool "$tool" --error-exitcode 86 \
       --target-processes all "$python" -m pytest -m "gpu and not slow" --quiet --maxfail 1 \
       -k "${SANITIZE:-forward and 33 and not compile}" tests/ops
   done

@@ -52,7 +52,6 @@ def case(rows, vocab_size, beams, dtype):
         check=check,
         bytes=rows * vocab_size * dtype.itemsize,
         gates={"log_softmax+topk": 15.0, "row topk+logsumexp": 5.0} if gated else {},
-        devices=("cpu",),
     )
 
 

@@ -28,7 +28,7 @@ def wide_loss(function):
     return run
 
 
-def case(rows, classes, dtype, inplace):
+def case(rows, classes, dtype, inplace, **options):
     name = f"{'inplace-' if inplace else ''}{rows}x{classes}-{str(dtype).removeprefix('torch.')}"
 
     def make_inputs(device):
@@ -36,7 +36,8 @@ def case(rows, classes, dtype, inplace):
         return logits, torch.randint(0, classes, (rows,), device=device)
 
     torch_ce = wide_loss(with_gradient(F.cross_entropy))
-    gates = {"torch": 8.0 if inplace else 3.0} if (rows, dtype) == (1024, torch.bfloat16) else {}
+    if (rows, dtype) == (1024, torch.bfloat16):
+        options["gates"] = {"torch": 8.0 if inplace else 3.0}
     return Case(
         name=name,
         make_inputs=make_inputs,
@@ -44,7 +45,7 @@ def case(rows, classes, dtype, inplace):
         peers={"torch": torch_ce, "torch.compile": compiled(torch_ce)},
         check=accurate(with_gradient(cross_entropy_reference)),
         bytes=2 * rows * classes * dtype.itemsize,
-        gates=gates,
+        **options,
     )
 
 
@@ -53,6 +54,9 @@ CASES = [
     for rows, classes in ((2048, 32000), (1024, 128256))
     for dtype in (torch.float32, torch.bfloat16)
     for inplace in (False, True)
+]
+CASES += [
+    case(8192, 128256, torch.bfloat16, inplace, devices=("cuda",), gates={"torch": 2.5}) for inplace in (False, True)
 ]
 
 

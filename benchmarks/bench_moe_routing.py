@@ -53,7 +53,6 @@ def forward_case(tokens, experts, top_k, dtype):
         check=check,
         bytes=tokens * experts * dtype.itemsize + 20 * tokens * top_k,
         gates={"torch": 3.0} if (tokens, experts) == (4096, 64) else {},
-        devices=("cpu",),
     )
 
 
@@ -78,7 +77,6 @@ def gradient_case(tokens, experts, top_k, dtype):
         peers={"torch": with_gradients(lambda *inputs: torch_route(*inputs)[0])},
         check=check_gradient,
         bytes=3 * tokens * experts * dtype.itemsize,
-        devices=("cpu",),
     )
 
 

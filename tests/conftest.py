@@ -1,7 +1,9 @@
 """Fixtures that every test may use: the implementation under test, poisoned memory, fixed seeds."""
 
 import os
+import random
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -41,12 +43,85 @@ def one_thread():
         yield
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def pytest_addoption(parser):
+    parser.addoption("--emulator-seed", type=int, help="seed of the emulated GPU's random schedules (default: random)")
+
+
+def pytest_configure(config):
+    if config.getoption("--emulator-seed") is None:
+        config.option.emulator_seed = random.randrange(1 << 31)
+
+
+def pytest_report_header(config):
+    return f"emulated GPU: --emulator-seed {config.getoption('--emulator-seed')}"
+
+
+def pytest_generate_tests(metafunc):
+    """Tests that ask for a device run on the CPU, on the emulated GPU and on a GPU."""
+    if "device" not in metafunc.fixturenames:
+        return
+    if metafunc.definition.get_closest_marker("no_cuda_kernel") is not None:
+        return metafunc.parametrize("device", ["cpu"], indirect=True)
+    implementations = ["cpu"]
+    if metafunc.definition.get_closest_marker("not_emulated") is None:
+        implementations.append("emulated")
+        if metafunc.definition.get_closest_marker("random_schedules") is not None:
+            implementations.append("emulated-random")
+    implementations.append(pytest.param("cuda", marks=pytest.mark.gpu))
+    metafunc.parametrize("device", implementations, indirect=True)
+
+
+class _EmulatedOps:
+    """torch.ops.arfast_emulated; a test that calls an op without CUDA kernels is skipped."""
+
+    def __getattr__(self, name):
+        if not hasattr(torch.ops.arfast_emulated, name):
+            pytest.skip(f"{name} has no CUDA kernel")
+        return getattr(torch.ops.arfast_emulated, name)
+
+
+@pytest.fixture(scope="session")
+def emulator_library():
+    """Built by the first test that needs it."""
+    from emulator import build
+
+    if reason := build.unavailable():
+        pytest.skip(reason)
+    return build.load()
+
+
+@pytest.fixture
+def emulator(request, emulator_library, monkeypatch):
+    """The emulated GPU in place of the real ops, in the fixed schedule; `configure` chooses others."""
+    emulator_library.configure()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("arfast.ops.") and hasattr(module, "_ops"):
+            monkeypatch.setattr(module, "_ops", _EmulatedOps())
+    return emulator_library
+
+
+@pytest.fixture
 def device(request):
-    """Where the implementation under test runs. `cuda` is skipped, visibly, without a GPU."""
+    """The device of the tensors that the implementation under test takes. `cuda` is skipped, visibly, without a GPU."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    return request.param
+    if request.param != "cpu" and request.node.callspec.params.get("dtype") == torch.float64:
+        pytest.skip("float64 is for the CPU")
+    if not request.param.startswith("emulated"):
+        with torch.device(request.param):  # where a test makes its tensors
+            yield request.param
+        return
+    emulator = request.getfixturevalue("emulator")
+    if request.param == "emulated-random":
+        seed = request.config.getoption("--emulator-seed") ^ zlib.crc32(request.node.nodeid.encode())
+        emulator.configure(schedule="random", asynchrony="mixed", seed=seed, jitter=20)
+    yield "cpu"
+
+
+@pytest.fixture
+def implementation(request):
+    """cpu, emulated, emulated-random or cuda: for a test that asks for `device` too."""
+    return request.node.callspec.params["device"]
 
 
 @pytest.fixture

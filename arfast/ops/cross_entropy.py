@@ -179,8 +179,16 @@ def _loss_shape(logits, reduction):
     return (logits.shape[0],) if reduction == _REDUCTIONS["none"] else ()
 
 
+@register_fake("cross_entropy_totals")
+def _(like, targets, weight, vocab_size, ignore_index, reduction, num_items):
+    return like.new_empty(3, dtype=torch.float64)
+
+
 @register_fake("cross_entropy_forward")
-def _(logits, targets, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, num_items, with_gradient):
+def _(
+    logits, targets, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, num_items, with_gradient,
+    totals=None,
+):  # fmt: skip
     rows, classes = logits.shape
     wide = _statistics_dtype(logits)
     gradient = logits.new_empty((rows if with_gradient else 0, classes))
@@ -192,7 +200,7 @@ def _(logits, targets, weight, ignore_index, label_smoothing, z_loss, softcap, r
 
 
 @register_fake("cross_entropy_forward_")
-def _(logits, targets, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, num_items):
+def _(logits, targets, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, num_items, totals=None):
     wide = _statistics_dtype(logits)
     return logits.new_empty(_loss_shape(logits, reduction), dtype=wide), logits.new_empty(
         (logits.shape[0], 2), dtype=wide

@@ -14,7 +14,8 @@ from arfast.ops._library import in_autocast, needs_grad, register_fake
 from arfast.ops.cross_entropy import _REDUCTIONS, check_options, cross_entropy_reference, scaled_gradient
 
 _ops = torch.ops.arfast
-_DEFAULT_CHUNK_BYTES = 128 << 20
+# Small blocks make small products. A GPU has more memory, and needs larger products to be busy.
+_DEFAULT_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 
 
 def linear_cross_entropy(
@@ -41,7 +42,8 @@ def linear_cross_entropy(
         bias: [V], the dtype of `hidden`, or None.
         class_weight: [V] per class, or None (`weight` of `cross_entropy`).
         ignore_index, label_smoothing, z_loss, softcap, reduction, num_items: as in `cross_entropy`.
-        chunk_bytes: upper bound on the block of logits held at a time, in bytes (at least one row); 128 MiB by default.
+        chunk_bytes: upper bound on the block of logits held at a time, in bytes (at least one row); 128 MiB by
+            default, on a GPU 1 GiB.
             On the CPU a block is kept per thread and used again by the next call.
 
     Returns:
@@ -66,7 +68,7 @@ def linear_cross_entropy(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
-    chunk_bytes = chunk_bytes or _DEFAULT_CHUNK_BYTES
+    chunk_bytes = chunk_bytes or _DEFAULT_CHUNK_BYTES.get(hidden.device.type, 1 << 30)
     wants = [t is not None and needs_grad(t) for t in (hidden, weight, bias)]
     if not any(wants):
         arguments = (*options, _REDUCTIONS[reduction], num_items, chunk_bytes)
@@ -158,20 +160,6 @@ def _logits(block, hidden, weight, bias):
     return block
 
 
-def _denominators(targets, class_weight, ignore_index, reduction, num_items):
-    """(denominator of the mean, factor that gives the z-loss its own: the number of rows that count)."""
-    if reduction == _REDUCTIONS["sum"]:
-        return 1.0, 1.0
-    if num_items is not None:
-        return float(num_items), 1.0
-    kept = targets != ignore_index
-    count = float(kept.sum())
-    if class_weight is None or count == 0:
-        return count, 1.0
-    weighted = float(class_weight.double()[targets[kept]].sum())
-    return weighted, weighted / count
-
-
 class _Accumulator:
     """Gradients of hidden, weight and bias, block by block."""
 
@@ -206,23 +194,21 @@ def _forward(
     per_row = reduction == _REDUCTIONS["none"]
     loss = hidden.new_zeros(rows if per_row else (), dtype=wide)
     statistics = hidden.new_empty((rows, 2), dtype=wide)
-    denominator, z_factor = (
-        (None, 1.0) if per_row else _denominators(targets, class_weight, ignore_index, reduction, num_items)
-    )
-    if denominator == 0 or (rows == 0 and not per_row):  # no target counts: the mean of nothing, and no gradient
+    if rows == 0 and not per_row:  # the mean of nothing, and no gradient
         nothing = float("nan") if reduction == _REDUCTIONS["mean"] and num_items is None else 0.0
-        return loss.fill_(nothing), statistics.zero_(), *(g.zero_() for g in gradients.gradients)
-    mode = reduction if per_row else _REDUCTIONS["mean"]
-    options = (ignore_index, label_smoothing, z_loss * z_factor, softcap, mode, denominator)
+        return loss.fill_(nothing), statistics, *(g.zero_() for g in gradients.gradients)
+    # The rows of a block are a part of all: what the mean divides by comes from all of them.
+    totals = _ops.cross_entropy_totals(hidden, targets, class_weight, classes, ignore_index, reduction, num_items)
+    options = (ignore_index, label_smoothing, z_loss, softcap, reduction, num_items)
     chunks = _chunks(hidden, weight, chunk_bytes)
     for begin, end in chunks:
         block = _logits(_block(hidden, end - begin, classes), hidden[begin:end], weight, bias)
         arguments = (block, targets[begin:end], class_weight, *options)
         if any(wants):
-            part, statistics[begin:end] = _ops.cross_entropy_forward_(*arguments)
+            part, statistics[begin:end] = _ops.cross_entropy_forward_(*arguments, totals)
             gradients.add(begin, end, block)
         else:
-            part, statistics[begin:end], _ = _ops.cross_entropy_forward(*arguments, False)
+            part, statistics[begin:end], _ = _ops.cross_entropy_forward(*arguments, False, totals)
         if per_row:
             loss[begin:end] = part
         else:

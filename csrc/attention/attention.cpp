@@ -58,10 +58,10 @@ struct Arguments {
     q = with_dense_rows(q);
     k = with_dense_rows(k);
     v = with_dense_rows(v);
-    if (sink) sink = torch::stable::contiguous(*sink);
+    if (sink) sink = to_contiguous(*sink);
     if (packed()) {
-      cu_seqlens_q = torch::stable::contiguous(*cu_seqlens_q);
-      cu_seqlens_k = torch::stable::contiguous(*cu_seqlens_k);
+      cu_seqlens_q = to_contiguous(*cu_seqlens_q);
+      cu_seqlens_k = to_contiguous(*cu_seqlens_k);
     }
     problem.dtype = float_dtype(kOp, "q", q);
     problem.batch = packed() ? cu_seqlens_q->size(0) - 1 : q.size(0);
@@ -190,8 +190,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   if (dlse) arguments.check_statistics("dlse", *dlse);
   dout = with_dense_rows(dout);
   out = with_dense_rows(out);
-  lse = torch::stable::contiguous(lse);
-  if (dlse) dlse = torch::stable::contiguous(*dlse);
+  lse = to_contiguous(lse);
+  if (dlse) dlse = to_contiguous(*dlse);
 
   const AttentionProblem& problem = arguments.problem;
   const ScalarType wide = statistics_dtype(arguments.q);

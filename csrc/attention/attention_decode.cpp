@@ -23,7 +23,7 @@ Tensor check_integers(const char* argument, const Tensor& tensor, const char* na
   check_shape(kOp, argument, tensor, names, sizes);
   check_dtype(kOp, argument, tensor, ScalarType::Int);
   check_same_device(kOp, argument, tensor, "q", q);
-  return torch::stable::contiguous(tensor);
+  return to_contiguous(tensor);
 }
 
 // Every value that is read must be in [0, limit); positions are named as in the tensor.
@@ -100,7 +100,7 @@ Tensor attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens
   q = with_dense_rows(q);
   k_cache = with_dense_rows(k_cache);
   v_cache = with_dense_rows(v_cache);
-  if (sink) sink = torch::stable::contiguous(*sink);
+  if (sink) sink = to_contiguous(*sink);
 
   Tensor out = new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)}, q.scalar_type());
   AttentionDecodeParams params{

@@ -34,13 +34,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune(Tensor logits, Tensor scor
     banned = with_dense_rows(*banned);
   }
   logits = with_dense_rows(logits);
-  scores = torch::stable::contiguous(scores);
+  scores = to_contiguous(scores);
 
   Tensor out_scores = new_empty(scores, {groups, num_candidates}, ScalarType::Float);
   Tensor parents = new_empty(scores, {groups, num_candidates}, ScalarType::Int);
   Tensor tokens = new_empty(scores, {groups, num_candidates}, ScalarType::Int);
   Tensor lse = new_empty(scores, {groups, beams}, ScalarType::Float);
-  const BeamPruneParams params{
+  BeamPruneParams params{
       .dtype = dtype,
       .num_groups = groups,
       .num_beams = beams,
@@ -55,8 +55,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune(Tensor logits, Tensor scor
       .parents = static_cast<int32_t*>(parents.data_ptr()),
       .tokens = static_cast<int32_t*>(tokens.data_ptr()),
       .lse = static_cast<float*>(lse.data_ptr()),
+      .num_parts = 0,
+      .part_vectors = 0,
+      .workspace = nullptr,
+      .num_arrived = nullptr,
   };
-  beam_prune_cpu(params);
+  Tensor workspace, num_arrived;
+  if (!on_cpu(logits)) {
+    choose_beam_prune_parts(logits.element_size(), params);
+    workspace = new_empty(logits, {beam_prune_workspace_bytes(params)}, ScalarType::Byte);
+    num_arrived = new_zeros(logits, {groups}, ScalarType::Int);
+    params.workspace = workspace.data_ptr();
+    params.num_arrived = static_cast<uint32_t*>(num_arrived.data_ptr());
+  }
+  run(kOp, logits, params, beam_prune_cpu, beam_prune_cuda);
   return {out_scores, parents, tokens, lse};
 }
 
@@ -68,5 +80,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
       "Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) { m.impl("beam_prune", TORCH_BOX(&beam_prune)); }
+STABLE_TORCH_LIBRARY_IMPL(arfast, CUDA, m) { m.impl("beam_prune", TORCH_BOX(&beam_prune)); }
 
 }  // namespace arfast

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/cpu_target.h"
+#include "core/cuda_function.h"
 #include "core/dtype.h"
 
 namespace arfast {
@@ -23,8 +24,33 @@ struct BeamPruneParams {
   int32_t* parents;   // [B, M], dense
   int32_t* tokens;    // [B, M], dense
   float* lse;         // [B, K], dense
+  // Of the CUDA implementation: a row is scanned in num_parts parts of part_vectors 16-byte vectors.
+  int64_t num_parts;
+  int64_t part_vectors;
+  void* workspace;        // beam_prune_workspace_bytes(...)
+  uint32_t* num_arrived;  // [B], 0
 };
 
+// What a thread holds in registers of float32 logits; of 16-bit ones half as much, the same number of elements.
+constexpr int64_t kBeamPruneHeldBytes = 128;
+
+// The smallest parts that give at most about as many blocks as a GPU holds at once; no more than the registers of 256
+// threads take. From the sizes alone, so that the bits of lse are the same on every GPU.
+inline void choose_beam_prune_parts(int64_t element_size, BeamPruneParams& params) {
+  const int64_t vectors = params.vocab_size / (16 / element_size) + 2;  // a row may begin and end within a vector
+  const int64_t largest = 256 * (kBeamPruneHeldBytes / 16) * element_size / 4;
+  for (params.part_vectors = 256; params.part_vectors < largest; params.part_vectors *= 2) {
+    if (params.num_groups * params.num_beams * ((vectors - 1) / params.part_vectors + 1) <= 512) break;
+  }
+  params.num_parts = (vectors - 1) / params.part_vectors + 1;
+}
+
+// The best M + 1 tokens of every part as 8-byte keys, then its sum as two floats.
+inline int64_t beam_prune_workspace_bytes(const BeamPruneParams& params) {
+  return params.num_groups * params.num_beams * params.num_parts * (params.num_candidates + 2) * 8;
+}
+
 ARFAST_CPU_FUNCTION(beam_prune, BeamPruneParams)
+ARFAST_CUDA_FUNCTION(beam_prune, BeamPruneParams)
 
 }  // namespace arfast

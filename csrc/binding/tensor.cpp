@@ -4,10 +4,19 @@
 #include <dlfcn.h>
 #include <sys/mman.h>
 
+#include <array>
 #include <cstdio>
 #include <stdexcept>
 
 namespace arfast {
+
+#if !defined(ARFAST_EMULATED)
+namespace emulated {
+inline void argument(const char*, const Tensor&) {}
+inline void allocated(const Tensor&) {}
+}  // namespace emulated
+#endif
+
 namespace {
 
 std::string list(std::initializer_list<int64_t> sizes) {
@@ -98,6 +107,7 @@ void check_shape(const char* op, const char* argument, const Tensor& tensor, con
     equal = size == kAny || tensor.size(dim) == size;
   }
   if (!equal) fail(op, argument, std::string("have shape ") + names + " = " + list(sizes), shape_of(tensor));
+  emulated::argument(argument, tensor);
 }
 
 void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype) {
@@ -133,7 +143,7 @@ DType float_dtype(const char* op, const char* argument, const Tensor& tensor) {
     case ScalarType::Half:
       return DType::kFloat16;
     case ScalarType::Double:
-      if (tensor.is_cpu()) return DType::kFloat64;
+      if (on_cpu(tensor)) return DType::kFloat64;
       fail(op, argument, "be float32, bfloat16 or float16 on a GPU", "float64");
     default:
       fail(op, argument, "be float32, bfloat16, float16 or float64", dtype_name(tensor.scalar_type()));
@@ -143,18 +153,50 @@ DType float_dtype(const char* op, const char* argument, const Tensor& tensor) {
 Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
   advise_huge_pages(tensor, tensor.numel() * item_size(dtype));
+  emulated::allocated(tensor);
   return tensor;
 }
 
 Tensor new_zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_zeros(like, sizes, dtype);
+  Tensor tensor = torch::stable::new_zeros(like, sizes, dtype);
+  emulated::allocated(tensor);
+  return tensor;
 }
 
 Tensor with_dense_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   if (last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1) return tensor;
-  return torch::stable::contiguous(tensor);
+  return to_contiguous(tensor);
 }
+
+Tensor to_contiguous(const Tensor& tensor) {
+  Tensor dense = torch::stable::contiguous(tensor);
+  emulated::allocated(dense);
+  return dense;
+}
+
+Tensor scratch_rows(int slot, const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
+  if (!on_cpu(like)) return new_empty(like, {rows, columns}, dtype);
+  thread_local std::array<std::optional<Tensor>, 2> held;
+  const int64_t bytes = rows * columns * item_size(dtype);
+  std::optional<Tensor>& memory = held.at(slot);
+  if (!memory || memory->numel() < bytes) {
+    memory.reset();
+    memory = new_empty(like, {bytes}, ScalarType::Byte);
+  }
+  return torch::stable::from_blob(memory->data_ptr(), {rows, columns}, {columns, 1}, memory->device(), dtype);
+}
+
+#if defined(ARFAST_EMULATED)
+
+CudaScope::CudaScope(const char* op, const Tensor&) : op_(op), stream_(nullptr) {}
+
+void CudaScope::check(const char* error) const {
+  emulated::launched();
+  if (error != nullptr) throw std::runtime_error(std::string(op_) + ": " + error);
+}
+
+#else
 
 CudaScope::CudaScope(const char* op, const Tensor& tensor)
     : op_(op), guard_(tensor.get_device_index()), stream_(nullptr) {
@@ -172,5 +214,7 @@ CudaScope::CudaScope(const char* op, const Tensor& tensor)
 void CudaScope::check(const char* error) const {
   if (error != nullptr) throw std::runtime_error(std::string(op_) + ": launch failed: " + error);
 }
+
+#endif
 
 }  // namespace arfast

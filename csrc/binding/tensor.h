@@ -62,10 +62,36 @@ Tensor new_zeros(const Tensor& like, std::initializer_list<int64_t> sizes, Scala
 // The tensor itself when its last dimension is dense, else a contiguous copy.
 Tensor with_dense_rows(const Tensor& tensor);
 
+Tensor to_contiguous(const Tensor& tensor);
+
+// Working memory of one call, uninitialised: the CPU keeps it per thread and `slot` for the next call, since touching
+// fresh pages costs more than much of the arithmetic on them.
+Tensor scratch_rows(int slot, const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype);
+
 inline int64_t stride_or_zero(const std::optional<Tensor>& tensor, int64_t dim) {
   return tensor ? tensor->stride(dim) : 0;
 }
 inline void* pointer_or_null(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
+
+// Whether `tensor` is for the CPU implementation; else it is on a GPU. (The emulated GPU of the tests works on tensors
+// that torch sees on the CPU.)
+inline bool on_cpu(const Tensor& tensor) {
+#if defined(ARFAST_EMULATED)
+  return false;
+#else
+  return tensor.is_cpu();
+#endif
+}
+
+#if defined(ARFAST_EMULATED)
+// The emulated GPU reports accesses to memory of no tensor of the call. Every tensor that this file checks or allocates
+// is known to it, until the first check after a launch: there the next call begins. See tests/emulator/tensors.cpp.
+namespace emulated {
+void argument(const char* name, const Tensor& tensor);
+void allocated(const Tensor& tensor);
+void launched();
+}  // namespace emulated
+#endif
 
 // Makes `tensor`'s GPU the current one for its lifetime, gives torch's current stream there, and turns the error string
 // of a launcher (nullptr: none) into an exception.
@@ -77,8 +103,19 @@ class CudaScope {
 
  private:
   const char* op_;
+#if !defined(ARFAST_EMULATED)
   torch::stable::accelerator::DeviceGuard guard_;
+#endif
   void* stream_;
 };
+
+// Runs the implementation that belongs to the device of `tensor`.
+template <typename Params>
+void run(const char* op, const Tensor& tensor, const Params& params, void (*cpu)(const Params&),
+         const char* (*cuda)(const Params&, void* stream)) {
+  if (on_cpu(tensor)) return cpu(params);
+  const CudaScope scope(op, tensor);
+  scope.check(cuda(params, scope.stream()));
+}
 
 }  // namespace arfast

@@ -14,7 +14,10 @@ const char* cpu_target_name();
 }  // namespace arfast
 
 // Declares `void name(const Params&)` for every target, and `name_cpu(params)`, which calls the chosen one.
-#if defined(__x86_64__)
+#if defined(ARFAST_EMULATED)  // the tests' emulated GPU: no CPU implementation is linked
+#define ARFAST_CPU_FUNCTION(name, Params) \
+  inline void name##_cpu(const Params&) {}
+#elif defined(__x86_64__)
 #define ARFAST_CPU_FUNCTION(name, Params)        \
   namespace baseline {                           \
   void name(const Params& params);               \

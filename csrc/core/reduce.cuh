@@ -1,7 +1,11 @@
 // Reductions over a warp and over a block, in a fixed order: the same bits at every run.
 #pragma once
 
+#if defined(ARFAST_EMULATED)
+#include "emulator/device.h"
+#else
 #include <cuda_runtime.h>
+#endif
 
 namespace arfast {
 

@@ -1,8 +1,12 @@
 // Elements and 16-byte vectors of them on the GPU. Arithmetic happens in float, as on the CPU (simd.h).
 #pragma once
 
+#if defined(ARFAST_EMULATED)
+#include "emulator/device.h"
+#else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#endif
 
 #include <cstdint>
 

@@ -1,12 +1,34 @@
-// Contract of cross_entropy: one pass over rows of logits that gives the loss, its log-sum-exp and its gradient.
+// Contract of cross_entropy: rows of logits give their loss, their log-sum-exp and their gradient.
 #pragma once
 
 #include <cstdint>
 
 #include "core/cpu_target.h"
+#include "core/cuda_function.h"
 #include "core/dtype.h"
 
 namespace arfast {
+
+enum Reduction : int64_t { kReductionNone, kReductionMean, kReductionSum };
+
+// What all rows share. The loss is ce_scale * sum of ce_i + z_scale * sum of z_loss_i.
+struct CrossEntropyTotals {
+  double weight_sum;  // W: of all classes; V without class weights
+  double ce_scale;    // 1, or 1 / the denominator of the mean
+  double z_scale;
+};
+
+struct CrossEntropyTotalsParams {
+  DType dtype;             // of the logits: class weights are float, double for kFloat64
+  int64_t num_rows;        // N
+  int64_t vocab_size;      // V
+  const int64_t* targets;  // [N]
+  int64_t ignore_index;
+  const float* weight;  // [V] or nullptr
+  int64_t reduction;
+  double num_items;  // the denominator of the mean; 0: the rows that count, by their class weights
+  CrossEntropyTotals* totals;
+};
 
 // Row i with target y, z' = softcap * tanh(z / softcap) (z' = z without softcap), lse = log(sum exp z'), eps =
 // label_smoothing, class weights w (1 without), W = sum of w:
@@ -22,12 +44,10 @@ struct CrossEntropyParams {
   const int64_t* targets;  // [N]
   int64_t ignore_index;
   const float* weight;  // [V] or nullptr
-  double weight_sum;    // W
   double label_smoothing;
   double z_loss;
-  double softcap;          // 0: none
-  double ce_scale;         // the gradient of ce_i, before row_scale
-  double z_scale;          // the gradient of z_loss_i, before row_scale
+  double softcap;  // 0: none
+  const CrossEntropyTotals* totals;
   const float* row_scale;  // [N] or nullptr: an upstream gradient per row
   float* ce;               // [N], or nullptr when only the gradient is asked for
   float* z;                // [N]: z_loss_i; nullptr with ce
@@ -38,6 +58,21 @@ struct CrossEntropyParams {
   int64_t dlogits_stride;
 };
 
+struct CrossEntropyReduceParams {
+  DType dtype;       // of the logits: the losses are float, double for kFloat64
+  int64_t num_rows;  // N
+  const float* ce;   // [N]
+  const float* z;    // [N]
+  const CrossEntropyTotals* totals;
+  int64_t reduction;
+  float* loss;  // [N] for kReductionNone, else []
+};
+
+ARFAST_CPU_FUNCTION(cross_entropy_totals, CrossEntropyTotalsParams)
 ARFAST_CPU_FUNCTION(cross_entropy, CrossEntropyParams)
+ARFAST_CPU_FUNCTION(cross_entropy_reduce, CrossEntropyReduceParams)
+ARFAST_CUDA_FUNCTION(cross_entropy_totals, CrossEntropyTotalsParams)
+ARFAST_CUDA_FUNCTION(cross_entropy, CrossEntropyParams)
+ARFAST_CUDA_FUNCTION(cross_entropy_reduce, CrossEntropyReduceParams)
 
 }  // namespace arfast

@@ -168,6 +168,7 @@ void process_row(const CrossEntropyParams& params, int64_t i) {
     return;
   }
   const Acc<T>* weight = reinterpret_cast<const Acc<T>*>(params.weight);
+  const CrossEntropyTotals& totals = *params.totals;
   const double eps = params.label_smoothing, per_class = eps / static_cast<double>(size);
   const double target_weight = weight ? weight[target] : 1;
   const Statistics s =
@@ -179,7 +180,7 @@ void process_row(const CrossEntropyParams& params, int64_t i) {
     double loss = 0;
     // eps == 1 must not turn an infinite logit of the target into NaN, nor eps == 0 one elsewhere.
     if (eps < 1) loss += (1 - eps) * target_weight * (s.max - z[0] + log_sum);
-    if (eps > 0) loss += per_class * (params.weight_sum * lse - s.logits_sum);
+    if (eps > 0) loss += per_class * (totals.weight_sum * lse - s.logits_sum);
     ce[i] = static_cast<Acc<T>>(loss);
     z_loss[i] = static_cast<Acc<T>>(params.z_loss * lse * lse);
     statistics[0] = static_cast<Acc<T>>(s.max);
@@ -187,13 +188,57 @@ void process_row(const CrossEntropyParams& params, int64_t i) {
   }
   if (gradient == nullptr) return;
   const double upstream = params.row_scale ? reinterpret_cast<const Acc<T>*>(params.row_scale)[i] : 1;
-  const double ce_scale = params.ce_scale * upstream;
-  const double on_probability = ce_scale * ((1 - eps) * target_weight + per_class * params.weight_sum) +
-                                params.z_scale * upstream * 2 * params.z_loss * lse;
+  const double ce_scale = totals.ce_scale * upstream;
+  const double on_probability = ce_scale * ((1 - eps) * target_weight + per_class * totals.weight_sum) +
+                                totals.z_scale * upstream * 2 * params.z_loss * lse;
   write_gradient<T, kCap>(params, row, gradient, target, target_weight, s.max, on_probability / s.sum, ce_scale);
 }
 
+// Statistics and class weights are float, double for float64: calls f with that type.
+template <typename F>
+void dispatch_statistics(DType dtype, const F& f) {
+  dtype == DType::kFloat64 ? f(TypeTag<double>{}) : f(TypeTag<float>{});
+}
+
 }  // namespace
+
+void cross_entropy_totals(const CrossEntropyTotalsParams& params) {
+  dispatch_statistics(params.dtype, [&](auto tag) {
+    using Wide = typename decltype(tag)::type;
+    const Wide* weight = reinterpret_cast<const Wide*>(params.weight);
+    double num_kept = 0, kept_weight = 0, weight_sum = static_cast<double>(params.vocab_size);
+    if (params.reduction == kReductionMean && params.num_items == 0) {
+      for (int64_t i = 0; i < params.num_rows; ++i) {
+        if (params.targets[i] == params.ignore_index) continue;
+        num_kept += 1;
+        kept_weight += weight ? weight[params.targets[i]] : 1;
+      }
+    }
+    if (weight != nullptr) {
+      weight_sum = 0;
+      for (int64_t v = 0; v < params.vocab_size; ++v) weight_sum += weight[v];
+    }
+    const bool mean = params.reduction == kReductionMean, counted = params.num_items == 0;
+    *params.totals = {weight_sum, mean ? 1 / (counted ? kept_weight : params.num_items) : 1,
+                      mean ? 1 / (counted ? num_kept : params.num_items) : 1};
+  });
+}
+
+void cross_entropy_reduce(const CrossEntropyReduceParams& params) {
+  dispatch_statistics(params.dtype, [&](auto tag) {
+    using Wide = typename decltype(tag)::type;
+    const Wide *ce = reinterpret_cast<const Wide*>(params.ce), *z = reinterpret_cast<const Wide*>(params.z);
+    Wide* loss = reinterpret_cast<Wide*>(params.loss);
+    double ce_sum = 0, z_sum = 0;
+    for (int64_t i = 0; i < params.num_rows; ++i) {
+      if (params.reduction == kReductionNone) loss[i] = ce[i] + z[i];
+      ce_sum += ce[i];
+      z_sum += z[i];
+    }
+    if (params.reduction == kReductionNone) return;
+    *loss = static_cast<Wide>(ce_sum * params.totals->ce_scale + z_sum * params.totals->z_scale);
+  });
+}
 
 void cross_entropy(const CrossEntropyParams& params) {
   dispatch_dtype(params.dtype, [&](auto tag) {

@@ -20,7 +20,7 @@ Tensor checked_offsets(const Tensor& offsets, const Tensor& a) {
   check(offsets.size(0) >= 1, kOp, "offsets", "have shape [E + 1]", "[0]");
   check_dtype(kOp, "offsets", offsets, ScalarType::Int);
   check_same_device(kOp, "offsets", offsets, "a", a);
-  const Tensor dense = torch::stable::contiguous(offsets);
+  const Tensor dense = to_contiguous(offsets);
   check_offsets(kOp, dense, a.size(0));
   return dense;
 }

@@ -20,25 +20,28 @@ Tensor moe_permute(Tensor hidden, Tensor source_token) {
   check_dtype(kPermute, "source_token", source_token, ScalarType::Int);
   check_same_device(kPermute, "source_token", source_token, "hidden", hidden);
   hidden = with_dense_rows(hidden);
-  source_token = torch::stable::contiguous(source_token);
+  source_token = to_contiguous(source_token);
   const auto* tokens = static_cast<const int32_t*>(source_token.data_ptr());
   const int64_t rows = source_token.size(0), num_tokens = hidden.size(0);
-  for (int64_t row = 0; row < rows; ++row) {
+  // A GPU would have to be waited for: there, such a row is filled with zeros.
+  for (int64_t row = 0; row < rows && on_cpu(hidden); ++row) {
     if (tokens[row] < 0 || tokens[row] >= num_tokens) {
       fail(kPermute, "source_token", "be in [0, T=" + std::to_string(num_tokens) + ")",
            std::to_string(tokens[row]) + " at row " + std::to_string(row));
     }
   }
   Tensor out = new_empty(hidden, {rows, hidden.size(1)}, hidden.scalar_type());
-  moe_permute_cpu({
+  const MoePermuteParams params{
       .dtype = dtype,
+      .num_tokens = num_tokens,
       .num_rows = rows,
       .hidden_size = hidden.size(1),
       .hidden = hidden.data_ptr(),
       .source_token = tokens,
       .hidden_stride = hidden.stride(0),
       .out = out.data_ptr(),
-  });
+  };
+  run(kPermute, hidden, params, moe_permute_cpu, moe_permute_cuda);
   return out;
 }
 
@@ -61,13 +64,13 @@ Tensor moe_combine_forward(Tensor expert_out, std::optional<Tensor> expert_weigh
   check_combine(expert_out, position);
   if (expert_weights) {
     check_weights(*expert_weights, expert_out, position);
-    expert_weights = torch::stable::contiguous(*expert_weights);
+    expert_weights = to_contiguous(*expert_weights);
   }
   expert_out = with_dense_rows(expert_out);
-  position = torch::stable::contiguous(position);
-  invert_position(kCombine, position);
+  position = to_contiguous(position);
+  if (on_cpu(position)) invert_position(kCombine, position);  // a check that on a GPU would wait for it
   Tensor out = new_empty(expert_out, {position.size(0), expert_out.size(1)}, expert_out.scalar_type());
-  moe_combine_forward_cpu({
+  const MoeCombineParams params{
       .dtype = dtype,
       .num_tokens = position.size(0),
       .top_k = position.size(1),
@@ -77,7 +80,8 @@ Tensor moe_combine_forward(Tensor expert_out, std::optional<Tensor> expert_weigh
       .expert_weights = static_cast<const float*>(pointer_or_null(expert_weights)),
       .position = static_cast<const int32_t*>(position.data_ptr()),
       .out = out.data_ptr(),
-  });
+  };
+  run(kCombine, expert_out, params, moe_combine_forward_cpu, moe_combine_forward_cuda);
   return out;
 }
 
@@ -92,13 +96,13 @@ std::tuple<Tensor, Tensor> moe_combine_backward(Tensor dout, Tensor expert_out, 
   check_same_device(kCombine, "dout", dout, "expert_out", expert_out);
   dout = with_dense_rows(dout);
   expert_out = with_dense_rows(expert_out);
-  expert_weights = torch::stable::contiguous(expert_weights);
-  position = torch::stable::contiguous(position);
-  invert_position(kCombine, position);
+  expert_weights = to_contiguous(expert_weights);
+  position = to_contiguous(position);
+  if (on_cpu(position)) invert_position(kCombine, position);  // a check that on a GPU would wait for it
   Tensor dexpert_out = new_empty(expert_out, {expert_out.size(0), expert_out.size(1)}, expert_out.scalar_type());
   Tensor dexpert_weights =
       new_empty(expert_weights, {position.size(0), position.size(1)}, expert_weights.scalar_type());
-  moe_combine_backward_cpu({
+  const MoeCombineBackwardParams params{
       .dtype = dtype,
       .num_tokens = position.size(0),
       .top_k = position.size(1),
@@ -111,7 +115,8 @@ std::tuple<Tensor, Tensor> moe_combine_backward(Tensor dout, Tensor expert_out, 
       .position = static_cast<const int32_t*>(position.data_ptr()),
       .dexpert_out = dexpert_out.data_ptr(),
       .dexpert_weights = static_cast<float*>(dexpert_weights.data_ptr()),
-  });
+  };
+  run(kCombine, expert_out, params, moe_combine_backward_cpu, moe_combine_backward_cuda);
   return {dexpert_out, dexpert_weights};
 }
 
@@ -125,6 +130,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
       "-> (Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) {
+  m.impl("moe_permute", TORCH_BOX(&moe_permute));
+  m.impl("moe_combine_forward", TORCH_BOX(&moe_combine_forward));
+  m.impl("moe_combine_backward", TORCH_BOX(&moe_combine_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(arfast, CUDA, m) {
   m.impl("moe_permute", TORCH_BOX(&moe_permute));
   m.impl("moe_combine_forward", TORCH_BOX(&moe_combine_forward));
   m.impl("moe_combine_backward", TORCH_BOX(&moe_combine_backward));

@@ -5,12 +5,14 @@
 #include <cstdint>
 
 #include "core/cpu_target.h"
+#include "core/cuda_function.h"
 #include "core/dtype.h"
 
 namespace arfast {
 
 struct MoePermuteParams {
   DType dtype;                  // of hidden and out
+  int64_t num_tokens;           // T
   int64_t num_rows;             // R
   int64_t hidden_size;          // d
   const void* hidden;           // [T, d]
@@ -50,5 +52,8 @@ struct MoeCombineBackwardParams {
 ARFAST_CPU_FUNCTION(moe_permute, MoePermuteParams)
 ARFAST_CPU_FUNCTION(moe_combine_forward, MoeCombineParams)
 ARFAST_CPU_FUNCTION(moe_combine_backward, MoeCombineBackwardParams)
+ARFAST_CUDA_FUNCTION(moe_permute, MoePermuteParams)
+ARFAST_CUDA_FUNCTION(moe_combine_forward, MoeCombineParams)
+ARFAST_CUDA_FUNCTION(moe_combine_backward, MoeCombineBackwardParams)
 
 }  // namespace arfast

@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_route_for
     check_shape(kOp, "bias", *bias, "[E]", {experts});
     check_same_device(kOp, "bias", *bias, "router_logits", router_logits);
     float_dtype(kOp, "bias", *bias);
-    bias = torch::stable::contiguous(torch::stable::to(*bias, statistics_dtype(dtype)));
+    bias = to_contiguous(torch::stable::to(*bias, statistics_dtype(dtype)));
   }
   router_logits = with_dense_rows(router_logits);
 
@@ -54,7 +54,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_route_for
   Tensor source_token = new_empty(like, {tokens * top_k}, ScalarType::Int);
   Tensor position = new_empty(like, {tokens, top_k}, ScalarType::Int);
   Tensor lse = new_empty(like, {tokens}, statistics_dtype(dtype));
-  Tensor histograms = new_empty(like, {(tokens + kMoeRouteBlock - 1) / kMoeRouteBlock, experts}, ScalarType::Int);
+  const int64_t block = on_cpu(like) ? kMoeRouteBlock : kMoeRouteGpuBlock;
+  Tensor histograms = new_empty(like, {(tokens + block - 1) / block, experts}, ScalarType::Int);
   const MoeRouteParams params{
       .dtype = dtype,
       .num_tokens = tokens,
@@ -77,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_route_for
       .lse = static_cast<float*>(lse.data_ptr()),
       .histograms = static_cast<int32_t*>(histograms.data_ptr()),
   };
-  moe_route_forward_cpu(params);
+  run(kOp, router_logits, params, moe_route_forward_cpu, moe_route_forward_cuda);
   return {expert_ids, expert_weights, tokens_per_expert, offsets, source_token, position, lse};
 }
 
@@ -96,10 +97,10 @@ Tensor moe_route_backward(std::optional<Tensor> dexpert_weights, std::optional<T
     check_shape(kOp, argument, tensor, names, sizes);
     check_dtype(kOp, argument, tensor, statistics_dtype(dtype));
     check_same_device(kOp, argument, tensor, "router_logits", router_logits);
-    return torch::stable::contiguous(tensor);
+    return to_contiguous(tensor);
   };
   check_same_device(kOp, "expert_ids", expert_ids, "router_logits", router_logits);
-  expert_ids = torch::stable::contiguous(expert_ids);
+  expert_ids = to_contiguous(expert_ids);
   expert_weights = prepare("expert_weights", expert_weights, "[T, K]", {tokens, top_k});
   lse = prepare("lse", lse, "[T]", {tokens});
   if (dexpert_weights) dexpert_weights = prepare("dexpert_weights", *dexpert_weights, "[T, K]", {tokens, top_k});
@@ -107,7 +108,7 @@ Tensor moe_route_backward(std::optional<Tensor> dexpert_weights, std::optional<T
   const bool sigmoid = is_sigmoid(score);
   router_logits = with_dense_rows(router_logits);
   const auto* ids = static_cast<const int32_t*>(expert_ids.data_ptr());
-  for (int64_t i = 0; i < tokens * top_k; ++i) {
+  for (int64_t i = 0; i < tokens * top_k && on_cpu(router_logits); ++i) {  // a GPU would have to be waited for
     check(ids[i] >= 0 && ids[i] < experts, kOp, "expert_ids", "be in [0, E)", std::to_string(ids[i]));
   }
 
@@ -129,7 +130,7 @@ Tensor moe_route_backward(std::optional<Tensor> dexpert_weights, std::optional<T
       .dlse = static_cast<const float*>(pointer_or_null(dlse)),
       .drouter_logits = drouter_logits.data_ptr(),
   };
-  moe_route_backward_cpu(params);
+  run(kOp, router_logits, params, moe_route_backward_cpu, moe_route_backward_cuda);
   return drouter_logits;
 }
 
@@ -144,6 +145,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
       "Tensor expert_weights, Tensor lse, str score, bool renormalize, float scale) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) {
+  m.impl("moe_route_forward", TORCH_BOX(&moe_route_forward));
+  m.impl("moe_route_backward", TORCH_BOX(&moe_route_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(arfast, CUDA, m) {
   m.impl("moe_route_forward", TORCH_BOX(&moe_route_forward));
   m.impl("moe_route_backward", TORCH_BOX(&moe_route_backward));
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/cpu_target.h"
+#include "core/cuda_function.h"
 #include "core/dtype.h"
 
 namespace arfast {
@@ -29,7 +30,7 @@ struct MoeRouteParams {
   int32_t* source_token;       // [T * K]: the token of each row in that order
   int32_t* position;           // [T, K]: the row of each choice in that order
   float* lse;                  // [T]: log-sum-exp of the logits
-  int32_t* histograms;         // [num_blocks, E], scratch: one row per kMoeRouteBlock tokens
+  int32_t* histograms;         // [num_blocks, E], scratch: one row per kMoeRouteBlock (kMoeRouteGpuBlock) tokens
 };
 
 struct MoeRouteBackwardParams {
@@ -52,10 +53,13 @@ struct MoeRouteBackwardParams {
 
 // Tokens per histogram of the counting sort. Fixed, so that the order does not depend on the number of threads.
 constexpr int64_t kMoeRouteBlock = 128;
+constexpr int kMoeRouteGpuBlock = 32;
 // Keeps renormalised sigmoid scores finite when all of them are zero, as DeepSeek-V3 does.
 constexpr double kSigmoidEps = 1e-20;
 
 ARFAST_CPU_FUNCTION(moe_route_forward, MoeRouteParams)
 ARFAST_CPU_FUNCTION(moe_route_backward, MoeRouteBackwardParams)
+ARFAST_CUDA_FUNCTION(moe_route_forward, MoeRouteParams)
+ARFAST_CUDA_FUNCTION(moe_route_backward, MoeRouteBackwardParams)
 
 }  // namespace arfast

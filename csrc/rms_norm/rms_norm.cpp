@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(Tensor x, std::optional<Tens
   check_range(kOp, "eps", eps, eps >= 0 && eps < 1, "be in [0, 1)");
   x = with_dense_rows(x);
   if (residual) residual = with_dense_rows(*residual);
-  weight = torch::stable::contiguous(weight);
+  weight = to_contiguous(weight);
 
   const int64_t rows = x.size(0), size = x.size(1);
   Tensor out = new_empty(x, {rows, size}, x.scalar_type());
@@ -53,14 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(Tensor x, std::optional<Tens
       .rstd = static_cast<float*>(rstd.data_ptr()),
   };
   if (rows == 0 || size == 0) return {out, sum, rstd};
-  if (x.is_cpu()) {
-    rms_norm_forward_cpu(params);
-  } else {
-#ifdef ARFAST_WITH_CUDA
-    const CudaScope cuda(kOp, x);
-    cuda.check(rms_norm_forward_cuda(params, cuda.stream()));
-#endif
-  }
+  run(kOp, x, params, rms_norm_forward_cpu, rms_norm_forward_cuda);
   return {out, sum, rstd};
 }
 
@@ -78,8 +71,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dout, std::optional<Tensor> 
   dout = with_dense_rows(dout);
   if (dsum) dsum = with_dense_rows(*dsum);
   x = with_dense_rows(x);
-  weight = torch::stable::contiguous(weight);
-  rstd = torch::stable::contiguous(rstd);
+  weight = to_contiguous(weight);
+  rstd = to_contiguous(rstd);
 
   const int64_t rows = x.size(0), size = x.size(1);
   Tensor dx = new_empty(x, {rows, size}, x.scalar_type());
@@ -100,14 +93,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dout, std::optional<Tensor> 
       .dweight = dweight.data_ptr(),
   };
   if (rows == 0 || size == 0) return {dx, dweight};
-  if (x.is_cpu()) {
-    rms_norm_backward_cpu(params);
-  } else {
-#ifdef ARFAST_WITH_CUDA
-    const CudaScope cuda(kOp, x);
-    cuda.check(rms_norm_backward_cuda(params, cuda.stream()));
-#endif
-  }
+  run(kOp, x, params, rms_norm_backward_cpu, rms_norm_backward_cuda);
   return {dx, dweight};
 }
 
@@ -121,11 +107,9 @@ STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) {
   m.impl("rms_norm_forward", TORCH_BOX(&rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
 }
-#ifdef ARFAST_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(arfast, CUDA, m) {
   m.impl("rms_norm_forward", TORCH_BOX(&rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
 }
-#endif
 
 }  // namespace arfast

@@ -74,26 +74,11 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(RmsNormBack
   }
 }
 
-// The binding refuses float64 on a GPU.
-template <typename F>
-const char* dispatch_cuda_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(TypeTag<float>{});
-    case DType::kBFloat16:
-      return f(TypeTag<BFloat16>{});
-    case DType::kFloat16:
-      return f(TypeTag<Float16>{});
-    default:
-      return "dtype must be float32, bfloat16 or float16";
-  }
-}
-
 }  // namespace
 
 const char* rms_norm_forward_cuda(const RmsNormForwardParams& params, void* stream) {
   const LaunchShape shape{dim3(static_cast<unsigned>(params.num_rows)), dim3(kThreads), sizeof(Smem)};
-  return dispatch_cuda_dtype(params.dtype, [&](auto tag) {
+  return dispatch_gpu_dtype(params.dtype, [&](auto tag) {
     return launch(rms_norm_forward_kernel<typename decltype(tag)::type>, shape, stream, params);
   });
 }
@@ -101,7 +86,7 @@ const char* rms_norm_forward_cuda(const RmsNormForwardParams& params, void* stre
 const char* rms_norm_backward_cuda(const RmsNormBackwardParams& params, void* stream) {
   const int64_t blocks = (params.num_rows + kRmsNormBlock - 1) / kRmsNormBlock;
   const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(kThreads), sizeof(Smem)};
-  return dispatch_cuda_dtype(params.dtype, [&](auto tag) {
+  return dispatch_gpu_dtype(params.dtype, [&](auto tag) {
     return launch(rms_norm_backward_kernel<typename decltype(tag)::type>, shape, stream, params);
   });
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/cpu_target.h"
+#include "core/cuda_function.h"
 #include "core/dtype.h"
 
 namespace arfast {
@@ -46,9 +47,7 @@ constexpr int64_t kRmsNormBlock = 32;
 
 ARFAST_CPU_FUNCTION(rms_norm_forward, RmsNormForwardParams)
 ARFAST_CPU_FUNCTION(rms_norm_backward, RmsNormBackwardParams)
-
-// Launch on a cudaStream_t; the result is nullptr or the text of a CUDA error.
-const char* rms_norm_forward_cuda(const RmsNormForwardParams& params, void* stream);
-const char* rms_norm_backward_cuda(const RmsNormBackwardParams& params, void* stream);
+ARFAST_CUDA_FUNCTION(rms_norm_forward, RmsNormForwardParams)
+ARFAST_CUDA_FUNCTION(rms_norm_backward, RmsNormBackwardParams)
 
 }  // namespace arfast

@@ -23,8 +23,8 @@ Tensor rotary(Tensor x, Tensor cos, Tensor sin, bool inverse) {
     fail(kOp, "cos", "have rows that divide the " + std::to_string(rows) + " rows of x", std::to_string(cos.size(0)));
   }
   x = with_dense_rows(x);
-  cos = torch::stable::contiguous(cos);
-  sin = torch::stable::contiguous(sin);
+  cos = to_contiguous(cos);
+  sin = to_contiguous(sin);
   Tensor out = new_empty(x, {rows, heads, size}, x.scalar_type());
   if (out.numel() == 0) return out;
   rotary_cpu({

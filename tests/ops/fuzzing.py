@@ -32,7 +32,8 @@ class Tensor:
     """An argument with its shape by the names of its sizes, such as "B*K V".
 
     The dtype is the call's own, or by `kind` float32, bool, "below V" (int64 in [0, V)), "partition N" (int32, one more
-    entry than the shape says, from 0 to N without decreasing), "grid" (the call's own dtype, multiples of 1/4).
+    entry than the shape says, from 0 to N without decreasing), "up to N" and "index N" (int32, in [0, N] or [0, N)),
+    "grid" (the call's own dtype, multiples of 1/4).
     """
 
     shape: str
@@ -40,13 +41,15 @@ class Tensor:
     optional: bool = False
 
     def make(self, sizes: dict[str, int], dtype: torch.dtype, scale: float) -> torch.Tensor:
-        kind, _, bound = self.kind.partition(" ")
+        kind, _, bound = self.kind.rpartition(" ") if " " in self.kind else (self.kind, "", "")
         names = (size.split("*") for size in self.shape.split())
         shape = [math.prod(int(n) if n.isdigit() else sizes[n] for n in product) for product in names]
         if kind == "bool":
             return torch.rand(shape) < 0.3
         if kind == "below":
             return torch.randint(sizes[bound], shape)
+        if kind in ("up to", "index"):
+            return torch.randint(max(1, sizes[bound] + (kind == "up to")), shape, dtype=torch.int32)
         if kind == "partition":
             inner = torch.randint(sizes[bound] + 1, (shape[0] - 1,)).sort().values
             return torch.cat([torch.tensor([0]), inner, torch.tensor([sizes[bound]])]).int()

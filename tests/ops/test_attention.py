@@ -11,6 +11,7 @@ from threads import same_for_any_threads
 
 from arfast.ops import attention, attention_reference
 
+pytestmark = pytest.mark.no_cuda_kernel
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # B, T, S, H, Hkv, D
 SHAPES = [
@@ -36,11 +37,6 @@ OPTIONS = {
     "all": dict(window=100, softcap=4.0, softmax_scale=0.2, sink=True),
 }
 NAMES = ["out", "lse", "dq", "dk", "dv", "dsink"]
-
-
-@pytest.fixture(params=["cpu"])  # "cuda" joins with its kernel
-def device(request):
-    return request.param
 
 
 def inputs(shape, dtype, device="cpu"):

@@ -7,6 +7,7 @@ from threads import same_for_any_threads
 
 from arfast.ops import attention, attention_decode, attention_decode_reference
 
+pytestmark = pytest.mark.no_cuda_kernel
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN = float("nan")
 # seqlens, Tq, H, Hkv, D
@@ -28,11 +29,6 @@ OPTIONS = {
     "sink": dict(sink=True),
     "all": dict(window=90, softcap=5.0, sink=True, num_splits=3),
 }
-
-
-@pytest.fixture(params=["cpu"])  # "cuda" joins with its kernel
-def device(request):
-    return request.param
 
 
 def lengths(*values, device="cpu"):

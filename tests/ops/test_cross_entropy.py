@@ -27,12 +27,12 @@ def inputs(rows, classes, dtype, *, scale=3.0, ignored=True, device="cpu"):
     return logits, targets
 
 
-def with_weight(options, classes, dtype):
+def with_weight(options, classes, dtype, device="cpu"):
     if not options.get("weight"):
         return options
     weight = torch.rand(classes)
     weight[classes // 2] = 0
-    return options | dict(weight=weight.to(torch.float64 if dtype == torch.float64 else torch.float32))
+    return options | dict(weight=weight.to(device, torch.float64 if dtype == torch.float64 else torch.float32))
 
 
 def run(function, logits, targets, options, upstream=None):
@@ -44,7 +44,7 @@ def run(function, logits, targets, options, upstream=None):
 
 def check(logits, targets, options):
     reduction = options.get("reduction", "mean")
-    upstream = torch.randn(logits.shape[0]) if reduction == "none" else torch.tensor(1.7)
+    upstream = (torch.randn(logits.shape[0]) if reduction == "none" else torch.tensor(1.7)).to(logits.device)
     wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     actual = run(cross_entropy, logits, targets, options, upstream)
     exact = run(cross_entropy_reference, logits.double(), targets, wide, upstream)
@@ -57,22 +57,41 @@ def check(logits, targets, options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows,classes", SIZES)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_forward_and_backward(name, rows, classes, dtype, reduction, poisoned):
-    options = with_weight(OPTIONS[name], classes, dtype) | dict(reduction=reduction)
-    check(*inputs(rows, classes, dtype), options)
+def test_forward_and_backward(name, rows, classes, dtype, reduction, poisoned, device):
+    options = with_weight(OPTIONS[name], classes, dtype, device) | dict(reduction=reduction)
+    check(*inputs(rows, classes, dtype, device=device), options)
+
+
+@pytest.mark.random_schedules
+@pytest.mark.parametrize(
+    "dtype,classes", [(torch.bfloat16, 20011), (torch.float32, 9001), (torch.float32, 70001)], ids=str
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_long_rows(dtype, classes, reduction, device, poisoned):
+    """On a GPU: of a cluster of two blocks, of two with a part of a vector, of eight larger ones."""
+    options = with_weight(OPTIONS["all"], classes, dtype, device) | dict(reduction=reduction)
+    check(*inputs(3, classes, dtype, device=device), options)
+
+
+def test_rows_that_do_not_fit_registers_are_read_twice(emulator):
+    emulator.configure(capability=80)
+    for reduction in ("mean", "none"):
+        check(*inputs(3, 17001, torch.float32), dict(label_smoothing=0.1, reduction=reduction))
 
 
 @pytest.mark.parametrize("name", ["plain", "smoothing", "softcap"])
-def test_a_single_class_is_certain(name):
-    loss, gradient = run(cross_entropy, torch.randn(3, 1), torch.zeros(3, dtype=torch.int64), OPTIONS[name])
+def test_a_single_class_is_certain(name, device):
+    loss, gradient = run(
+        cross_entropy, torch.randn(3, 1, device=device), torch.zeros(3, dtype=torch.int64, device=device), OPTIONS[name]
+    )
     assert loss == 0 and gradient.abs().max() < 1e-15
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_equals_torch(weighted, label_smoothing):
-    logits, targets = inputs(40, 300, torch.float32)
-    options = dict(label_smoothing=label_smoothing, weight=torch.rand(300) if weighted else None)
+def test_equals_torch(weighted, label_smoothing, device):
+    logits, targets = inputs(40, 300, torch.float32, device=device)
+    options = dict(label_smoothing=label_smoothing, weight=torch.rand(300, device=device) if weighted else None)
     actual = run(cross_entropy, logits, targets, options)
     expected = run(torch.nn.functional.cross_entropy, logits, targets, options)
     for a, e in zip(actual, expected, strict=True):
@@ -80,12 +99,12 @@ def test_equals_torch(weighted, label_smoothing):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_empty_and_all_ignored(reduction):
+def test_empty_and_all_ignored(reduction, device):
     for logits, targets in [
-        (torch.randn(0, 7), torch.zeros(0, dtype=torch.int64)),
-        (torch.randn(3, 7), torch.full((3,), -100)),
+        (torch.randn(0, 7, device=device), torch.zeros(0, dtype=torch.int64, device=device)),
+        (torch.randn(3, 7, device=device), torch.full((3,), -100, device=device)),
     ]:
-        upstream = torch.ones(logits.shape[0]) if reduction == "none" else torch.tensor(1.0)
+        upstream = torch.ones(logits.shape[0], device=device) if reduction == "none" else torch.tensor(1.0)
         loss, gradient = run(cross_entropy, logits, targets, dict(reduction=reduction, label_smoothing=0.1), upstream)
         expected = torch.nn.functional.cross_entropy(logits, targets, reduction=reduction)
         assert_bitwise_equal(loss, expected)
@@ -93,43 +112,45 @@ def test_empty_and_all_ignored(reduction):
 
 
 @pytest.mark.parametrize("scale", [1e4, 0.0])
-def test_extreme_values(scale):
+def test_extreme_values(scale, device):
     for options in (dict(), dict(label_smoothing=0.1)):
-        check(*inputs(9, 65, torch.float32, scale=scale), options)
+        check(*inputs(9, 65, torch.float32, scale=scale, device=device), options)
 
 
-def test_infinite_logits():
-    logits, targets = inputs(4, 40, torch.float32, ignored=False)
+def test_infinite_logits(device):
+    logits, targets = inputs(4, 40, torch.float32, ignored=False, device=device)
     logits[:, 30:] = float("-inf")
     targets %= 30
     check(logits, targets, dict())
     loss, gradient = run(cross_entropy, logits, targets, dict(label_smoothing=0.1))
     assert loss == float("inf") and gradient.isfinite().all()
     logits[1] = float("-inf")
-    losses, gradient = run(cross_entropy, logits, targets, dict(reduction="none"), torch.ones(4))
+    losses, gradient = run(cross_entropy, logits, targets, dict(reduction="none"), torch.ones(4, device=device))
     assert losses.isnan().tolist() == [False, True, False, False]
     assert gradient.isnan().any(1).tolist() == [False, True, False, False]
 
 
-def test_a_whole_tile_of_masked_logits():
-    logits, targets = inputs(2, 6000, torch.float32, ignored=False)
+def test_a_whole_tile_of_masked_logits(device):
+    logits, targets = inputs(2, 6000, torch.float32, ignored=False, device=device)
     logits[:, :4500] = float("-inf")
     targets = 4500 + targets % 1500
     check(logits, targets, dict())
 
 
-def test_nan_stays_in_its_row_and_ignored_rows_are_not_read():
-    logits, targets = inputs(4, 40, torch.float32, ignored=False)
+def test_nan_stays_in_its_row_and_ignored_rows_are_not_read(device):
+    logits, targets = inputs(4, 40, torch.float32, ignored=False, device=device)
     logits[1, 3] = logits[2, 5] = float("nan")
     targets[2] = -100
-    losses, gradient = run(cross_entropy, logits, targets, dict(reduction="none", label_smoothing=0.1), torch.ones(4))
+    losses, gradient = run(
+        cross_entropy, logits, targets, dict(reduction="none", label_smoothing=0.1), torch.ones(4, device=device)
+    )
     assert losses.isnan().tolist() == [False, True, False, False]
     assert losses[2] == 0 and not gradient[2].any()
 
 
-def test_gradient_of_a_nearly_certain_target_survives_bfloat16():
+def test_gradient_of_a_nearly_certain_target_survives_bfloat16(device):
     """p - 1 is formed in float and rounded once: rounding p first would lose all of it."""
-    logits = torch.zeros(1, 8, dtype=torch.bfloat16)
+    logits = torch.zeros(1, 8, dtype=torch.bfloat16, device=device)
     logits[0, 2] = 9.0
     check(logits, torch.tensor([2]), dict())
     _, gradient = run(cross_entropy, logits, torch.tensor([2]), dict())
@@ -158,8 +179,8 @@ def test_gradcheck(name, reduction):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inplace_gives_the_same_bits_in_the_logits_memory(dtype):
-    logits, targets = inputs(7, 333, dtype)
+def test_inplace_gives_the_same_bits_in_the_logits_memory(dtype, device):
+    logits, targets = inputs(7, 333, dtype, device=device)
     expected = run(cross_entropy, logits, targets, dict(label_smoothing=0.1))
     leaf = logits.clone().requires_grad_()
     produced = leaf * 1
@@ -194,8 +215,8 @@ def test_second_backward():
         (gradient.sum() + upstream).backward()
 
 
-def test_strided_and_misaligned_inputs_give_the_same_bits():
-    logits, targets = inputs(12, 50, torch.bfloat16)
+def test_strided_and_misaligned_inputs_give_the_same_bits(device):
+    logits, targets = inputs(12, 50, torch.bfloat16, device=device)
     options = dict(label_smoothing=0.1)
     expected = run(cross_entropy, logits, targets, options)
     strided = torch.empty(12, 77, dtype=logits.dtype)[:, 3:53].copy_(logits)
@@ -224,6 +245,7 @@ def test_opcheck():
         arguments = (logits, targets, None, *options, reduction, None, with_gradient)
         torch.library.opcheck(torch.ops.arfast.cross_entropy_forward, arguments)
     torch.library.opcheck(torch.ops.arfast.cross_entropy_forward_, (logits.clone(), targets, None, *options, 1, 3.0))
+    torch.library.opcheck(torch.ops.arfast.cross_entropy_totals, (logits, targets, None, 24, -100, 1, None))
     _, statistics, _ = torch.ops.arfast.cross_entropy_forward(logits, targets, None, *options, 0, None, False)
     torch.library.opcheck(
         torch.ops.arfast.cross_entropy_backward, (torch.randn(6), logits, targets, None, statistics, *options)

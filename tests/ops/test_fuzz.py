@@ -50,6 +50,14 @@ ATTENTION = {
     "sink": Tensor("H*G", "float32", True),
     "return_lse": Option((True,)),
 }
+DECODE = {
+    "q": Tensor("B T H*G D"),
+    "k_cache": Tensor("B S H D"),
+    "v_cache": Tensor("B S H D"),
+    "seqlens": Tensor("B", "up to S"),
+    **{name: ATTENTION[name] for name in ("softmax_scale", "window", "softcap", "sink")},
+    "num_splits": Option((0, 1, 3), (-1,)),
+}
 HEADS = {"B": (0, 1, 2), "H": (1, 2), "G": (1, 3), "D": (1, 2, 8, 17, 64), "C": (1, 3)}
 ROUTE = {
     "router_logits": Tensor("T E", "grid"),
@@ -101,6 +109,24 @@ OPS = {
         gradients=("q", "k", "v", "sink"),
         sizes=HEADS,
         errors=("attention",),
+    ),
+    "attention_decode": Op(
+        ops.attention_decode,
+        ops.attention_decode_reference,
+        DECODE | {"beam_slots": Tensor("B S", "index B", True)},
+        sizes=HEADS | {"T": (1, 2, 5)},
+    ),
+    "attention_decode, paged": Op(
+        ops.attention_decode,
+        ops.attention_decode_reference,
+        DECODE
+        | {
+            "k_cache": Tensor("P S H D"),
+            "v_cache": Tensor("P S H D"),
+            "block_table": Tensor("B 1", "index P"),
+        },
+        sizes=HEADS | {"T": (1, 2, 5), "P": (1, 2, 5), "S": SIZES[1:]},
+        errors=("attention_decode",),
     ),
     "cross_entropy": Op(
         ops.cross_entropy,

@@ -34,7 +34,7 @@ def run_combine(function, rows, routing, dout):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens,experts,top_k,size", SIZES)
-def test_permute(tokens, experts, top_k, size, dtype, poisoned):
+def test_permute(tokens, experts, top_k, size, dtype, poisoned, device):
     routing = make_routing(tokens, experts, top_k)
     hidden, dout = torch.randn(tokens, size).to(dtype), torch.randn(tokens * top_k, size).to(dtype)
     actual = run_permute(moe_permute, hidden, routing, dout)
@@ -46,7 +46,7 @@ def test_permute(tokens, experts, top_k, size, dtype, poisoned):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens,experts,top_k,size", SIZES)
-def test_combine(tokens, experts, top_k, size, dtype, poisoned):
+def test_combine(tokens, experts, top_k, size, dtype, poisoned, device):
     routing = make_routing(tokens, experts, top_k)
     rows, dout = torch.randn(tokens * top_k, size).to(dtype), torch.randn(tokens, size).to(dtype)
     actual = run_combine(moe_combine, rows, routing, dout)
@@ -56,13 +56,13 @@ def test_combine(tokens, experts, top_k, size, dtype, poisoned):
         assert_accurate(a, e, b, name=name)
 
 
-def test_combine_undoes_permute():
+def test_combine_undoes_permute(device):
     """With weights that sum to one, equal rows add up to themselves."""
     routing, hidden = make_routing(40, 8, 4), torch.randn(40, 24)
     torch.testing.assert_close(moe_combine(moe_permute(hidden, routing), routing), hidden)
 
 
-def test_rows_are_grouped_by_expert():
+def test_rows_are_grouped_by_expert(device):
     routing = make_routing(50, 6, 2)
     experts = moe_permute(torch.arange(50.0)[:, None], routing)
     for expert in range(6):
@@ -71,7 +71,7 @@ def test_rows_are_grouped_by_expert():
         assert_bitwise_equal(rows, tokens.float())
 
 
-def test_nan_stays_with_its_token():
+def test_nan_stays_with_its_token(device):
     routing, rows = make_routing(30, 8, 3), torch.randn(90, 16)
     rows[routing.position[12, 1]] = float("nan")
     out = moe_combine(rows, routing)
@@ -87,7 +87,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda y, w: moe_combine(y, routing._replace(expert_weights=w)), (rows, weights))
 
 
-def test_strided_inputs_give_the_same_bits():
+def test_strided_inputs_give_the_same_bits(device):
     routing = make_routing(20, 8, 2)
     for function, rows in ((moe_permute, 20), (moe_combine, 40)):
         x = torch.randn(rows, 50)

@@ -70,27 +70,27 @@ def check(logits, top_k, options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens,experts,top_k", SIZES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_forward_and_backward(variant, tokens, experts, top_k, dtype, poisoned):
+def test_forward_and_backward(variant, tokens, experts, top_k, dtype, poisoned, device):
     check(make_logits(tokens, experts, dtype), top_k, selection(variant, experts))
 
 
 @pytest.mark.parametrize("bias,groups", [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("experts", [4, 8, 96, 256])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bias_and_groups(variant, experts, bias, groups, poisoned):
+def test_bias_and_groups(variant, experts, bias, groups, poisoned, device):
     check(make_logits(67, experts), 2, selection(variant, experts, bias=bias, groups=groups))
 
 
 @pytest.mark.parametrize("fill", [0.0, 1e4, -1e4, float("-inf"), float("inf"), float("nan")])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_all_equal_takes_the_first_experts(variant, fill):
+def test_all_equal_takes_the_first_experts(variant, fill, device):
     routing = moe_route(torch.full((40, 96), fill), 5, **VARIANTS[variant])
     assert_bitwise_equal(routing.expert_ids, torch.arange(5, dtype=torch.int32).expand(40, 5))
 
 
 @pytest.mark.parametrize("bias,groups", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_ids_are_unique_and_in_range_whatever_the_logits_are(score, bias, groups):
+def test_ids_are_unique_and_in_range_whatever_the_logits_are(score, bias, groups, device):
     odd = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 3e38, -3e38, 1.0])
     logits = odd[torch.randint(len(odd), (300, 32))]
     logits[0], logits[1], logits[2] = float("nan"), float("-inf"), float("inf")
@@ -108,7 +108,7 @@ def test_ids_are_unique_and_in_range_whatever_the_logits_are(score, bias, groups
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_a_nan_shows_in_its_row_alone(score):
+def test_a_nan_shows_in_its_row_alone(score, device):
     logits = make_logits(50, 64)
     logits[17, 60] = float("nan")
     row = torch.arange(50) == 17
@@ -119,7 +119,7 @@ def test_a_nan_shows_in_its_row_alone(score):
     assert gradient[row].isnan().any() and not gradient[~row].isnan().any()
 
 
-def test_masked_groups_lose_even_when_every_score_is_negative():
+def test_masked_groups_lose_even_when_every_score_is_negative(device):
     """A mask of 0 instead of -inf would let experts of masked groups win (a known fault of other routers)."""
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.4]])
     routing = moe_route(logits, 2, score="sigmoid", bias=torch.full((4,), -3.0), num_groups=2, top_groups=1)
@@ -172,7 +172,7 @@ def test_gradcheck(variant, groups):
     assert torch.autograd.gradcheck(function, logits.requires_grad_())
 
 
-def test_one_gradient_alone():
+def test_one_gradient_alone(device):
     logits = make_logits(20, 24)
     dweights, dlse = torch.randn(20, 3), torch.randn(20)
     both = run(moe_route, logits, 3, {}, dweights, dlse)[1]
@@ -185,7 +185,7 @@ def test_one_gradient_alone():
     assert not from_weights[~chosen].any()
 
 
-def test_strided_inputs_give_the_same_bits():
+def test_strided_inputs_give_the_same_bits(device):
     logits = make_logits(50, 40, torch.bfloat16)
     expected = moe_route(logits, 4)
     strided = torch.full((50, 77), float("nan"), dtype=logits.dtype)[:, 3:43].copy_(logits)

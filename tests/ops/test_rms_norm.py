@@ -36,6 +36,7 @@ def check(x, weight, residual):
         assert_accurate(a, e, b, name=name)
 
 
+@pytest.mark.random_schedules
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows,size", SIZES)
 @pytest.mark.parametrize("residual", [False, True])

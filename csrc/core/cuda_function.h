@@ -1,0 +1,32 @@
+// The CUDA side of a contract.
+#pragma once
+
+#include "core/dtype.h"
+
+namespace arfast {
+
+// Declares `const char* name_cuda(const Params&, void* stream)`, which launches on a cudaStream_t and returns nullptr
+// or the text of an error. A build without the kernels says so.
+#if defined(ARFAST_WITH_CUDA) || defined(__CUDACC__)
+#define ARFAST_CUDA_FUNCTION(name, Params) const char* name##_cuda(const Params& params, void* stream);
+#else
+#define ARFAST_CUDA_FUNCTION(name, Params) \
+  inline const char* name##_cuda(const Params&, void*) { return "arfast was built without CUDA kernels"; }
+#endif
+
+// dispatch_dtype for launchers, whose result it returns. Bindings refuse float64 on a GPU.
+template <typename F>
+const char* dispatch_gpu_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(TypeTag<float>{});
+    case DType::kBFloat16:
+      return f(TypeTag<BFloat16>{});
+    case DType::kFloat16:
+      return f(TypeTag<Float16>{});
+    default:
+      return "dtype must be float32, bfloat16 or float16";
+  }
+}
+
+}  // namespace arfast

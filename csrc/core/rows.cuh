@@ -1,0 +1,57 @@
+// A row of a matrix as aligned 16-byte vectors, wherever it begins and however long it is.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/ptx.cuh"
+#include "core/vector.cuh"
+
+namespace arfast {
+
+// The aligned vectors that cover the `size` elements at `row`. The first and the last one may stick out: there, loads
+// fill up with -inf and stores leave memory alone.
+template <typename T>
+class RowOf {
+  using Element = std::remove_const_t<T>;
+  using Vector = Vector16<Element>;
+
+ public:
+  __device__ RowOf(T* row, int64_t size) : row_(row), size_(size) {
+    before_ = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(Element));
+  }
+  __device__ int64_t num_vectors() const { return (before_ + size_ + Vector::kSize - 1) / Vector::kSize; }
+  // Of the first element of vector j; it may be negative.
+  __device__ int64_t column(int64_t j) const { return j * Vector::kSize - before_; }
+
+  __device__ Vector load(int64_t j) const {
+    const int64_t first = column(j);
+    if (first >= 0 && first + Vector::kSize <= size_) return *reinterpret_cast<const Vector*>(row_ + first);
+    Vector vector;
+#pragma unroll
+    for (int i = 0; i < Vector::kSize; ++i) {
+      const bool inside = first + i >= 0 && first + i < size_;
+      vector.elements[i] = inside ? row_[first + i] : from_float<Element>(-INFINITY);
+    }
+    return vector;
+  }
+
+  // A vector whose first element belongs into column `first`, past the caches: it is not read again soon. Another row's
+  // vectors may lie differently.
+  __device__ void store(int64_t first, const Vector& vector) const {
+    if (first >= 0 && first + Vector::kSize <= size_ && is_aligned16(row_ + first)) {
+      return ptx::store_streaming(reinterpret_cast<uint4*>(row_ + first), reinterpret_cast<const uint4&>(vector));
+    }
+#pragma unroll
+    for (int i = 0; i < Vector::kSize; ++i) {
+      if (first + i >= 0 && first + i < size_) row_[first + i] = vector.elements[i];
+    }
+  }
+
+ private:
+  T* row_;
+  int64_t size_;
+  int before_;  // elements of the first vector that lie before the row
+};
+
+}  // namespace arfast
