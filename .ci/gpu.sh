@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # For a machine with an NVIDIA GPU, nvcc and an installed torch; needs no network. Builds in the tree for this GPU alone,
-# runs the tests marked gpu, some of them under compute-sanitizer, and the benchmarks (table to benchmarks/results/).
+# runs the probes, the tests marked gpu, some of them under compute-sanitizer, and the benchmarks (table to benchmarks/results/).
 # Under 8 minutes: each step has a limit. A missing tool is named and its step left out. Logs go to $1 (default: build/gpu).
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -40,6 +40,15 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>
 
 export TORCH_CUDA_ARCH_LIST="$capability" ARFAST_CUDA=1
 step build 150 "$python" setup.py build_ext --inplace || finish
+
+# What the emulated GPU of the tests takes for granted, asked of the real one.
+if command -v nvcc >/dev/null; then
+  sources=(tests/emulator/probes/*.cu)
+  step "build probes" 60 nvcc -std=c++17 "-arch=sm_${capability/./}" -Icsrc -Itests "${sources[@]}" -o "$logs/run_probes" &&
+    step probes 30 "$logs/run_probes"
+else
+  summary+=("probes: left out, nvcc is not on PATH")
+fi
 
 if "$python" -c 'import pytest' 2>/dev/null; then
   step tests 120 "$python" -m pytest -m "gpu and not slow" --quiet tests

@@ -67,6 +67,8 @@ def pytest_generate_tests(metafunc):
         implementations.append("emulated")
         if metafunc.definition.get_closest_marker("random_schedules") is not None:
             implementations.append("emulated-random")
+        if metafunc.definition.get_closest_marker("older_gpu") is not None:
+            implementations.append("emulated-sm80")
     implementations.append(pytest.param("cuda", marks=pytest.mark.gpu))
     metafunc.parametrize("device", implementations, indirect=True)
 
@@ -120,7 +122,7 @@ def device(request):
 
 @pytest.fixture
 def implementation(request):
-    """cpu, emulated, emulated-random or cuda: for a test that asks for `device` too."""
+    """cpu, emulated, emulated-random, emulated-sm80 or cuda: for a test that asks for `device` too."""
     return request.node.callspec.params["device"]
 
 

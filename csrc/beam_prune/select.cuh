@@ -38,7 +38,7 @@ __device__ uint64_t block_max(uint64_t key, SelectStorage<kThreads>& storage) {
 
 // Calls emit(rank, key) once, from any thread, for each of the `wanted` largest keys; fewer when there are fewer. Keys
 // are distinct and not 0. for_each(f) calls f(key) for the keys of the calling thread, the same ones at every call; it
-// may pass 0 for what is no candidate.
+// may pass 0 for what is no candidate. No thread uses the storage any more when the first one calls.
 //
 // At least `wanted` keys reach the wanted-th largest of the threads' maxima, and hardly more: those are pushed and
 // ranked by counting. If they do not fit, or there are fewer threads than keys wanted, the maximum is taken `wanted`
@@ -48,7 +48,6 @@ __device__ void select_largest(int64_t wanted, const ForEach& for_each, const Em
                                SelectStorage<kThreads>& storage) {
   uint64_t best = 0;
   for_each([&](uint64_t key) { best = key > best ? key : best; });
-  __syncthreads();  // the storage may still be in use by the caller
   storage.best[threadIdx.x] = best;
   if (threadIdx.x == 0) {
     storage.threshold = 1;

@@ -109,7 +109,6 @@ __device__ void limit_groups(const MoeRouteParams& params, const Smem& smem, uin
     const int64_t expert = lane * kSlots + i;
     if (expert < params.num_experts && !smem.group_is_open[expert / size]) keys[i] = 0;
   }
-  __syncwarp();
 }
 
 // What the experts compete with, as integers: 0 for none. Scores rise with the logits, so where nothing is added to

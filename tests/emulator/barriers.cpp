@@ -59,6 +59,7 @@ void complete_cluster_phase(Cluster& cluster) {
 void arrive_at_cluster(uintptr_t pc) {
   Thread& self = *current;
   Cluster& cluster = *self.block->cluster;
+  require_sm90("cluster_arrive", pc);
   if (self.cluster_arrived) fail("mismatch: cluster_arrive twice without cluster_wait", pc);
   self.cluster_arrived = true;
   self.cluster_phase = cluster.phase;
@@ -165,11 +166,19 @@ void exit_barriers(Thread& thread) {
   if (cluster.arrived > 0 && cluster.arrived == cluster.live) complete_cluster_phase(cluster);
 }
 
-uint32_t cluster_rank() { return current->block->rank; }
-uint32_t cluster_size() { return machine.launch.cluster; }
+uint32_t cluster_rank() {
+  require_sm90("cluster_rank", EMULATOR_CALLER);
+  return current->block->rank;
+}
+
+uint32_t cluster_size() {
+  require_sm90("cluster_size", EMULATOR_CALLER);
+  return machine.launch.cluster;
+}
 
 uint32_t map_to_rank(uint32_t address, uint32_t rank) {
   const uintptr_t pc = EMULATOR_CALLER;
+  require_sm90("map_to_rank", pc);
   if (rank >= machine.launch.cluster) {
     fail(format("map_to_rank: rank %u in a cluster of %u blocks", rank, machine.launch.cluster), pc);
   }
@@ -200,6 +209,7 @@ void cluster_wait() {
 
 void fence_proxy_async() {
   Thread& self = *current;
+  require_sm90("fence_proxy_async", EMULATOR_CALLER);
   self.known.async = join(self.known.async, self.known.generic);
   self.epoch_async = self.epoch++;
 }
@@ -207,6 +217,7 @@ void fence_proxy_async() {
 void fence_mbarrier_init() { fence_proxy_async(); }
 
 void grid_dependency_wait() {
+  require_sm90("grid_dependency_wait", EMULATOR_CALLER);
   ClockBuilder done;
   done.raise(machine.previous_done, 1, 0, 1);
   current->known.join({done.result(), done.result()});

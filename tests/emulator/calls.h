@@ -21,6 +21,7 @@ struct Launch {
 
 // Runs body(context) as every thread of the grid; nullptr, or the report of what is wrong.
 const char* run(const Launch& launch, void (*body)(void*), void* context, size_t context_bytes);
+[[noreturn]] void trap();
 int multiprocessors();
 int capability();
 

@@ -56,6 +56,7 @@ Actor completing_on(const Mbarrier& mbarrier, bool async) {
 }  // namespace
 
 Mbarrier& require_mbarrier(Block& block, uint32_t address, const char* what, uintptr_t pc) {
+  require_sm90(what, pc);
   require_shared(block, address, 8, 8, what, pc);
   for (const auto& mbarrier : block.mbarriers) {
     if (mbarrier->address != address) continue;
@@ -76,6 +77,7 @@ Mbarrier& require_mbarrier(Block& block, uint32_t address, const char* what, uin
 void mbarrier_init(uint32_t address, uint32_t count) {
   const uintptr_t pc = EMULATOR_CALLER;
   Block& block = *current->block;
+  require_sm90("mbarrier_init", pc);
   require_shared(block, address, 8, 8, "mbarrier_init", pc);
   for (const auto& mbarrier : block.mbarriers) {
     if (mbarrier->address == address) fail("mbarrier_init: the mbarrier is initialised already", pc);
@@ -197,6 +199,7 @@ void bulk_store(void* destination, uint32_t source, uint32_t bytes) {
   Block& block = *self.block;
   const uintptr_t global = reinterpret_cast<uintptr_t>(destination);
   if (bytes % 16 != 0 || bytes == 0) fail(format("bulk_store: %u bytes are not a multiple of 16", bytes), pc);
+  require_sm90("bulk_store", pc);
   require_shared(block, source, bytes, 16, "bulk_store", pc);
   require_global(global, bytes, 16, "bulk_store", pc);
   const Epoch epoch = block.stores[self.number / 32] + 1;

@@ -127,7 +127,7 @@ template <typename T>
 __forceinline__ T __ldg(const T* address) {
   return *address;
 }
-[[noreturn]] __forceinline__ void __trap() { __builtin_trap(); }
+[[noreturn]] __forceinline__ void __trap() { emulator::trap(); }
 
 __forceinline__ float __uint_as_float(unsigned x) { return emulator::from_word<float>(x); }
 __forceinline__ float __int_as_float(int x) { return emulator::from_word<float>(static_cast<unsigned>(x)); }

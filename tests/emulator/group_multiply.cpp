@@ -160,6 +160,7 @@ void group_multiply(float* d, int columns, const uint32_t* a, uint64_t descripto
   const uintptr_t pc = EMULATOR_CALLER;
   Thread& self = *current;
   Block& block = *self.block;
+  require_sm90("wgmma", pc);
   Warpgroup& group = group_of(self);
   const int lane = static_cast<int>(self.number % 128);
   if (block.threads.size() < (self.number / 128 + 1) * 128) fail("wgmma: the warpgroup has less than 128 threads", pc);

@@ -146,6 +146,7 @@ struct Block {
   int live = 0;
   char* arena;  // addressed by shared addresses
   std::vector<Cell> cells;
+  ClockBuilder exited_generic, exited_async;  // what its threads knew when they exited
   std::vector<Thread> threads;
   std::vector<uint32_t> alive;  // lanes, by warp
   std::vector<std::vector<Collective>> collectives;
@@ -243,6 +244,7 @@ bool is_new(uintptr_t first, uintptr_t second);  // no such pair of places was r
 void report(uintptr_t first, uintptr_t second, const std::string& text);
 [[noreturn]] void fail(const std::string& text, uintptr_t pc);
 void report_deadlock();
+void require_sm90(const char* what, uintptr_t pc);  // on an older GPU the instruction is a trap
 std::string place(uintptr_t pc);
 std::string line(uintptr_t pc);  // the innermost one
 std::string name_of(const Cluster& cluster, uint32_t agent);
@@ -268,6 +270,8 @@ void require_global(uintptr_t address, uint32_t bytes, uint32_t alignment, const
 Block& block_of(uint32_t cluster_address, const char* what, uintptr_t pc);
 inline uint32_t offset_of(uint32_t cluster_address) { return cluster_address & ((1u << kRankShift) - 1); }
 void begin_memory(bool keep);  // of a launch
+// When the last thread of a block exits: other blocks of the cluster must be done with its shared memory by then.
+void check_exit(Block& block);
 
 // barriers.cpp, warp.cpp, copies.cpp, group_multiply.cpp, tensor_map.cpp
 void begin_synchronisation();

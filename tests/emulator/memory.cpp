@@ -180,6 +180,24 @@ void check_global(uintptr_t address, uint32_t bytes, const Actor& actor, AccessK
   }
 }
 
+void check_exit(Block& block) {
+  const Ref<Clock> known = block.exited_generic.result();
+  const auto check = [&](const Access& access, const char* what, size_t cell) {
+    const bool own =
+        access.agent >= block.agent && access.agent < block.agent + block.cluster->agents / machine.launch.cluster;
+    if (access.cluster != block.cluster->id || own) return;
+    if (epoch_in(known, access.cluster, access.agent) >= access.epoch) return;
+    report(
+        code_address(access), 0,
+        format("exit: a block may end before another one's %s of its shared memory, at shared +0x%zx", what, cell * 2) +
+            "\n    by " + who(access) + place(code_address(access)));
+  };
+  for (size_t i = 0; i < block.cells.size(); ++i) {
+    check(block.cells[i].write, "write", i);
+    for (const Access& read : block.cells[i].reads) check(read, "read", i);
+  }
+}
+
 char* require_shared(Block& block, uint32_t address, uint32_t bytes, uint32_t alignment, const char* what,
                      uintptr_t pc) {
   if (address % alignment != 0) {

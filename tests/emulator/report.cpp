@@ -166,6 +166,10 @@ void fail(const std::string& text, uintptr_t pc) {
   __builtin_unreachable();
 }
 
+void require_sm90(const char* what, uintptr_t pc) {
+  if (machine.config.capability < 90) fail(std::string(what) + " needs compute capability 9.0", pc);
+}
+
 void report_deadlock() {
   std::string text = "deadlock: no thread can run and no copy is on its way";
   for (const auto& cluster : machine.resident) {

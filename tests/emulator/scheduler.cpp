@@ -39,6 +39,10 @@ void run_thread() {
   machine.progress++;
   exit_multiplies(self);
   exit_copies(self);
+  if (machine.launch.cluster > 1 && machine.config.check) {
+    add_to(self.block->exited_generic, self.block->exited_async, self);
+    if (self.block->live == 1) check_exit(*self.block);
+  }
   self.block->live--;
   self.block->cluster->live--;
   self.block->alive[self.number / 32] &= ~(1u << self.number % 32);
@@ -286,6 +290,8 @@ const char* run(const Launch& launch, void (*body)(void*), void* context, size_t
   error = reports();
   return error.empty() ? nullptr : error.c_str();
 }
+
+void trap() { fail("__trap()", EMULATOR_CALLER); }
 
 int multiprocessors() { return machine.config.multiprocessors; }
 int capability() { return machine.config.capability; }

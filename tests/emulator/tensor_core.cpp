@@ -75,6 +75,7 @@ void multiply_fragments(Block& block, uint32_t warp) {
 void matrix_rows(WarpOp op, const uint32_t* registers, uint32_t address, int matrices, bool transposed, uintptr_t pc) {
   Thread& self = *current;
   const bool loads = op == WarpOp::kLoadMatrix;
+  if (!loads) require_sm90("stmatrix", pc);
   if (static_cast<int>(self.number % 32) < 8 * matrices) {
     require_shared(*self.block, address, 16, 16, loads ? "ldmatrix" : "stmatrix", pc);
     const AccessKind kind = loads ? AccessKind::kRead : AccessKind::kWrite;

@@ -51,6 +51,7 @@ void for_each_element(const AsyncOperation& operation, const F& f) {
 AsyncOperation prepare(AsyncOperation::Kind kind, uint32_t shared, const CUtensorMap* map, int rank,
                        const int* coordinates, const char* what, uintptr_t pc) {
   Thread& self = *current;
+  require_sm90(what, pc);
   if (map->magic != kMagic) fail(std::string(what) + ": not a tensor map", pc);
   if (map->rank != static_cast<uint32_t>(rank)) {
     fail(format("%s: %d coordinates for a tensor map of rank %u", what, rank, map->rank), pc);

@@ -63,6 +63,20 @@ def test_values_without_checks():
             assert run() == "", name
 
 
+@pytest.mark.parametrize("name", ["pipeline", "ring", "gather", "wgmma bf16 64", "tensor 2d", "dependent launch"])
+def test_an_older_gpu_refuses_what_needs_sm_90(name):
+    run = next(entry[2] for entry in probes()[0] if entry[0] == name)
+    probes()[1].configure(capability=80)
+    assert "compute capability 9.0" in run()
+
+
+def test_an_older_gpu_runs_the_rest():
+    probes()[1].configure(capability=80)
+    for name, _, run in probes()[0]:
+        if name in ("rounds", "cp.async", "mma bf16", "last block", "turns", "named barriers"):
+            assert run() == "", name
+
+
 def test_strict_acquire_wants_a_fence_after_the_atomic_operation():
     run = {name: run for name, _, run in probes()[0]}
     probes()[1].configure(strict_acquire=True)

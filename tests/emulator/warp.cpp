@@ -185,6 +185,7 @@ uint64_t warp(WarpOp op, uint32_t mask, uint64_t value, int argument, int width)
   self.value = value;
   self.argument = argument;
   self.width = width;
+  if (op == WarpOp::kElect) require_sm90("elect_one", EMULATOR_CALLER);
   take_part(op, mask, EMULATOR_CALLER);
   return self.result;
 }

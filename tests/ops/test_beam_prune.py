@@ -163,6 +163,13 @@ def test_ordered_rows(order, device):
     check(logits, torch.tensor([[0.0, -0.5], [1.0, -2.0]]), 16)
 
 
+@pytest.mark.random_schedules
+@pytest.mark.parametrize("vocab_size", [2000, 60000])
+def test_more_candidates_than_a_block_has_threads(vocab_size, device):
+    """On a GPU: with 2000 tokens all are ranked at once, with 60000 they do not fit and the maximum is taken 300 times."""
+    check(*inputs(1, 1, vocab_size), 300)
+
+
 @pytest.mark.parametrize("beams", [1, 2, 3, 7, 16, 64])
 def test_every_beam_width(beams, device):
     check(*inputs(2, beams, 1500), 2 * beams)
