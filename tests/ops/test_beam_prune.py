@@ -166,7 +166,7 @@ def test_ordered_rows(order, device):
 @pytest.mark.random_schedules
 @pytest.mark.parametrize("vocab_size", [2000, 60000])
 def test_more_candidates_than_a_block_has_threads(vocab_size, device):
-    """On a GPU: with 2000 tokens all are ranked at once, with 60000 they do not fit and the maximum is taken 300 times."""
+    """On a GPU: 2000 tokens are ranked at once, of 60000 the maximum is taken 300 times."""
     check(*inputs(1, 1, vocab_size), 300)
 
 
