@@ -145,7 +145,7 @@ def _chunks(hidden, weight, chunk_bytes):
 
 def _multiply(out, a, b, add=False):
     """out = a b, or out + a b: by our own product where it is the fastest, else by torch's."""
-    if out.device.type == "cpu" and _ops.matmul_(out, a, b, add):
+    if out.device.type == "cpu" and torch.ops.arfast.matmul_(out, a, b, add):
         return
     if add:
         torch.addmm(out, a, b, out=out)
@@ -244,8 +244,9 @@ _library.define(
     "linear_cross_entropy_backward(Tensor dloss, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
     f"Tensor? class_weight, Tensor statistics, {_SHARED}, {_WANTS}) -> (Tensor, Tensor, Tensor)"
 )
-_library.impl("linear_cross_entropy_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("linear_cross_entropy_backward", _backward, "CompositeExplicitAutograd")
+COMPOSITES = {"linear_cross_entropy_forward": _forward, "linear_cross_entropy_backward": _backward}
+for _name, _function in COMPOSITES.items():  # ops made of others, on every device
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -16,6 +16,7 @@ OPTIONS = {
 
 
 def inputs(rows, size, classes, dtype, options):
+    """On the device that the fixture `device` has made the default."""
     hidden, weight = torch.randn(rows, size).to(dtype), torch.randn(classes, size).to(dtype)
     targets = torch.randint(0, classes, (rows,))
     targets[1::4] = -100
@@ -36,7 +37,7 @@ def run(function, hidden, weight, bias, targets, options, upstream=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows,size,classes", [(1, 8, 2), (31, 17, 33), (40, 32, 257), (33, 24, 1000)])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_forward_and_backward(name, rows, size, classes, dtype, reduction, poisoned):
+def test_forward_and_backward(name, rows, size, classes, dtype, reduction, poisoned, device):
     hidden, weight, bias, targets, options = inputs(rows, size, classes, dtype, OPTIONS[name])
     options |= dict(reduction=reduction)
     upstream = torch.randn(rows) if reduction == "none" else torch.tensor(1.7)
@@ -63,7 +64,7 @@ def test_gradcheck(name, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_empty_and_all_ignored(reduction):
+def test_empty_and_all_ignored(reduction, device):
     for rows in (0, 3):
         hidden, weight, _, targets, _ = inputs(rows, 5, 7, torch.float32, {})
         targets[:] = -100
@@ -73,7 +74,7 @@ def test_empty_and_all_ignored(reduction):
         assert not any(g.any() for g in gradients)
 
 
-def test_only_what_needs_a_gradient_gets_one():
+def test_only_what_needs_a_gradient_gets_one(device):
     hidden, weight, _, targets, _ = inputs(12, 8, 20, torch.float32, {})
     both = run(linear_cross_entropy, hidden, weight, None, targets, {})
     weight_leaf = weight.clone().requires_grad_()
@@ -86,7 +87,7 @@ def test_only_what_needs_a_gradient_gets_one():
         assert_bitwise_equal(linear_cross_entropy(hidden_leaf, weight_leaf, targets), both[0])
 
 
-def test_blocks_of_different_calls_do_not_mix():
+def test_blocks_of_different_calls_do_not_mix(device):
     """Gradients are made in the forward pass: a second call before the first backward must not disturb them."""
     calls = [inputs(9, 8, classes, torch.float32, {}) for classes in (50, 20)]
     expected = [run(linear_cross_entropy, h, w, None, t, o) for h, w, _, t, o in calls]
