@@ -16,7 +16,8 @@ step() {
   local name=$1 limit=$2 start=$SECONDS code=0
   shift 2
   printf '\n==> %s\n' "$name"
-  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$logs/$name.log" | tail -n 40
+  # Interrupted, pytest still prints and saves what it has.
+  timeout --signal=INT --kill-after=15 "$limit" "$@" 2>&1 | tee "$logs/$name.log" | tail -n 40
   code=${PIPESTATUS[0]}
   local result=passed
   if [ "$code" = 124 ]; then result="stopped after $limit s"; elif [ "$code" != 0 ]; then result="failed ($code)"; fi
@@ -39,7 +40,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>
 "$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
 
 export TORCH_CUDA_ARCH_LIST="$capability" ARFAST_CUDA=1
-step build 150 "$python" setup.py build_ext --inplace || finish
+step build 120 "$python" setup.py build_ext --inplace || finish
 
 # What the emulated GPU of the tests takes for granted, asked of the real one.
 if command -v nvcc >/dev/null; then
@@ -51,7 +52,7 @@ else
 fi
 
 if "$python" -c 'import pytest' 2>/dev/null; then
-  step tests 120 "$python" -m pytest -m "gpu and not slow" --quiet tests
+  step tests 90 "$python" -m pytest -m "gpu and not slow" --quiet tests
 else
   summary+=("tests: left out, pytest is not installed")
   status=1
@@ -69,7 +70,7 @@ else
 fi
 
 if "$python" -c 'import pytest_benchmark' 2>/dev/null; then
-  step benchmarks 100 "$python" -m pytest benchmarks --benchmark-only --save-table --quiet -m gpu
+  step benchmarks 160 "$python" -m pytest benchmarks --benchmark-only --save-table --quiet -m gpu
   cp -r benchmarks/results "$logs" 2>/dev/null
 else
   summary+=("benchmarks: left out, pytest-benchmark is not installed")

@@ -10,6 +10,7 @@ import pytest
 
 # Read when torch starts its threads: on a busy machine, waiting threads that spin cost more than the work in the tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `poisoned` asks for deterministic algorithms
 
 import torch
 
@@ -135,7 +136,7 @@ def implementation(request):
 def poisoned():
     """Every uninitialised tensor is filled with NaN (integers: their largest value), so that unwritten outputs show."""
     before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # references need not have any
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before

@@ -16,6 +16,14 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
+// A NaN is passed over.
+__device__ inline float warp_max(float value) {
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  }
+  return value;
+}
+
 // The sum over a block of `kThreads`, given to every thread. `scratch` holds kThreads / 32 floats; the leading barrier
 // lets callers use it again at once.
 template <int kThreads>

@@ -33,6 +33,8 @@ __device__ inline Float16 from_float<Float16>(float x) {
   return Float16{__half_as_ushort(__float2half_rn(x))};
 }
 
+__device__ inline float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+
 // As many elements as one 16-byte access moves.
 template <typename T>
 struct alignas(16) Vector16 {

@@ -38,16 +38,6 @@ size_t shared_bytes(const MoeRouteParams& params) {
   return (params.num_experts + kWarps * per_warp) * sizeof(float);
 }
 
-__device__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
-
-__device__ float warp_max(float value) {
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
-  }
-  return value;
-}
-
 // NaN and -inf count as the lowest finite number.
 __device__ float floored(float v) { return v > -3.40282347e38f ? v : -3.40282347e38f; }
 

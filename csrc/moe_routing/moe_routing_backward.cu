@@ -16,8 +16,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kTokens = kThreads / kWarpSize;
 
-__device__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads) moe_route_backward_kernel(MoeRouteBackwardParams params) {
   const int lane = threadIdx.x % kWarpSize;
