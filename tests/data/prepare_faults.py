@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 from arfast.data import DatasetManifest, prepare_dataset
 
 VOCAB_SIZE = 320
@@ -158,6 +160,7 @@ def main():
     os.fsync = lambda descriptor: None
     # In this process, so that its children find all modules loaded; without threads, which a fork would not copy.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tqdm.monitor_interval = 0
     expected = prepare(source, out_dir)().splits
     shutil.rmtree(out_dir)
     for fault in (killed_at_each_call, killed_at_random, together, disk_full):
