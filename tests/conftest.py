@@ -136,7 +136,7 @@ def implementation(request):
 def poisoned():
     """Every uninitialised tensor is filled with NaN (integers: their largest value), so that unwritten outputs show."""
     before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)  # references need not have any
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before
