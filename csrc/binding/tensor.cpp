@@ -4,7 +4,6 @@
 #include <dlfcn.h>
 #include <sys/mman.h>
 
-#include <array>
 #include <cstdio>
 #include <stdexcept>
 
@@ -173,18 +172,6 @@ Tensor to_contiguous(const Tensor& tensor) {
   Tensor dense = torch::stable::contiguous(tensor);
   emulated::allocated(dense);
   return dense;
-}
-
-Tensor scratch_rows(int slot, const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
-  if (!on_cpu(like)) return new_empty(like, {rows, columns}, dtype);
-  thread_local std::array<std::optional<Tensor>, 2> held;
-  const int64_t bytes = rows * columns * item_size(dtype);
-  std::optional<Tensor>& memory = held.at(slot);
-  if (!memory || memory->numel() < bytes) {
-    memory.reset();
-    memory = new_empty(like, {bytes}, ScalarType::Byte);
-  }
-  return torch::stable::from_blob(memory->data_ptr(), {rows, columns}, {columns, 1}, memory->device(), dtype);
 }
 
 #if defined(ARFAST_EMULATED)

@@ -64,10 +64,6 @@ Tensor with_dense_rows(const Tensor& tensor);
 
 Tensor to_contiguous(const Tensor& tensor);
 
-// Working memory of one call, uninitialised: the CPU keeps it per thread and `slot` for the next call, since touching
-// fresh pages costs more than much of the arithmetic on them.
-Tensor scratch_rows(int slot, const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype);
-
 inline int64_t stride_or_zero(const std::optional<Tensor>& tensor, int64_t dim) {
   return tensor ? tensor->stride(dim) : 0;
 }

@@ -1,6 +1,8 @@
 // The CUDA side of a contract.
 #pragma once
 
+#include <type_traits>
+
 #include "core/dtype.h"
 
 namespace arfast {
@@ -17,16 +19,13 @@ namespace arfast {
 // dispatch_dtype for launchers, whose result it returns. Bindings refuse float64 on a GPU.
 template <typename F>
 const char* dispatch_gpu_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(TypeTag<float>{});
-    case DType::kBFloat16:
-      return f(TypeTag<BFloat16>{});
-    case DType::kFloat16:
-      return f(TypeTag<Float16>{});
-    default:
+  return dispatch_dtype(dtype, [&](auto tag) -> const char* {
+    if constexpr (std::is_same_v<decltype(tag), TypeTag<double>>) {
       return "dtype must be float32, bfloat16 or float16";
-  }
+    } else {
+      return f(tag);
+    }
+  });
 }
 
 }  // namespace arfast

@@ -21,10 +21,10 @@ struct TypeTag {
   using type = T;
 };
 
-// Calls f(TypeTag<T>{}) with the element type of `dtype`. A binding checks the dtype before; the default is
+// f(TypeTag<T>{}) with the element type of `dtype`. A binding checks the dtype before; the default is
 // unreachable.
 template <typename F>
-void dispatch_dtype(DType dtype, F&& f) {
+auto dispatch_dtype(DType dtype, F&& f) {
   switch (dtype) {
     case DType::kFloat32:
       return f(TypeTag<float>{});

@@ -100,7 +100,7 @@ struct Arguments {
 // Where sums over the experts are taken: `out` itself when its type is wide enough.
 Tensor accumulator_for(const Tensor& out) {
   if (out.scalar_type() == statistics_dtype(out)) return out;
-  return scratch_rows(1, out, out.size(0), out.size(1), statistics_dtype(out));
+  return new_empty(out, {out.size(0), out.size(1)}, statistics_dtype(out));
 }
 
 // -> (out [T, d], h [T * K, 2 I] pre-activations (empty unless save_h))
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> moe_experts_forward(Tensor hidden, Tensor expert_weig
   const int64_t d = shape.hidden_size, size = shape.intermediate_size;
   Tensor out = new_empty(hidden, {shape.num_tokens, d}, dtype);
   Tensor h = new_empty(hidden, {save_h ? shape.num_tokens * shape.top_k : 0, 2 * size}, dtype);
-  Tensor scratch = scratch_rows(0, hidden, shape.wave_rows, 2 * d + 3 * size, dtype);
+  Tensor scratch = new_empty(hidden, {shape.wave_rows, 2 * d + 3 * size}, dtype);
   Tensor accumulator = accumulator_for(out);
   moe_experts_forward_cpu({
       .shape = shape,
@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_experts_backward(Tensor dout, Ten
   Tensor dexpert_weights = new_empty(hidden, {shape.num_tokens, shape.top_k}, statistics_dtype(hidden));
   Tensor dw_gate_up = new_empty(hidden, {needs_experts ? experts : 0, 2 * size, d}, dtype);
   Tensor dw_down = new_empty(hidden, {needs_experts ? experts : 0, d, size}, dtype);
-  Tensor scratch = scratch_rows(0, hidden, shape.wave_rows, 3 * d + 3 * size, dtype);
+  Tensor scratch = new_empty(hidden, {shape.wave_rows, 3 * d + 3 * size}, dtype);
   Tensor accumulator = accumulator_for(dhidden);
   moe_experts_backward_cpu({
       .shape = shape,

@@ -33,6 +33,12 @@ struct MoeRouteParams {
   int32_t* histograms;         // [num_blocks, E], scratch: one row per kMoeRouteBlock (kMoeRouteGpuBlock) tokens
 };
 
+// Gradients of one row, in closed form. With p the softmax, s the sigmoid and S the sum over the chosen experts:
+//   softmax:              dlogit_e = p_e (g_e - sum_j p_j g_j), g = scale * dweight on the chosen, else 0
+//   softmax renormalised: dlogit_j = w_j (dw_j - sum_i w_i dw_i / scale) on the chosen, else 0
+//   sigmoid:              dlogit_j = scale * dw_j s_j (1 - s_j)
+//   sigmoid renormalised: dlogit_j = (scale * dw_j - sum_i w_i dw_i) / S * s_j (1 - s_j)
+// and dlse adds dlse * p_e to every expert.
 struct MoeRouteBackwardParams {
   DType dtype;          // of router_logits and drouter_logits
   int64_t num_tokens;   // T

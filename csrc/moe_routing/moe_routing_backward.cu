@@ -1,10 +1,4 @@
-// Gradient of the router logits on the GPU, in closed form: a warp per token. With p the softmax, s the sigmoid and S
-// the sum over the chosen experts:
-//   softmax:              dlogit_e = p_e (g_e - sum_j p_j g_j), g = scale * dweight on the chosen, else 0
-//   softmax renormalised: dlogit_j = w_j (dw_j - sum_i w_i dw_i / scale) on the chosen, else 0
-//   sigmoid:              dlogit_j = scale * dw_j s_j (1 - s_j)
-//   sigmoid renormalised: dlogit_j = (scale * dw_j - sum_i w_i dw_i) / S * s_j (1 - s_j)
-// and dlse adds dlse * p_e to every expert.
+// Gradient of the router logits on the GPU, in the closed form of moe_routing.h: a warp per token.
 #include "core/reduce.cuh"
 #include "core/runtime.cuh"
 #include "core/vector.cuh"

@@ -240,12 +240,7 @@ void scan_histograms(const MoeRouteParams& params) {
   params.offsets[params.num_experts] = row;
 }
 
-// Gradients of one row, in closed form. With p the softmax, s the sigmoid and S the sum over the chosen experts:
-//   softmax:              dlogit_e = p_e (g_e - sum_j p_j g_j), g = scale * dweight on the chosen, else 0
-//   softmax renormalised: dlogit_j = w_j (dw_j - sum_i w_i dw_i / scale) on the chosen, else 0
-//   sigmoid:              dlogit_j = scale * dw_j s_j (1 - s_j)
-//   sigmoid renormalised: dlogit_j = (scale * dw_j - sum_i w_i dw_i) / S * s_j (1 - s_j)
-// and dlse adds dlse * p_e to every expert.
+// In the closed form of moe_routing.h.
 template <typename T>
 void backward_row(const MoeRouteBackwardParams& params, int64_t row) {
   using A = Acc<T>;

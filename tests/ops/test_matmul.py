@@ -38,6 +38,7 @@ def test_equals_float64(dtype, size, add):
             terms = a.double().abs() @ b.double().abs() + (start.double().abs() if add else 0.0)
             error = (multiply(a, b, start).double() - exact).abs()
             sums = torch.float32 if dtype == torch.bfloat16 else dtype
+            # One rounding, and the probabilistic bound of a sum of n products, 4 sqrt(n) u (Higham and Mary 2019).
             bound = 0.5 * exact.abs() * torch.finfo(dtype).eps + 2 * (depth + 1) ** 0.5 * terms * torch.finfo(sums).eps
             assert (error <= bound).all(), f"{(error - bound).max()} over the bound"
 
