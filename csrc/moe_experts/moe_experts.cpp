@@ -76,7 +76,7 @@ struct Arguments {
 
  private:
   // Enough for every thread to have a few tasks, little enough to stay in the last-level cache.
-  static constexpr int64_t kWaveRows = 2048, kWaveRowsPerThread = 512;
+  static constexpr int64_t kWaveRows = 4096, kWaveRowsPerThread = 512;
 
   static void check_routing_table(const char* argument, const Tensor& tensor, const char* names,
                                   std::initializer_list<int64_t> sizes, const Tensor& hidden) {

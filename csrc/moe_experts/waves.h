@@ -11,7 +11,7 @@
 
 namespace arfast::ARFAST_CPU_TARGET {
 
-// Rows of one task: of the tokens' matrices, of a weight gradient, of the output.
+// Rows of one task, about: of the tokens' matrices, of a weight gradient, of the output.
 constexpr int64_t kTaskRows = 256;
 
 // One expert's rows of a wave: rows [first, first + count) of the order by expert, at [begin, begin + padded) of the
@@ -53,7 +53,7 @@ void for_each_wave(const MoeExpertsShape& shape, const F& f) {
 inline std::vector<RowTask> row_tasks(const std::vector<Segment>& segments) {
   std::vector<RowTask> tasks;
   for (const Segment& segment : segments) {
-    const int64_t count = (segment.padded() + kTaskRows - 1) / kTaskRows;
+    const int64_t count = std::max<int64_t>(1, (segment.padded() + kTaskRows / 2) / kTaskRows);
     const int64_t size = moe_padded_rows((segment.padded() + count - 1) / count);
     for (int64_t begin = 0; begin < segment.padded(); begin += size) {
       tasks.push_back({segment, begin, std::min(begin + size, segment.padded())});
