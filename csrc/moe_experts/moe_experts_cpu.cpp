@@ -211,8 +211,8 @@ std::vector<WeightTask> weight_tasks(const MoeExpertsShape& shape, const std::ve
   for (const Segment& segment : segments) {
     for (const bool down : {false, true}) {
       const int64_t rows = down ? shape.hidden_size : 2 * shape.intermediate_size;
-      for (int64_t begin = 0; begin < rows; begin += kTaskRows) {
-        tasks.push_back({segment, down, begin, std::min(begin + kTaskRows, rows)});
+      for (int64_t begin = 0; begin < rows; begin += kWeightTaskRows) {
+        tasks.push_back({segment, down, begin, std::min(begin + kWeightTaskRows, rows)});
       }
     }
   }

@@ -11,8 +11,10 @@
 
 namespace arfast::ARFAST_CPU_TARGET {
 
-// Rows of one task, about: of the tokens' matrices, of a weight gradient, of the output.
+// Rows of one task: of the tokens' matrices (about), of the output.
 constexpr int64_t kTaskRows = 256;
+// Rows of a weight gradient: more of them share one packed matrix of the tokens.
+constexpr int64_t kWeightTaskRows = 512;
 
 // One expert's rows of a wave: rows [first, first + count) of the order by expert, at [begin, begin + padded) of the
 // scratch memory.
