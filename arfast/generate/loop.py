@@ -160,7 +160,6 @@ def beam_search(model: Any, logits: Tensor, cache: StaticKVCache, options: Gener
     """Continue stored prompts, given the logits [B, V] that follow them: see `BeamSearch.hypotheses`."""
     search = BeamSearch(len(logits), options, logits.device)
     tokens, rows = search.advance(logits)
-    rows = rows // options.num_beams  # until now a prompt had one row, from now on each of its beams has one
     while not search.done:
         cache.select(rows)
         tokens, rows = search.advance(decode_one_token(model, tokens, cache))

@@ -3,6 +3,7 @@
 from arfast.ops.attention import attention, attention_reference
 from arfast.ops.attention_decode import attention_decode, attention_decode_reference
 from arfast.ops.beam_prune import beam_prune, beam_prune_reference
+from arfast.ops.beam_step import BeamState, beam_step, beam_step_reference
 from arfast.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from arfast.ops.grouped_mm import grouped_mm, grouped_mm_reference
 from arfast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
@@ -14,6 +15,7 @@ from arfast.ops.rotary import rotary, rotary_reference
 from arfast.ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
+    "BeamState",
     "Routing",
     "attention",
     "attention_decode",
@@ -21,6 +23,8 @@ __all__ = [
     "attention_reference",
     "beam_prune",
     "beam_prune_reference",
+    "beam_step",
+    "beam_step_reference",
     "cross_entropy",
     "cross_entropy_reference",
     "grouped_mm",

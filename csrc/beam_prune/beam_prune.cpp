@@ -1,6 +1,7 @@
-// Binding of beam_prune: schema, checks, allocation and the choice of the implementation.
+// Bindings of beam_prune and beam_step: schemas, checks, allocation and the choice of the implementation.
 #include "beam_prune/beam_prune.h"
 
+#include <algorithm>
 #include <limits>
 #include <tuple>
 
@@ -9,67 +10,162 @@
 namespace arfast {
 namespace {
 
-constexpr const char* kOp = "beam_prune";
+// The checked arguments and the results of a pruning.
+struct Pruning {
+  const char* op;
+  Tensor logits, scores;
+  std::optional<Tensor> banned;
+  int64_t num_candidates;
+  Tensor out_scores, parents, tokens, lse;
+
+  Pruning(const char* op, const Tensor& logits, const Tensor& scores, int64_t num_candidates,
+          const std::optional<Tensor>& banned)
+      : op(op), logits(logits), scores(scores), banned(banned), num_candidates(num_candidates) {
+    check_and_prepare();
+    const int64_t groups = scores.size(0);
+    out_scores = new_empty(scores, {groups, num_candidates}, ScalarType::Float);
+    parents = new_empty(scores, {groups, num_candidates}, ScalarType::Int);
+    tokens = new_empty(scores, {groups, num_candidates}, ScalarType::Int);
+    lse = new_empty(scores, {groups, scores.size(1)}, ScalarType::Float);
+  }
+
+  void run(const BeamState& state) const {
+    BeamPruneParams params{
+        .dtype = float_dtype(op, "logits", logits),
+        .num_groups = scores.size(0),
+        .num_beams = scores.size(1),
+        .vocab_size = logits.size(1),
+        .num_candidates = num_candidates,
+        .logits = logits.data_ptr(),
+        .scores = static_cast<const float*>(scores.data_ptr()),
+        .banned = static_cast<const bool*>(pointer_or_null(banned)),
+        .logits_stride = logits.stride(0),
+        .banned_stride = stride_or_zero(banned, 0),
+        .out_scores = static_cast<float*>(out_scores.data_ptr()),
+        .parents = static_cast<int32_t*>(parents.data_ptr()),
+        .tokens = static_cast<int32_t*>(tokens.data_ptr()),
+        .lse = static_cast<float*>(lse.data_ptr()),
+        .num_parts = 0,
+        .part_vectors = 0,
+        .workspace = nullptr,
+        .num_arrived = nullptr,
+        .state = state,
+    };
+    Tensor workspace, num_arrived;
+    if (!on_cpu(logits)) {
+      choose_beam_prune_parts(logits.element_size(), params);
+      workspace = new_empty(logits, {beam_prune_workspace_bytes(params)}, ScalarType::Byte);
+      num_arrived = new_zeros(logits, {params.num_groups}, ScalarType::Int);
+      params.workspace = workspace.data_ptr();
+      params.num_arrived = static_cast<uint32_t*>(num_arrived.data_ptr());
+    }
+    arfast::run(op, logits, params, beam_prune_cpu, beam_prune_cuda);
+  }
+
+ private:
+  void check_and_prepare() {
+    check_shape(op, "scores", scores, "[B, K]", {kAny, kAny});
+    check_dtype(op, "scores", scores, ScalarType::Float);
+    const int64_t groups = scores.size(0), beams = scores.size(1);
+    if (beams < 1) fail(op, "scores", "have K >= 1 beams per group", shape_of(scores));
+    check_shape(op, "logits", logits, "[B*K, V]", {groups * beams, kAny});
+    float_dtype(op, "logits", logits);
+    const int64_t vocab_size = logits.size(1);
+    constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
+    if (vocab_size < 1 || vocab_size > kLargest / beams) {
+      fail(op, "logits", "have 1 <= V and K * V < 2^31", shape_of(logits));
+    }
+    check_same_device(op, "scores", scores, "logits", logits);
+    if (num_candidates < 1) fail(op, "num_candidates", "be at least 1", std::to_string(num_candidates));
+    if (banned) {
+      check_shape(op, "banned", *banned, "[B*K, V]", {logits.size(0), vocab_size});
+      check_dtype(op, "banned", *banned, ScalarType::Bool);
+      check_same_device(op, "banned", *banned, "logits", logits);
+      banned = with_dense_rows(*banned);
+    }
+    logits = with_dense_rows(logits);
+    scores = to_contiguous(scores);
+  }
+};
 
 // -> (scores [B, M], parents int32 [B, M], tokens int32 [B, M], lse [B, K])
 std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune(Tensor logits, Tensor scores, int64_t num_candidates,
                                                       std::optional<Tensor> banned) {
-  check_shape(kOp, "scores", scores, "[B, K]", {kAny, kAny});
-  check_dtype(kOp, "scores", scores, ScalarType::Float);
-  const int64_t groups = scores.size(0), beams = scores.size(1);
-  if (beams < 1) fail(kOp, "scores", "have K >= 1 beams per group", shape_of(scores));
-  check_shape(kOp, "logits", logits, "[B*K, V]", {groups * beams, kAny});
-  const DType dtype = float_dtype(kOp, "logits", logits);
-  const int64_t vocab_size = logits.size(1);
-  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
-  if (vocab_size < 1 || vocab_size > kLargest / beams) {
-    fail(kOp, "logits", "have 1 <= V and K * V < 2^31", shape_of(logits));
-  }
-  check_same_device(kOp, "scores", scores, "logits", logits);
-  if (num_candidates < 1) fail(kOp, "num_candidates", "be at least 1", std::to_string(num_candidates));
-  if (banned) {
-    check_shape(kOp, "banned", *banned, "[B*K, V]", {logits.size(0), vocab_size});
-    check_dtype(kOp, "banned", *banned, ScalarType::Bool);
-    check_same_device(kOp, "banned", *banned, "logits", logits);
-    banned = with_dense_rows(*banned);
-  }
-  logits = with_dense_rows(logits);
-  scores = to_contiguous(scores);
+  const Pruning pruning("beam_prune", logits, scores, num_candidates, banned);
+  pruning.run({});
+  return {pruning.out_scores, pruning.parents, pruning.tokens, pruning.lse};
+}
 
-  Tensor out_scores = new_empty(scores, {groups, num_candidates}, ScalarType::Float);
-  Tensor parents = new_empty(scores, {groups, num_candidates}, ScalarType::Int);
-  Tensor tokens = new_empty(scores, {groups, num_candidates}, ScalarType::Int);
-  Tensor lse = new_empty(scores, {groups, beams}, ScalarType::Float);
-  BeamPruneParams params{
-      .dtype = dtype,
-      .num_groups = groups,
-      .num_beams = beams,
-      .vocab_size = vocab_size,
-      .num_candidates = num_candidates,
-      .logits = logits.data_ptr(),
-      .scores = static_cast<const float*>(scores.data_ptr()),
-      .banned = static_cast<const bool*>(pointer_or_null(banned)),
-      .logits_stride = logits.stride(0),
-      .banned_stride = stride_or_zero(banned, 0),
-      .out_scores = static_cast<float*>(out_scores.data_ptr()),
-      .parents = static_cast<int32_t*>(parents.data_ptr()),
-      .tokens = static_cast<int32_t*>(tokens.data_ptr()),
-      .lse = static_cast<float*>(lse.data_ptr()),
-      .num_parts = 0,
-      .part_vectors = 0,
-      .workspace = nullptr,
-      .num_arrived = nullptr,
+// A tensor of the state: of this shape and type, dense, with the logits.
+template <typename T>
+T* state_data(const char* name, const Tensor& tensor, const char* shape, std::initializer_list<int64_t> sizes,
+              ScalarType dtype, const Tensor& logits) {
+  constexpr const char* kOp = "beam_step";
+  check_shape(kOp, name, tensor, shape, sizes);
+  check_dtype(kOp, name, tensor, dtype);
+  check_same_device(kOp, name, tensor, "logits", logits);
+  check(tensor.is_contiguous(), kOp, name, "be contiguous", "strides of " + shape_of(tensor));
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+void beam_step(Tensor logits, std::optional<Tensor> banned, Tensor ends, Tensor length_powers, int64_t early_stopping,
+               bool longest_counts, Tensor lengths, Tensor running, Tensor parents, Tensor tokens, Tensor log_probs,
+               Tensor scores, Tensor endings, Tensor improvable, Tensor status, Tensor next_tokens, Tensor rows,
+               std::optional<Tensor> slots, std::optional<Tensor> prompt_lengths) {
+  constexpr const char* kOp = "beam_step";
+  check_shape(kOp, "logits", logits, "[B*K, V]", {kAny, kAny});
+  check_shape(kOp, "running", running, "[B, K]", {kAny, kAny});
+  const int64_t groups = running.size(0), beams = running.size(1);
+  check(1 <= beams && beams <= kMaxStateBeams, kOp, "running", "have 1 to 128 beams per group", shape_of(running));
+  check_shape(kOp, "ends", ends, "[number of end tokens]", {kAny});
+  const int64_t num_ends = ends.size(0);
+  check(num_ends <= kMaxStateEnds, kOp, "ends", "have at most 8 tokens", shape_of(ends));
+  check_shape(kOp, "parents", parents, "[L, B, K]", {kAny, groups, beams});
+  const int64_t length = parents.size(0);
+  check(length >= 1, kOp, "parents", "have room for a step", shape_of(parents));
+  check_range(kOp, "early_stopping", early_stopping, 0 <= early_stopping && early_stopping <= 2, "be 0, 1 or 2");
+  const bool first = logits.size(0) == groups && beams > 1;  // one row per group, which all its beams continue
+  check(first || logits.size(0) == groups * beams, kOp, "logits", "have B*K rows, or B in the first step",
+        shape_of(logits));
+  check(slots.has_value() == prompt_lengths.has_value(), kOp, "slots", "come with prompt_lengths", "one of both");
+
+  const auto step_data = [&](const char* name, const Tensor& tensor, ScalarType dtype) {
+    return state_data<void>(name, tensor, "[L, B, K]", {length, groups, beams}, dtype, logits);
   };
-  Tensor workspace, num_arrived;
-  if (!on_cpu(logits)) {
-    choose_beam_prune_parts(logits.element_size(), params);
-    workspace = new_empty(logits, {beam_prune_workspace_bytes(params)}, ScalarType::Byte);
-    num_arrived = new_zeros(logits, {groups}, ScalarType::Int);
-    params.workspace = workspace.data_ptr();
-    params.num_arrived = static_cast<uint32_t*>(num_arrived.data_ptr());
+  BeamState state{
+      .num_beams = beams,
+      .max_length = length,
+      .num_ends = num_ends,
+      .ends = state_data<int64_t>("ends", ends, "[number of end tokens]", {num_ends}, ScalarType::Long, logits),
+      .length_powers =
+          state_data<float>("length_powers", length_powers, "[L + 1]", {length + 1}, ScalarType::Float, logits),
+      .early_stopping = static_cast<EarlyStopping>(early_stopping),
+      .longest_counts = longest_counts,
+      .lengths = state_data<int32_t>("lengths", lengths, "[B]", {groups}, ScalarType::Int, logits),
+      .running = state_data<float>("running", running, "[B, K]", {groups, beams}, ScalarType::Float, logits),
+      .parents = static_cast<int32_t*>(step_data("parents", parents, ScalarType::Int)),
+      .tokens = static_cast<int32_t*>(step_data("tokens", tokens, ScalarType::Int)),
+      .log_probs = static_cast<float*>(step_data("log_probs", log_probs, ScalarType::Float)),
+      .scores = state_data<float>("scores", scores, "[B, K]", {groups, beams}, ScalarType::Float, logits),
+      .endings = state_data<int32_t>("endings", endings, "[B, K, 3]", {groups, beams, 3}, ScalarType::Int, logits),
+      .improvable = state_data<bool>("improvable", improvable, "[B]", {groups}, ScalarType::Bool, logits),
+      .status = state_data<int32_t>("status", status, "[B]", {groups}, ScalarType::Int, logits),
+      .next_tokens =
+          state_data<int64_t>("next_tokens", next_tokens, "[B*K]", {groups * beams}, ScalarType::Long, logits),
+      .rows = state_data<int64_t>("rows", rows, "[B*K]", {groups * beams}, ScalarType::Long, logits),
+      .slots = nullptr,
+      .cache_length = 0,
+      .prompt_lengths = nullptr,
+  };
+  if (slots) {
+    state.slots = state_data<int32_t>("slots", *slots, "[B*K, S]", {groups * beams, kAny}, ScalarType::Int, logits);
+    state.cache_length = slots->size(1);
+    state.prompt_lengths =
+        state_data<int32_t>("prompt_lengths", *prompt_lengths, "[B]", {groups}, ScalarType::Int, logits);
   }
-  run(kOp, logits, params, beam_prune_cpu, beam_prune_cuda);
-  return {out_scores, parents, tokens, lse};
+  const Tensor so_far = first ? torch::stable::narrow(running, 1, 0, 1) : running;
+  const int64_t num_candidates = std::max<int64_t>(2, 1 + num_ends) * beams;  // leaves K that do not end
+  Pruning(kOp, logits, so_far, num_candidates, banned).run(state);
 }
 
 }  // namespace
@@ -78,8 +174,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
   m.def(
       "beam_prune(Tensor logits, Tensor scores, int num_candidates, Tensor? banned) -> (Tensor, Tensor, Tensor, "
       "Tensor)");
+  m.def(
+      "beam_step(Tensor logits, Tensor? banned, Tensor ends, Tensor length_powers, int early_stopping, bool "
+      "longest_counts, Tensor(a!) lengths, Tensor(b!) running, Tensor(c!) parents, Tensor(d!) tokens, Tensor(e!) "
+      "log_probs, Tensor(f!) scores, Tensor(g!) endings, Tensor(h!) improvable, Tensor(i!) status, Tensor(j!) "
+      "next_tokens, Tensor(k!) rows, Tensor(l!)? slots, Tensor? prompt_lengths) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) { m.impl("beam_prune", TORCH_BOX(&beam_prune)); }
-STABLE_TORCH_LIBRARY_IMPL(arfast, CUDA, m) { m.impl("beam_prune", TORCH_BOX(&beam_prune)); }
+STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) {
+  m.impl("beam_prune", TORCH_BOX(&beam_prune));
+  m.impl("beam_step", TORCH_BOX(&beam_step));
+}
+STABLE_TORCH_LIBRARY_IMPL(arfast, CUDA, m) {
+  m.impl("beam_prune", TORCH_BOX(&beam_prune));
+  m.impl("beam_step", TORCH_BOX(&beam_step));
+}
 
 }  // namespace arfast

@@ -1,6 +1,7 @@
 // Beam pruning on the GPU: online log-sum-exp and top-M (Milakov and Gimelshein 2018, arXiv 1805.02867, section 4) in
 // one launch. A block scans a part of a row that fits its registers; the last block of a group to finish merges the
 // parts.
+#include "beam_prune/advance.h"
 #include "beam_prune/beam_prune.h"
 #include "beam_prune/select.cuh"
 #include "core/order.cuh"
@@ -17,7 +18,10 @@ template <typename T>
 constexpr int kHeldVectors = kBeamPruneHeldBytes / 16 * sizeof(T) / 4;  // as many elements whatever their size
 
 struct Smem {
-  SelectStorage<kThreads> select;
+  union {
+    SelectStorage<kThreads> select;
+    AdvanceScratch advance;  // of the last block, when all is selected
+  };
   float maxima[kThreads / kWarpSize];
   float sums[kThreads / kWarpSize];
   bool is_last;
@@ -207,6 +211,13 @@ __device__ void merge_group(const BeamPruneParams& params, const Workspace& work
   if (smem.may_lack_ties) select_from_all_tokens<T>(params, group, smem);
 }
 
+// All threads of the block.
+struct BlockTeam {
+  __device__ static int64_t index() { return threadIdx.x; }
+  __device__ static constexpr int64_t count() { return kThreads; }
+  __device__ static void sync() { __syncthreads(); }
+};
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) beam_prune_kernel(BeamPruneParams params) {
   Smem& smem = shared_storage<Smem>();
@@ -222,6 +233,9 @@ __global__ void __launch_bounds__(kThreads) beam_prune_kernel(BeamPruneParams pa
   __syncthreads();
   if (!smem.is_last) return;
   merge_group<T>(params, workspace, group, smem);
+  if (params.state.lengths == nullptr) return;
+  __syncthreads();  // the candidates, from any thread
+  advance_group(params, group, smem.advance, BlockTeam{});
 }
 
 }  // namespace

@@ -1,8 +1,10 @@
-// Contract of beam_prune: sizes, strides (in elements) and pointers shared by the binding and the implementations.
+// Contract of beam_prune and beam_step: sizes, strides (in elements) and pointers shared by the binding and the
+// implementations.
 #pragma once
 
 #include <cstdint>
 
+#include "beam_prune/beam_state.h"
 #include "core/cpu_target.h"
 #include "core/cuda_function.h"
 #include "core/dtype.h"
@@ -29,6 +31,8 @@ struct BeamPruneParams {
   int64_t part_vectors;
   void* workspace;        // beam_prune_workspace_bytes(...)
   uint32_t* num_arrived;  // [B], 0
+  // Of beam_step, whose M candidates make a step of it; without lengths there is none. Its `running` may be `scores`.
+  BeamState state;
 };
 
 // What a thread holds in registers of float32 logits; of 16-bit ones half as much, the same number of elements.

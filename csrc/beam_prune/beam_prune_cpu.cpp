@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "beam_prune/advance.h"
 #include "beam_prune/beam_prune.h"
 #include "beam_prune/top_list.h"
 #include "core/parallel.h"
@@ -326,6 +327,13 @@ void merge_group(const BeamPruneParams& params, int64_t group, const Workspace& 
   write_group(params, group, best);
 }
 
+// The one thread of a team, which waits for nobody.
+struct Alone {
+  static constexpr int64_t index() { return 0; }
+  static constexpr int64_t count() { return 1; }
+  static void sync() {}
+};
+
 }  // namespace
 
 void beam_prune(const BeamPruneParams& params) {
@@ -336,7 +344,11 @@ void beam_prune(const BeamPruneParams& params) {
                  [&](int64_t first, int64_t last) { scan_units<T>(params, first, last, workspace); });
     const int64_t grain = grain_for(params.num_beams * workspace.list_capacity);
     parallel_for(params.num_groups, grain, [&](int64_t first, int64_t last) {
-      for (int64_t group = first; group < last; ++group) merge_group<T>(params, group, workspace);
+      AdvanceScratch scratch;
+      for (int64_t group = first; group < last; ++group) {
+        merge_group<T>(params, group, workspace);
+        if (params.state.lengths != nullptr) advance_group(params, group, scratch, Alone{});
+      }
     });
   });
 }

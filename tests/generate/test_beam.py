@@ -70,8 +70,9 @@ def search(tables, options):
         tokens, rows = state.advance(logits)
         if state.done:
             break
-        items = rows // options.num_beams
-        logits = torch.stack([tables[b][step][token] for b, token in zip(items.tolist(), tokens.tolist(), strict=True)])
+        items = [item for item in range(len(tables)) for _ in range(options.num_beams)]
+        assert [row // (len(logits) // len(tables)) for row in rows.tolist()] == items
+        logits = torch.stack([tables[b][step][token] for b, token in zip(items, tokens.tolist(), strict=True)])
     tokens, scores = state.hypotheses()
     return tokens.tolist(), scores, step
 
