@@ -43,7 +43,7 @@ class Advance {
         tokens_(params.tokens + group * params.num_candidates) {}
 
   ARFAST_DEVICE void run() {
-    if (step_ >= state_.max_length) return;  // one step too many harms nothing
+    if (step_ < 0 || step_ >= state_.max_length) return;  // one step too many harms nothing
     find_ends();
     team_.sync();
     choose_beams();
@@ -165,7 +165,7 @@ class Advance {
 
   // A beam takes over where its parent's generated tokens are; its own next token goes to its own row.
   ARFAST_DEVICE void move_slots() {
-    if (state_.slots == nullptr) return;
+    if (state_.slots == nullptr || state_.prompt_lengths[group_] < 0) return;
     const int64_t stride = state_.cache_length, width = AdvanceScratch::kSlots / beams_;
     const int64_t first = state_.prompt_lengths[group_], next = first + step_;
     const int64_t end = next < stride ? next : stride;

@@ -253,6 +253,45 @@ def test_errors(change, message):
         beam_step(torch.randn(2, 9), state)
 
 
+SPOILED = {
+    "dtype": lambda t: t.to(torch.float64 if t.dtype != torch.float64 else torch.float32),
+    "dimension": lambda t: t[None],
+    "first size": lambda t: torch.cat([t, t[:1]]) if len(t) > 0 else t[None],
+    "last size": lambda t: t[..., :-1],
+    "device": lambda t: t.to("meta"),
+    "layout": lambda t: torch.stack([t, t], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_every_tensor_is_checked(how):
+    for name, value in tensors(start((2, 3, 9, 4, 2), "cpu", cache=7)).items():
+        if (name, how) in (("ends", "first size"), ("ends", "last size"), ("slots", "last size")):
+            continue  # any number of end tokens, any length of the caches
+        state = dataclasses.replace(start((2, 3, 9, 4, 2), "cpu", cache=7), **{name: SPOILED[how](value)})
+        with pytest.raises(RuntimeError, match="^beam_step: "):
+            beam_step(torch.randn(2, 9), state)
+
+
+@pytest.mark.parametrize("bad", [-1, -(2**31), 4, 2**31 - 1])
+def test_lengths_out_of_range_change_nothing(device, bad):
+    state = start((1, 2, 9, 4, 1), device)
+    state.lengths.fill_(bad)
+    before = copy.deepcopy(state)
+    beam_step(torch.randn(1, 9).to(device), state)
+    assert_same_state(state, before)
+
+
+@pytest.mark.parametrize("prompt", [-1, -(2**31), 7, 2**31 - 1])
+def test_prompt_lengths_out_of_range_leave_the_slots(device, prompt):
+    state = start((1, 2, 9, 4, 1), device, cache=7)
+    state.prompt_lengths.fill_(prompt)
+    before = state.slots.clone()
+    for step in range(4):
+        beam_step(step_logits((1, 2, 9, 4, 1), state, step == 0), state)
+    assert torch.equal(state.slots, before)
+
+
 @pytest.mark.parametrize("rows", [3, 5])
 def test_refuses_other_rows(rows):
     with pytest.raises(RuntimeError, match=r"beam_step: logits must have B\*K rows, or B in the first step, got"):
