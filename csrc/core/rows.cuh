@@ -26,20 +26,20 @@ class RowOf {
 
   __device__ Vector load(int64_t j) const {
     const int64_t first = column(j);
-    if (first >= 0 && first + Vector::kSize <= size_) return *reinterpret_cast<const Vector*>(row_ + first);
-    Vector vector;
-#pragma unroll
-    for (int i = 0; i < Vector::kSize; ++i) {
-      const bool inside = first + i >= 0 && first + i < size_;
-      vector.elements[i] = inside ? row_[first + i] : from_float<Element>(-INFINITY);
-    }
-    return vector;
+    if (covers(first)) return *reinterpret_cast<const Vector*>(row_ + first);
+    return gather(first, -INFINITY);
+  }
+
+  // The elements from column `first` on, which may be a column of another row's vector; `outside` beside the row.
+  __device__ Vector at(int64_t first, float outside) const {
+    if (covers(first) && is_aligned16(row_ + first)) return *reinterpret_cast<const Vector*>(row_ + first);
+    return gather(first, outside);
   }
 
   // A vector whose first element belongs into column `first`, past the caches: it is not read again soon. Another row's
   // vectors may lie differently.
   __device__ void store(int64_t first, const Vector& vector) const {
-    if (first >= 0 && first + Vector::kSize <= size_ && is_aligned16(row_ + first)) {
+    if (covers(first) && is_aligned16(row_ + first)) {
       return ptx::store_streaming(reinterpret_cast<uint4*>(row_ + first), reinterpret_cast<const uint4&>(vector));
     }
 #pragma unroll
@@ -49,6 +49,17 @@ class RowOf {
   }
 
  private:
+  __device__ bool covers(int64_t first) const { return first >= 0 && first + Vector::kSize <= size_; }
+
+  __device__ Vector gather(int64_t first, float outside) const {
+    Vector vector = filled_with<Element>(outside);
+#pragma unroll
+    for (int i = 0; i < Vector::kSize; ++i) {
+      if (first + i >= 0 && first + i < size_) vector.elements[i] = row_[first + i];
+    }
+    return vector;
+  }
+
   T* row_;
   int64_t size_;
   int before_;  // elements of the first vector that lie before the row

@@ -43,6 +43,14 @@ struct alignas(16) Vector16 {
 };
 
 template <typename T>
+__device__ inline Vector16<T> filled_with(float value) {
+  Vector16<T> vector;
+#pragma unroll
+  for (int i = 0; i < Vector16<T>::kSize; ++i) vector.elements[i] = from_float<T>(value);
+  return vector;
+}
+
+template <typename T>
 __host__ __device__ inline bool is_aligned16(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }

@@ -65,9 +65,7 @@ __device__ Vector16<T> gradient_of(const CrossEntropyParams& params, const Vecto
 template <typename T>
 __device__ void fill_gradient(const CrossEntropyParams& params, int64_t row, int64_t first, int64_t step, float value) {
   const RowOf<T> out(static_cast<T*>(params.dlogits) + row * params.dlogits_stride, params.vocab_size);
-  Vector16<T> filled;
-#pragma unroll
-  for (int i = 0; i < Vector16<T>::kSize; ++i) filled.elements[i] = from_float<T>(value);
+  const Vector16<T> filled = filled_with<T>(value);
   for (int64_t j = first; j < out.num_vectors(); j += step) out.store(out.column(j), filled);
 }
 

@@ -14,14 +14,6 @@ constexpr int kWarps = kThreads / kWarpSize;
 __device__ int64_t warp_index() { return blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarpSize; }
 
 template <typename T>
-__device__ Vector16<T> filled_with(float value) {
-  Vector16<T> vector;
-#pragma unroll
-  for (int i = 0; i < Vector16<T>::kSize; ++i) vector.elements[i] = from_float<T>(value);
-  return vector;
-}
-
-template <typename T>
 __global__ void __launch_bounds__(kThreads) moe_permute_kernel(MoePermuteParams params) {
   const int64_t row = warp_index();
   if (row >= params.num_rows) return;
@@ -47,24 +39,6 @@ __device__ int64_t row_of_choice(const int32_t* position, int64_t choice, int64_
   return row >= 0 && row < num_rows ? row : -1;
 }
 
-// Element by element in 16-byte steps of the output; the rows it reads may lie differently, and are read as they lie.
-template <typename T>
-__device__ float element_at(const T* row, int64_t column, int64_t size) {
-  return column >= 0 && column < size ? to_float(row[column]) : 0.0f;
-}
-
-template <typename T>
-__device__ void load_floats(const T* row, int64_t first, int64_t size, float (&out)[Vector16<T>::kSize]) {
-  if (first >= 0 && first + Vector16<T>::kSize <= size && is_aligned16(row + first)) {
-    const Vector16<T> vector = *reinterpret_cast<const Vector16<T>*>(row + first);
-#pragma unroll
-    for (int i = 0; i < Vector16<T>::kSize; ++i) out[i] = to_float(vector.elements[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < Vector16<T>::kSize; ++i) out[i] = element_at(row, first + i, size);
-  }
-}
-
 template <typename T>
 __device__ Vector16<T> rounded(const float (&values)[Vector16<T>::kSize]) {
   Vector16<T> vector;
@@ -88,10 +62,9 @@ __global__ void __launch_bounds__(kThreads) moe_combine_kernel(MoeCombineParams 
       const int64_t row = row_of_choice(params.position, k, num_rows);
       if (row < 0) continue;
       const float weight = params.expert_weights != nullptr ? params.expert_weights[k] : 1.0f;
-      float values[kSize];
-      load_floats(rows + row * params.expert_out_stride, first, size, values);
+      const Vector16<T> values = RowOf<const T>(rows + row * params.expert_out_stride, size).at(first, 0);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) sums[i] += weight * values[i];
+      for (int i = 0; i < kSize; ++i) sums[i] += weight * to_float(values.elements[i]);
     }
     out.store(first, rounded<T>(sums));
   }
@@ -109,22 +82,22 @@ __global__ void __launch_bounds__(kThreads) moe_combine_backward_kernel(MoeCombi
     if (lane == 0) params.dexpert_weights[choice] = 0;
     return;
   }
-  const T* dout = static_cast<const T*>(params.dout) + choice / params.top_k * params.dout_stride;
-  const T* expert_out = static_cast<const T*>(params.expert_out) + row * params.expert_out_stride;
+  const RowOf<const T> dout(static_cast<const T*>(params.dout) + choice / params.top_k * params.dout_stride, size);
+  const RowOf<const T> expert_out(static_cast<const T*>(params.expert_out) + row * params.expert_out_stride, size);
   const RowOf<T> dexpert_out(static_cast<T*>(params.dexpert_out) + row * size, size);
   const float weight = params.expert_weights[choice];
   float dot = 0;
   for (int64_t j = lane; j < dexpert_out.num_vectors(); j += kWarpSize) {
     const int64_t first = dexpert_out.column(j);
-    float upstream[kSize], values[kSize];
-    load_floats(dout, first, size, upstream);
-    load_floats(expert_out, first, size, values);
+    const Vector16<T> upstream = dout.at(first, 0), values = expert_out.at(first, 0);
+    float weighted[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      dot += upstream[i] * values[i];
-      upstream[i] *= weight;
+      const float x = to_float(upstream.elements[i]);
+      dot += x * to_float(values.elements[i]);
+      weighted[i] = weight * x;
     }
-    dexpert_out.store(first, rounded<T>(upstream));
+    dexpert_out.store(first, rounded<T>(weighted));
   }
   dot = warp_sum(dot);
   if (lane == 0) params.dexpert_weights[choice] = dot;

@@ -234,7 +234,7 @@ const Register all{
     {"local: index out of range", "out of bounds: index", local<1>},
     {"local: shift out of range", "shift by", local<2>},
     {"named barriers", nullptr, named<0>},
-    {"named barriers: one direction is missing", "", named<1>},
+    {"named barriers: one direction is missing", "deadlock", named<1>},
     {"named barriers: one arrival is missing", "deadlock: ", named<2>},
     {"named barriers: numbers of threads disagree", "mismatch: barrier", named<3>},
 };
