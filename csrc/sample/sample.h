@@ -33,19 +33,19 @@ struct SampleParams {
 // The tokens of a row that one block holds in registers: 32 for each of 256 threads, but for a vector that begins
 // before them. From the tokens alone, so that logprobs have the same bits in every batch.
 constexpr int64_t kSamplePartTokens = 256 * 32 - 8;
-inline int64_t sample_parts(const SampleParams& params) {
+constexpr int64_t sample_parts(const SampleParams& params) {
   return (params.vocab_size + kSamplePartTokens - 1) / kSamplePartTokens;
 }
 
 // How many of a part's best tokens are listed: one more than top_k tells whether those left out could tie with the last
 // one; none beyond what a block ranks quickly.
 constexpr int64_t kSampleLongestTopK = 128;
-inline int64_t sample_listed(const SampleParams& params) {
+constexpr int64_t sample_listed(const SampleParams& params) {
   return params.top_k > 0 && params.top_k <= kSampleLongestTopK ? params.top_k + 1 : 0;
 }
 
 // The best tokens of every part as 8-byte keys, then its sum as two floats.
-inline int64_t sample_workspace_bytes(const SampleParams& params) {
+constexpr int64_t sample_workspace_bytes(const SampleParams& params) {
   return params.num_rows * sample_parts(params) * (sample_listed(params) + 1) * 8;
 }
 
