@@ -29,10 +29,10 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per row.
 
-    The score of token v is s_v = logits[v] / temperature in float32, its weight 2^40 exp(s_v - max s), an integer. Sums
-    of weights are exact, so a row draws the same token alone, in any batch, with any number of threads and on every
-    device. NaN counts as -inf; such tokens, and scores 28 below the largest, have no weight. If +inf is the maximum, only
-    such tokens have. Larger scores go first, then the smaller token. In this order:
+    The score of token v is s_v = logits[v] / temperature in float32, its weight 2^40 exp(s_v - max s), an integer with
+    a relative error of 2e-8 at most. Sums of weights are exact, so a row draws the same token alone, in any batch, with
+    any number of threads and on every device. NaN counts as -inf. Such tokens have no weight, nor have scores 28 below
+    the largest; if that is +inf, nothing below it has. Larger scores go first, then the smaller token. In this order:
 
     top_k keeps the k best and what ties with the last of them; top_p keeps a token when the weights before it sum up to
     less than top_p of what top_k left, so the one that crosses stays; min_p keeps what has at least min_p times the
@@ -80,7 +80,9 @@ def sample_reference(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, 
 
 def kept_weights(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """int64 [R, V]: the weights of `sample`, 0 for tokens that it removes."""
-    scores = logits.float() if temperature == 0 else logits.float() / logits.new_tensor(temperature, dtype=torch.float32)
+    scores = (
+        logits.float() if temperature == 0 else logits.float() / logits.new_tensor(temperature, dtype=torch.float32)
+    )
     scores, tokens = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf).sort(dim=-1, descending=True, stable=True)
     distance = torch.where(scores == scores[:, :1], 0, scores[:, :1] - scores)
     exponent = (distance.clamp(max=28) * 2**26).long() * round(2**30 / math.log(2))
@@ -95,7 +97,7 @@ def kept_weights(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     if top_p < 1:
         mass = weights.cumsum(-1)
         weights *= F.pad(mass[:, :-1], (1, 0)) < (top_p * mass[:, -1:].double()).ceil().long()
-    weights *= weights >= min_p * 2**40
+    weights *= weights >= math.ceil(min_p * 2**40)
     return torch.empty_like(weights).scatter_(-1, tokens, weights)
 
 
