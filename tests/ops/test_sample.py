@@ -15,7 +15,7 @@ from arfast.ops import sample, sample_reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INF, NAN = math.inf, math.nan
 # rows, vocab_size
-SIZES = [(0, 5), (1, 1), (7, 2), (5, 31), (5, 32), (5, 33), (4, 257), (3, 1021), (2, 8184), (2, 8185), (1, 20011)]
+SIZES = [(0, 5), (1, 1), (7, 2), (4, 31), (4, 32), (4, 33), (3, 257), (2, 1021), (1, 8184), (1, 16369), (2, 8185)]
 # All that top_k leaves is in the lists of a GPU's blocks up to top_k = 128, and of the CPU up to 1024, if not too much
 # ties; without top_k, whole rows are read.
 FILTERS = [
@@ -74,16 +74,25 @@ def test_many_parts(options, device):
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
 def test_ties(steps, dtype, device):
     """On a grid. All tokens that tie with the k-th stay; of those where top_p cuts, the smaller ones."""
-    logits = torch.randint(0, steps, (4, 3000)).to(dtype) / 8
-    _, state = inputs(4, 1)
+    logits = torch.randint(0, steps, (2, 3000)).to(dtype) / 8
+    _, state = inputs(2, 1)
     for options in FILTERS:
         check(logits, state, **options)
 
 
+def test_more_ties_than_are_compared_with_each_other(device):
+    """On a GPU: in no part more than its list holds, but 569 in all."""
+    logits, state = inputs(2, 5 * 8184, scale=0.5)
+    logits[:, ::72] = 5.0
+    for options in (dict(top_k=128), dict(top_k=128, top_p=0.5)):
+        tokens, _ = check(logits, state, **options)
+        assert (tokens % 72 == 0).all()
+
+
 def test_ties_that_division_makes(device):
     """Different logits with the same quotient: the smaller logit may be the smaller token."""
-    logits = 1 + torch.arange(3000).flip(0).expand(3, -1) * 2.0**-23
-    _, state = inputs(3, 1)
+    logits = 1 + torch.arange(2000).flip(0).expand(2, -1) * 2.0**-23
+    _, state = inputs(2, 1)
     for options in FILTERS:
         check(logits, state, **options | dict(temperature=3e3))
 
@@ -120,10 +129,10 @@ def test_rows_that_are_not_finite(position, dtype, poisoned, device):
         assert logprobs[:5].isnan().all()
 
 
-@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-3, 1e4, 3e38])
+@pytest.mark.parametrize("temperature", [1e-45, 1e-3, 3e38])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_extreme_values(scale, temperature, device):
-    logits, state = inputs(3, 400, scale=scale)
+    logits, state = inputs(2, 300, scale=scale)
     for options in FILTERS:
         check(logits, state, **options | dict(temperature=temperature))
     check(-logits.abs(), state, temperature=temperature)
@@ -131,8 +140,8 @@ def test_extreme_values(scale, temperature, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_temperature_zero_is_the_first_of_the_best(dtype, device):
-    logits = torch.randint(0, 6, (40, 50)).to(dtype)
-    _, state = inputs(40, 1)
+    logits = torch.randint(0, 6, (10, 50)).to(dtype)
+    _, state = inputs(10, 1)
     for options in (dict(), dict(top_k=9, top_p=0.9, min_p=0.1)):
         tokens, _ = sample(logits, temperature=0.0, **options, generator_state=state)
         first = (logits == logits.amax(-1, keepdim=True)).byte().argmax(-1)
