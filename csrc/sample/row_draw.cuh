@@ -69,7 +69,6 @@ __device__ uint64_t rank_at(const RowOf<const T>& row, const SampleScores& score
       const uint64_t each = measure(from_order(order_in_rank(rank)));
       if (whole_ties || missing > sum(static_cast<int>(smem.chosen)) - each) return rank;
     }
-    __syncthreads();  // the sums have been read
   }
   return rank;
 }

@@ -110,6 +110,37 @@ def test_the_random_number_picks_the_token(device):
         torch.testing.assert_close(logprobs, torch.full((60,), 1 / vocab_size).log())
 
 
+def state_with(bits):
+    """A state with seed 0 and sample 0 whose 48 random bits are these: SplitMix64 backwards."""
+    unmix = lambda x, shift: x ^ x >> shift ^ x >> 2 * shift
+    state = unmix(bits << 16, 31) * pow(0x94D049BB133111EB, -1, 1 << 64) % (1 << 64)
+    state = unmix(state, 27) * pow(0xBF58476D1CE4E5B9, -1, 1 << 64) % (1 << 64)
+    step = unmix(state, 30) - splitmix(splitmix(0)) - 0x9E3779B97F4A7C15
+    return [0, 0, (step + (1 << 63)) % (1 << 64) - (1 << 63)]
+
+
+def splitmix(state):
+    state = (state + 0x9E3779B97F4A7C15) % (1 << 64)
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % (1 << 64)
+    state = (state ^ state >> 27) * 0x94D049BB133111EB % (1 << 64)
+    return state ^ state >> 31
+
+
+@pytest.mark.parametrize("top_k", [0, 2, 64, 200])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_the_ends_of_every_interval(top_p, top_k, device):
+    """Of 64 equally likely tokens, top_p = 1/2 leaves exactly 32: the numbers that first and last give each of them."""
+    kept = 64 if top_p == 1.0 else 32
+    tokens = [token for token in range(kept) for _ in range(2)]
+    bits = [b for token in range(kept) for b in (token * 2**48 // kept, (token + 1) * 2**48 // kept - 1)]
+    state = torch.tensor([state_with(b) for b in bits])
+    assert [random_bits(*row) for row in state.tolist()] == bits
+    logits = torch.zeros(len(bits), 100)
+    logits[:, 1:65] = 30.0  # the others have no weight
+    drawn, _ = sample(logits, top_k=top_k, top_p=top_p, generator_state=state)
+    assert (drawn - 1).tolist() == tokens
+
+
 def test_random_numbers():
     """Uniform, and without relation between neighbouring seeds, samples and steps."""
     uniform = lambda *counters: random_bits(*counters) * 2.0**-48
