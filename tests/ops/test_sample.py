@@ -89,6 +89,14 @@ def test_more_ties_than_are_compared_with_each_other(device):
         assert (tokens % 72 == 0).all()
 
 
+@pytest.mark.parametrize("top_k", [20, 129, 1100])
+def test_top_k_that_ends_where_the_ties_do(top_k, device):
+    logits, state = inputs(8, 2000, scale=0.0)
+    logits[:, 7 : 7 + top_k] = 1.0
+    tokens, _ = check(logits, state, top_k=top_k)
+    assert tokens.min() >= 7 and tokens.max() < 7 + top_k
+
+
 def test_ties_that_division_makes(device):
     """Different logits with the same quotient: the smaller logit may be the smaller token."""
     logits = 1 + torch.arange(2000).flip(0).expand(2, -1) * 2.0**-23

@@ -141,6 +141,18 @@ def test_the_ends_of_every_interval(top_p, top_k, device):
     assert (drawn - 1).tolist() == tokens
 
 
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_weights_are_exact(top_k, device):
+    """The last number that gives a token of small weight, and the next one that gives the other token."""
+    logits = torch.zeros(80, 2)
+    logits[:, 0] = -(torch.rand(40) * 27).repeat_interleave(2)
+    weights = kept_weights(logits)
+    numbers = (weights[:, 0] - torch.tensor([1, 0]).repeat(40)).tolist()
+    bits = [-((-number << 48) // mass) for number, mass in zip(numbers, weights.sum(-1).tolist())]
+    state = torch.tensor([state_with(b) for b in bits])
+    assert sample(logits, top_k=top_k, generator_state=state)[0].tolist() == [0, 1] * 40
+
+
 def test_random_numbers():
     """Uniform, and without relation between neighbouring seeds, samples and steps."""
     uniform = lambda *counters: random_bits(*counters) * 2.0**-48
