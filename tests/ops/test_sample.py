@@ -71,7 +71,7 @@ def test_many_parts(options, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+@pytest.mark.parametrize("steps", [1, 7, 100])
 def test_ties(steps, dtype, device):
     """On a grid. All tokens that tie with the k-th stay; of those where top_p cuts, the smaller ones."""
     logits = torch.randint(0, steps, (2, 3000)).to(dtype) / 8
