@@ -110,6 +110,7 @@ def _op_checks(device: str) -> Iterator[tuple[str, Callable]]:
         yield f"rms_norm, {label}", lambda t=norm: _compare(ops.rms_norm, ops.rms_norm_reference, list(t))
     yield "moe_route", lambda: _check_routing(device)
     yield "beam_prune", lambda: _check_beam_prune(device)
+    yield "sample", lambda: _check_sample(device)
 
 
 def _check_routing(device: str) -> tuple[bool, str]:
@@ -131,6 +132,15 @@ def _check_beam_prune(device: str) -> tuple[bool, str]:
     same = torch.equal(parents.long() * 5003 + tokens.long(), flat)
     error = (best - values).abs().max().item()
     return same and error < 1e-5, f"candidates {'equal' if same else 'differ'}, scores within {error:.1e}"
+
+
+def _check_sample(device: str) -> tuple[bool, str]:
+    logits, state = torch.randn(8, 20011, device=device), torch.arange(24, device=device).view(8, 3)
+    same = True
+    for options in (dict(top_k=50, top_p=0.9), dict(top_p=0.9), {}):
+        expected, _ = ops.sample_reference(logits, **options, generator_state=state)
+        same &= torch.equal(ops.sample(logits, **options, generator_state=state)[0], expected)
+    return same, f"tokens {'equal' if same else 'differ'}"
 
 
 def _small_model(device: str) -> CausalLM:

@@ -54,8 +54,7 @@ def generate(
         early_stopping: True: stop at K hypotheses; False: when the best beam, at its present length, would not beat the
             worst hypothesis; "never": when it would not at any length.
         do_sample: draw from the distribution instead of taking the best token.
-        temperature, top_k, top_p, min_p: applied in this order, see `arfast.generate.sampling.kept_candidates`;
-            top_k=0 is off.
+        temperature, top_k, top_p, min_p: applied in this order, see `arfast.ops.sample`; top_k=0 is off.
         eos_token_id: one or several tokens that end a sequence; None: the configuration's; []: none.
         pad_token_id: fills finished sequences; None: the configuration's, else the first end token, else 0.
         attention_mask: [B, P], 0 for padding, which must be on the left. None: leading tokens equal to pad_token_id,
@@ -139,7 +138,7 @@ def _extend(
     if copies > 1:
         logits = logits.repeat_interleave(copies, dim=0)
         cache.select(torch.arange(len(seeds), device=logits.device).repeat_interleave(copies))
-    choose = _chooser(options, [(seed, sample) for seed in seeds for sample in range(copies)])
+    choose = _chooser(options, [(seed, sample) for seed in seeds for sample in range(copies)], logits.device)
     eos = torch.tensor(options.eos_token_id, dtype=torch.int64, device=logits.device)
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     steps: list[Tensor] = []
@@ -147,7 +146,7 @@ def _extend(
         if step > 0:
             logits = decode_one_token(model, steps[-1], cache)
         _check_finite(logits, step)
-        tokens = choose(logits, step).masked_fill(finished, options.pad_token_id)
+        tokens = choose(logits).masked_fill(finished, options.pad_token_id)
         finished |= torch.isin(tokens, eos)
         steps.append(tokens)
         streamer.put(tokens.cpu())
@@ -166,11 +165,13 @@ def beam_search(model: Any, logits: Tensor, cache: StaticKVCache, options: Gener
     return search.hypotheses()
 
 
-def _chooser(options: GenerationOptions, streams: list[tuple[int, int]]) -> Callable[[Tensor, int], Tensor]:
+def _chooser(
+    options: GenerationOptions, streams: list[tuple[int, int]], device: torch.device
+) -> Callable[[Tensor], Tensor]:
     if not options.do_sample:
-        return lambda logits, step: logits.argmax(-1)
+        return lambda logits: logits.argmax(-1)
     names = ("temperature", "top_k", "top_p", "min_p")
-    return Sampler(streams, **{name: getattr(options, name) for name in names})
+    return Sampler(streams, device, **{name: getattr(options, name) for name in names})
 
 
 class _Silent:

@@ -12,6 +12,7 @@ from arfast.ops.moe_permute import moe_combine, moe_combine_reference, moe_permu
 from arfast.ops.moe_routing import Routing, load_balancing_loss, moe_route, moe_route_reference, router_z_loss
 from arfast.ops.rms_norm import rms_norm, rms_norm_reference
 from arfast.ops.rotary import rotary, rotary_reference
+from arfast.ops.sample import sample, sample_reference
 from arfast.ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
@@ -45,6 +46,8 @@ __all__ = [
     "rotary",
     "rotary_reference",
     "router_z_loss",
+    "sample",
+    "sample_reference",
     "swiglu",
     "swiglu_reference",
 ]

@@ -3,12 +3,13 @@
 // parts.
 #include "beam_prune/advance.h"
 #include "beam_prune/beam_prune.h"
-#include "beam_prune/select.cuh"
+#include "core/log_sum.cuh"
 #include "core/order.cuh"
 #include "core/ptx.cuh"
 #include "core/reduce.cuh"
 #include "core/rows.cuh"
 #include "core/runtime.cuh"
+#include "core/select.cuh"
 
 namespace arfast {
 namespace {
@@ -28,28 +29,6 @@ struct Smem {
   int may_lack_ties;
   uint64_t last_key;
 };
-
-struct LogSum {
-  float max;
-  float sum;  // of exp(x - max)
-};
-
-// e^(x - max). With the maximum at infinity, as with nothing but -infinity, the difference would be NaN.
-__device__ float exp_below(float x, float max) { return x == max ? 1.0f : ptx::exp2_approx((x - max) * 1.44269504f); }
-
-__device__ LogSum combine(const LogSum& a, const LogSum& b) {
-  const float max = fmaxf(a.max, b.max);
-  return {max, __fadd_rn(__fmul_rn(a.sum, exp_below(a.max, max)), __fmul_rn(b.sum, exp_below(b.max, max)))};
-}
-
-__device__ LogSum combine_warp(LogSum mine) {
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    const LogSum other{__shfl_xor_sync(0xffffffffu, mine.max, offset), __shfl_xor_sync(0xffffffffu, mine.sum, offset)};
-    mine = combine(mine, other);
-  }
-  return mine;
-}
 
 // Where the parts of the rows leave what the merge needs.
 struct Workspace {

@@ -1,190 +1,18 @@
 // Beam pruning on the CPU: online log-sum-exp (Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3) and top-M in
 // one pass over the logits, threads over fixed segments of the rows, then a merge of the K rows of each group.
 #include <algorithm>
+#include <cmath>
 #include <memory>
-#include <type_traits>
 #include <vector>
 
 #include "beam_prune/advance.h"
 #include "beam_prune/beam_prune.h"
-#include "beam_prune/top_list.h"
+#include "core/logits_scan.h"
 #include "core/parallel.h"
 #include "core/simd.h"
 
 namespace arfast::ARFAST_CPU_TARGET {
 namespace {
-
-// A tile stays in the first-level cache between its maximum and its exponentials.
-constexpr int kTile = 256;
-// The unit of parallel work. Sums are kept per segment and added in order, so that the bits of lse depend on neither
-// the threads nor the other rows.
-constexpr int64_t kSegment = 16384;
-
-// sum over a segment of exp(x - max)
-struct PartialSum {
-  float max;
-  float sum;
-};
-
-uint32_t lanes_greater(VecF a, VecF b) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_GT_OQ);
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps(_mm256_cmp_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), _CMP_GT_OQ));
-#else
-  uint32_t lanes = 0;
-  for (int lane = 0; lane < kFloatLanes; ++lane) lanes |= uint32_t{a[lane] > b[lane]} << lane;
-  return lanes;
-#endif
-}
-
-// e^x for x <= 0, NaN for NaN, at half the cost of simd.h's exp: 2^f = 1 + f q(f) on [-1/2, 1/2] with a minimax q. The
-// relative error rises from 2e-7 at 0 to 4e-6 at -87 (1e-6 with FMA), where e^x hardly counts in a sum that holds e^0;
-// below, the result stays at e^-87.
-VecF exp_nonpositive(VecF x) {
-  const VecF clamped = max(splat<VecF>(-87.0f), x);
-  // Adding 1.5 * 2^23 + 127 rounds to the nearest integer and leaves it in the low bits as a float's biased exponent.
-  const VecF shifted = clamped * 1.44269504f + 12583039.0f;
-  const VecF f = clamped * 1.44269504f - (shifted - 12583039.0f);
-  VecF p = splat<VecF>(1.32647273e-3f);
-  p = p * f + 9.67151299e-3f;
-  p = p * f + 5.55073358e-2f;
-  p = p * f + 0.240222424f;
-  p = p * f + 0.693147004f;
-  p = p * f + 1.0f;
-  return p * reinterpret_cast<VecF>(reinterpret_cast<VecI>(shifted) << 23);
-}
-
-VecF load_as_float(const float* p) { return load(p); }
-VecF load_as_float(const BFloat16* p) { return load(p); }
-VecF load_as_float(const Float16* p) { return load(p); }
-VecF load_as_float(const double* p) {
-  VecF v{};
-  for (int lane = 0; lane < kFloatLanes; ++lane) v[lane] = static_cast<float>(p[lane]);
-  return v;
-}
-
-// kTile logits as floats: in place, or converted and filled up with -infinity in `buffer`.
-template <typename T>
-const float* load_tile(const T* logits, int64_t count, float* buffer) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (count == kTile) return logits;
-  }
-  int64_t i = 0;
-  for (; i + kFloatLanes <= count; i += kFloatLanes) store(buffer + i, load_as_float(logits + i));
-  for (; i < count; ++i) buffer[i] = static_cast<float>(to_acc(logits[i]));
-  std::fill(buffer + count, buffer + kTile, -kInfinity);
-  return buffer;
-}
-
-VecI load_flags(const bool* p) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<VecI>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__AVX2__)
-  return reinterpret_cast<VecI>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#else
-  VecI flags{};
-  for (int lane = 0; lane < kFloatLanes; ++lane) flags[lane] = p[lane];
-  return flags;
-#endif
-}
-
-// The same with -infinity for banned tokens.
-const float* mask_tile(const float* tile, const bool* banned, int64_t count, float* buffer) {
-  if (banned == nullptr) return tile;
-  int64_t i = 0;
-  for (; i + kFloatLanes <= count; i += kFloatLanes) {
-    store(buffer + i, load_flags(banned + i) != 0 ? splat<VecF>(-kInfinity) : load(tile + i));
-  }
-  for (; i < count; ++i) buffer[i] = banned[i] ? -kInfinity : tile[i];
-  std::fill(buffer + count, buffer + kTile, -kInfinity);
-  return buffer;
-}
-
-VecF tile_max(const float* tile) {
-  VecF m0 = splat<VecF>(-kInfinity), m1 = m0;
-  for (int i = 0; i < kTile; i += 2 * kFloatLanes) {
-    m0 = max(load(tile + i), m0);
-    m1 = max(load(tile + i + kFloatLanes), m1);
-  }
-  return max(m0, m1);
-}
-
-// One segment of one row.
-template <typename T>
-struct Segment {
-  const T* logits;
-  const bool* banned;  // or nullptr
-  int64_t first_token;
-  int64_t size;
-  VecF maxima[kSegment / kTile];  // per tile and lane, of the tokens that are not banned
-
-  int64_t tile_size(int64_t first) const { return std::min<int64_t>(kTile, size - first); }
-  const bool* tile_banned(int64_t first) const { return banned != nullptr ? banned + first : nullptr; }
-};
-
-// Log-sum-exp of the segment; fills its maxima.
-template <typename T>
-PartialSum sum_segment(Segment<T>& segment) {
-  alignas(64) float converted[kTile], allowed[kTile];
-  float max = -kInfinity;
-  VecF sums[4] = {};
-  for (int64_t first = 0; first < segment.size; first += kTile) {
-    const int64_t count = segment.tile_size(first);
-    const float* tile = load_tile(segment.logits + first, count, converted);
-    const VecF maxima = tile_max(tile);
-    if (lanes_greater(maxima, splat<VecF>(max)) != 0) {
-      const float new_max = reduce_max(maxima);
-      for (VecF& sum : sums) sum *= std::exp(max - new_max);
-      max = new_max;
-    }
-    const float* candidates = mask_tile(tile, segment.tile_banned(first), count, allowed);
-    segment.maxima[first / kTile] = candidates == tile ? maxima : tile_max(candidates);
-    const VecF base = splat<VecF>(max == -kInfinity ? 0.0f : max);
-    for (int i = 0; i < kTile; i += 4 * kFloatLanes) {
-      for (int j = 0; j < 4; ++j) sums[j] += exp_nonpositive(load(tile + i + j * kFloatLanes) - base);
-    }
-  }
-  float sum = reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  if (max == kInfinity) {  // infinity - infinity has made the sum NaN, which only a NaN among the logits should
-    sum = 1.0f;
-    for (int64_t i = 0; i < segment.size; ++i) {
-      const float x = static_cast<float>(to_acc(segment.logits[i]));
-      if (x != x) sum = x;
-    }
-  }
-  return {max, sum};
-}
-
-// Pushes the segment's candidates above the threshold. Tokens ascend, so an equal one comes too late.
-template <typename T>
-void select_from_segment(const Segment<T>& segment, TopList& list) {
-  alignas(64) float converted[kTile], allowed[kTile];
-  const int64_t num_tiles = (segment.size + kTile - 1) / kTile;
-  int64_t num_passing = 0;
-  for (int64_t t = 0; t < num_tiles; ++t) {
-    num_passing += lanes_greater(segment.maxima[t], splat<VecF>(list.threshold())) != 0;
-  }
-  if (num_passing == num_tiles) {
-    float maxima[kSegment / kTile * kFloatLanes];
-    std::memcpy(maxima, segment.maxima, num_tiles * sizeof(VecF));
-    list.raise_threshold(maxima, num_tiles * kFloatLanes);
-  }
-  for (int64_t t = 0; t < num_tiles; ++t) {
-    const VecF threshold = splat<VecF>(list.threshold());
-    if (lanes_greater(segment.maxima[t], threshold) == 0) continue;
-    const int64_t first = t * kTile, count = segment.tile_size(first);
-    const float* tile = load_tile(segment.logits + first, count, converted);
-    tile = mask_tile(tile, segment.tile_banned(first), count, allowed);
-    for (int i = 0; i < kTile; i += kFloatLanes) {
-      uint32_t lanes = lanes_greater(load(tile + i), threshold);
-      for (; lanes != 0; lanes &= lanes - 1) {
-        const int offset = i + __builtin_ctz(lanes);
-        list.push({tile[offset], static_cast<int32_t>(segment.first_token + first + offset)});
-      }
-    }
-  }
-}
 
 // What the scan leaves for the merge. A thread keeps one list along a row and stores it with the last unit (segment of
 // a row) of its range; the other units of that range have an empty list.
@@ -236,17 +64,6 @@ void scan_units(const BeamPruneParams& params, int64_t first, int64_t last, Work
   }
 }
 
-float row_lse(const PartialSum* sums, int64_t count) {
-  float max = -kInfinity;
-  for (int64_t i = 0; i < count; ++i) max = std::max(max, sums[i].max);
-  double total = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const double weight = sums[i].max == max ? 1 : std::exp(static_cast<double>(sums[i].max) - max);
-    total += sums[i].sum * weight;
-  }
-  return static_cast<float>(max + std::log(total));
-}
-
 // One beam of a group, at the merge.
 struct Beam {
   float lse;
@@ -269,7 +86,8 @@ struct Beam {
 
 Beam collect_beam(const BeamPruneParams& params, int64_t row, const Workspace& workspace) {
   const int64_t first_unit = row * workspace.units_per_row;
-  Beam beam{row_lse(workspace.sums.get() + first_unit, workspace.units_per_row), params.scores[row],
+  const RowSum row_sum = merge_sums(workspace.sums.get() + first_unit, workspace.units_per_row);
+  Beam beam{static_cast<float>(row_sum.max + std::log(row_sum.sum)), params.scores[row],
             row % params.num_beams * params.vocab_size, TopList(workspace.list_capacity)};
   for (int64_t unit = first_unit; unit < first_unit + workspace.units_per_row; ++unit) {
     const Candidate* candidates = workspace.lists.get() + unit * workspace.list_capacity;

@@ -34,6 +34,15 @@ def same_candidates(outputs, arguments):
         assert_bitwise_equal(best[group][kept], total[group][index], name="score of a candidate")
 
 
+def same_tokens(outputs, arguments):
+    """sample: the log-probabilities are float32 whatever the logits are."""
+    (tokens, logprobs), logits = outputs, arguments["logits"]
+    _, exact = ops.sample_reference(**arguments | {"logits": logits.double()})
+    expected, baseline = ops.sample_reference(**arguments | {"logits": logits.float()})
+    assert torch.equal(tokens, expected)
+    assert_accurate(logprobs, exact, baseline, name="logprobs", ulps=16)
+
+
 LOSS = {
     "ignore_index": Option((-100, 0, 2)),
     "label_smoothing": Option((0.0, 0.1, 1.0), (-0.1, 1.5, NAN)),
@@ -160,6 +169,20 @@ OPS = {
         },
         sizes={"K": SIZES[1:7], "V": SIZES[1:]},
         compare=same_candidates,
+    ),
+    "sample": Op(
+        lambda generator_state, **arguments: ops.sample(**arguments, generator_state=generator_state.clone()),
+        ops.sample_reference,
+        {
+            "logits": Tensor("R V"),
+            "temperature": Option((1.0, 0.7, 0.0), (-1.0, NAN, INF)),
+            "top_k": Option((0, 1, 3, 20, HUGE), (-1, -HUGE)),
+            "top_p": Option((1.0, 0.9, 0.3, 0.0), (-0.1, 1.5, NAN)),
+            "min_p": Option((0.0, 0.1, 1.0), (-0.1, 1.5, NAN)),
+            "generator_state": Tensor("R 3", "below V"),
+        },
+        sizes={"V": SIZES[1:]},
+        compare=same_tokens,
     ),
     "moe_route": Op(
         ops.moe_route,

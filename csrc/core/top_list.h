@@ -1,5 +1,5 @@
-// The best of many candidates in a total order, for the CPU implementation of beam_prune. Compiled once per instruction
-// set, so nothing here may have the same name in two of them: see core/cpu_target.h.
+// The best of many candidates in a total order, for the CPU implementations. Compiled once per instruction set,
+// so nothing here may have the same name in two of them: see core/cpu_target.h.
 #pragma once
 
 #include <algorithm>

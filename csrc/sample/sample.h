@@ -1,0 +1,55 @@
+// Contract of sample: sizes, strides (in elements) and pointers shared by the binding and the implementations.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cpu_target.h"
+#include "core/cuda_function.h"
+#include "core/dtype.h"
+
+namespace arfast {
+
+struct SampleParams {
+  DType dtype;         // of logits
+  int64_t num_rows;    // R
+  int64_t vocab_size;  // V < 2^24
+  const void* logits;  // [R, V]
+  int64_t logits_stride;
+  // Greedy decoding is top_k = 1 with top_p = 0, which leaves the first of equal tokens alone.
+  float temperature;         // positive
+  int64_t top_k;             // 0: off
+  double top_p;              // 1: off
+  uint64_t min_weight;       // of 2^40; 0: min_p is off
+  int64_t* generator_state;  // [R, 3] of seed, sample, step; the step rises by 1
+  int64_t state_stride;
+  int64_t state_column_stride;
+  int64_t* tokens;  // [R], dense
+  float* logprobs;  // [R], dense
+  // Of the CUDA implementation.
+  void* workspace;        // sample_workspace_bytes(...)
+  uint32_t* num_arrived;  // [R], 0
+};
+
+// The tokens of a row that one block holds in registers: 32 for each of 256 threads, but for a vector that begins
+// before them. From the tokens alone, so that logprobs have the same bits in every batch.
+constexpr int64_t kSamplePartTokens = 256 * 32 - 8;
+constexpr int64_t sample_parts(const SampleParams& params) {
+  return (params.vocab_size + kSamplePartTokens - 1) / kSamplePartTokens;
+}
+
+// How many of a part's best tokens are listed: one more than top_k tells whether those left out could tie with the last
+// one; none beyond what a block ranks quickly.
+constexpr int64_t kSampleLongestTopK = 128;
+constexpr int64_t sample_listed(const SampleParams& params) {
+  return params.top_k > 0 && params.top_k <= kSampleLongestTopK ? params.top_k + 1 : 0;
+}
+
+// The best tokens of every part as 8-byte keys, then its sum as two floats.
+constexpr int64_t sample_workspace_bytes(const SampleParams& params) {
+  return params.num_rows * sample_parts(params) * (sample_listed(params) + 1) * 8;
+}
+
+ARFAST_CPU_FUNCTION(sample, SampleParams)
+ARFAST_CUDA_FUNCTION(sample, SampleParams)
+
+}  // namespace arfast
