@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -39,7 +40,8 @@ KERNELS = [
 ]
 KERNELS += ["-fno-optimize-sibling-calls", "--param", "tsan-instrument-func-entry-exit=0"]
 BINDINGS = [*COMMON, *DEFINES, "-O1", "-fvisibility=hidden", "-g0", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-OPS, PROBES = "_emulated.so", "_probes.so"
+INTEGERS = [*COMMON, "-DARFAST_EMULATED", "-O1", "-fvisibility=hidden", "-g0"]
+OPS, PROBES, INTEGER_MODULE = "_emulated.so", "_probes.so", "_integers.so"
 STATS = ("launches", "blocks", "switches", "accesses", "collectives", "barriers")
 
 
@@ -64,7 +66,7 @@ def sources():
     folders = sorted({kernel.parent for kernel in kernels} | {ROOT / "csrc" / "binding"})
     bindings = [path for folder in folders for path in sorted(folder.glob("*.cpp")) if not path.stem.endswith("_cpu")]
     bindings.remove(ROOT / "csrc" / "binding" / "matmul.cpp")  # an op of the CPU alone
-    runtime = sorted(path for path in emulator.glob("*.cpp") if path.name != "tensors.cpp")
+    runtime = sorted(path for path in emulator.glob("*.cpp") if path.name not in ("tensors.cpp", "integers.cpp"))
     return (
         runtime,
         kernels,
@@ -106,13 +108,21 @@ def ninja_file():
     lines += [f"  libraries = {own_folder} -L{package / 'lib'} -ltorch_cpu -ltorch -lc10"]
     lines += [f"build {PROBES}: link {' '.join(objects['probe'])} | libarfast_emulator.so"]
     lines += [f"  libraries = {own_folder}"]
+    if importlib.util.find_spec("pybind11"):
+        headers = [importlib.import_module("pybind11").get_include(), sysconfig.get_path("include")]
+        module = shlex.join([*compiler(), "-shared", *INTEGERS, *include, *(f"-I{folder}" for folder in headers)])
+        lines += ["rule module", f"  command = {module} -MMD -MF $out.d $in -o $out", "  depfile = $out.d"]
+        source = ROOT / "tests" / "emulator" / "integers.cpp"
+        lines += ["  deps = gcc", f"build {INTEGER_MODULE}: module {source} | libarfast_emulator.so"]
     return "\n".join([*lines, ""])
 
 
 def content(name):
     """What decides the library `name`: every source and header, the flags, the compiler and torch."""
     digest = hashlib.sha256()
-    digest.update(repr([sources(), RUNTIME, KERNELS, BINDINGS, compiler(), torch.__version__, sys.prefix]).encode())
+    digest.update(
+        repr([sources(), RUNTIME, KERNELS, BINDINGS, INTEGERS, compiler(), torch.__version__, sys.prefix]).encode()
+    )
     for folder in (ROOT / "csrc", ROOT / "tests" / "emulator"):
         for path in sorted(folder.rglob("*")):
             other = path.name.startswith("test_") or (path.parent.name == "probes" and name != PROBES)
@@ -218,6 +228,15 @@ def load_probes():
     for function in (probes.probe_name, probes.probe_expected, probes.probe_run):
         function.restype = ctypes.c_char_p
     return probes, emulator
+
+
+@functools.cache
+def load_integers():
+    """The integer functions of the kernels as a Python module."""
+    spec = importlib.util.spec_from_file_location("_integers", build(INTEGER_MODULE) / INTEGER_MODULE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """The integer functions of the kernels, on all arguments that matter."""
 
-import ctypes
-
 import pytest
 from emulator import build
 
@@ -10,24 +8,22 @@ from emulator import build
 def integers():
     if reason := build.unavailable():
         pytest.skip(reason)
-    library, _ = build.load_probes()
-    library.integer_swizzle_128.restype = ctypes.c_uint32
-    library.integer_swizzled_descriptor.restype = ctypes.c_uint64
-    return library
+    pytest.importorskip("pybind11")
+    return build.load_integers()
 
 
 def test_swizzle_moves_16_byte_chunks_within_their_row(integers):
     for offset in range(0, 4096):
-        moved = integers.integer_swizzle_128(offset)
+        moved = integers.swizzle_128(offset)
         assert moved // 128 == offset // 128 and moved % 16 == offset % 16
-    assert sorted(map(integers.integer_swizzle_128, range(4096))) == list(range(4096))
+    assert sorted(map(integers.swizzle_128, range(4096))) == list(range(4096))
 
 
 def test_swizzled_columns_of_eight_rows_are_free_of_bank_conflicts(integers):
     """What ldmatrix reads: the same 16 bytes of 8 consecutive rows lie in 8 different groups of 4 banks."""
     for first_row in range(0, 32, 8):
         for column in range(0, 128, 16):
-            offsets = [integers.integer_swizzle_128((first_row + row) * 128 + column) for row in range(8)]
+            offsets = [integers.swizzle_128((first_row + row) * 128 + column) for row in range(8)]
             assert len({offset % 128 // 16 for offset in offsets}) == 8
 
 
@@ -38,7 +34,7 @@ def test_fragments_cover_a_tile_once(integers, threads, rows, columns):
     for thread in range(threads):
         before = None
         for i in range(rows * columns // threads):
-            place = integers.integer_fragment_row(thread, i), integers.integer_fragment_column(thread, i)
+            place = integers.fragment_row(thread, i), integers.fragment_column(thread, i)
             seen.add(place)
             if i % 2:
                 assert place == (before[0], before[1] + 1)
@@ -48,22 +44,19 @@ def test_fragments_cover_a_tile_once(integers, threads, rows, columns):
 
 @pytest.mark.parametrize("address,leading,stride", [(1024, 16, 1024), (0x2C00, 8192, 1024), (226 << 10, 0, 2048)])
 def test_descriptors_hold_their_fields(integers, address, leading, stride):
-    value = integers.integer_swizzled_descriptor(address, leading, stride)
+    value = integers.swizzled_descriptor(address, leading, stride)
     fields = (value & 0x3FFF) * 16, (value >> 16 & 0x3FFF) * 16, (value >> 32 & 0x3FFF) * 16, value >> 62
     assert fields == (address, leading, stride, 1)
 
 
 @pytest.mark.parametrize("element_size", [2, 4])
 def test_parts_of_beam_prune_cover_a_row_and_fit_the_registers(integers, element_size):
-    parts, vectors = ctypes.c_int64(), ctypes.c_int64()
     elements = 16 // element_size
     for rows in (1, 3, 8, 32, 64, 256, 5000):
         for vocab_size in (1, 7, 8, 9, 2047, 2048, 32000, 50257, 128256, 262144, 2**31 - 1):
-            integers.integer_beam_prune_parts(
-                *map(ctypes.c_int64, (rows, vocab_size, element_size)), ctypes.byref(parts), ctypes.byref(vectors)
-            )
+            parts, vectors = integers.beam_prune_parts(rows, vocab_size, element_size)
             most = (elements - 1 + vocab_size + elements - 1) // elements  # of a row that begins within a vector
-            assert parts.value * vectors.value >= most
-            assert (parts.value - 1) * vectors.value < most + 2  # no part without work but for the alignment
-            assert vectors.value * elements <= 256 * 32  # elements that 256 threads hold
-            assert parts.value * rows <= 512 or vectors.value * elements == 256 * 32
+            assert parts * vectors >= most
+            assert (parts - 1) * vectors < most + 2  # no part without work but for the alignment
+            assert vectors * elements <= 256 * 32  # elements that 256 threads hold
+            assert parts * rows <= 512 or vectors * elements == 256 * 32
