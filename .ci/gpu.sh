@@ -63,7 +63,7 @@ if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 35 compute-sanitizer --tool "$tool" --error-exitcode 86 \
       --target-processes all "$python" -m pytest -m "gpu and not slow" --quiet --maxfail 1 \
-      -k "${SANITIZE:-forward and 33 and not compile}" tests/ops
+      -k "${SANITIZE:-(forward or permute or combine or equals_reference) and 33 and not compile}" tests/ops
   done
 else
   summary+=("compute-sanitizer: left out, not on PATH")

@@ -10,7 +10,7 @@ import torch
 from accuracy import assert_bitwise_equal
 from threads import same_for_any_threads
 
-from arfast.ops import BeamState, attention_decode, beam_prune, beam_step, beam_step_reference
+from arfast.ops import BeamState, attention_decode_reference, beam_prune, beam_step, beam_step_reference
 from arfast.ops.beam_step import CAN_CHANGE, GO_ON, NOT_FINITE
 
 NAN, INF = math.nan, math.inf
@@ -179,8 +179,8 @@ def test_slots_are_those_of_attention_decode(device):
         moved[:, prompt + step] = new
         seqlens = torch.full((6,), prompt + step + 1, dtype=torch.int32, device=device)
         q = torch.randn(6, 1, heads, dim, device=device)
-        through = attention_decode(q, cache, cache, seqlens, beam_slots=state.slots)
-        assert torch.equal(through, attention_decode(q, moved, moved, seqlens))
+        through = attention_decode_reference(q, cache, cache, seqlens, beam_slots=state.slots)
+        assert torch.equal(through, attention_decode_reference(q, moved, moved, seqlens))
 
 
 def test_same_for_any_threads():
