@@ -9,9 +9,15 @@ from arfast.ops.grouped_mm import grouped_mm, grouped_mm_reference
 from arfast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from arfast.ops.moe_experts import moe_experts, moe_experts_reference
 from arfast.ops.moe_permute import moe_combine, moe_combine_reference, moe_permute, moe_permute_reference
-from arfast.ops.moe_routing import Routing, load_balancing_loss, moe_route, moe_route_reference, router_z_loss
+from arfast.ops.moe_routing import Routing, moe_route, moe_route_reference
 from arfast.ops.rms_norm import rms_norm, rms_norm_reference
 from arfast.ops.rotary import rotary, rotary_reference
+from arfast.ops.router_losses import (
+    load_balancing_loss,
+    load_balancing_loss_reference,
+    router_z_loss,
+    router_z_loss_reference,
+)
 from arfast.ops.sample import sample, sample_reference
 from arfast.ops.swiglu import swiglu, swiglu_reference
 
@@ -33,6 +39,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "load_balancing_loss",
+    "load_balancing_loss_reference",
     "moe_combine",
     "moe_combine_reference",
     "moe_experts",
@@ -46,6 +53,7 @@ __all__ = [
     "rotary",
     "rotary_reference",
     "router_z_loss",
+    "router_z_loss_reference",
     "sample",
     "sample_reference",
     "swiglu",

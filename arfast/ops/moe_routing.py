@@ -106,56 +106,6 @@ def moe_route_reference(
     return Routing(expert_ids.int(), weights, counts, offsets, source_token, position.view(expert_ids.shape), lse)
 
 
-def load_balancing_loss(
-    router_logits: torch.Tensor, routing: Routing, *, normalize: str = "switch", mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """E * sum_e f_e P_e: f_e the fraction of choices (or tokens) that expert e got, P_e its mean softmax probability.
-
-    Args:
-        router_logits: [T, E], what `routing` was made of.
-        routing: from `moe_route`.
-        normalize: "switch" divides the choices by T * K, so that balance gives 1; "hf" divides them by T, so that
-            balance gives K, as transformers' Mixtral counts.
-        mask: [T], False (0) for tokens that do not count, such as padding; or None.
-
-    Returns:
-        float32 scalar (float64 for float64 logits); 0 when no token counts. Gradient of router_logits alone.
-
-    Raises:
-        RuntimeError: `load_balancing_loss: <argument> must <rule>, got <actual>`.
-    """
-    num_experts, top_k = router_logits.shape[-1], routing.expert_ids.shape[1]
-    if normalize not in ("switch", "hf"):
-        raise RuntimeError(f"load_balancing_loss: normalize must be switch or hf, got {normalize}")
-    keep = _checked_mask("load_balancing_loss", router_logits, mask)
-    wide = _wide(router_logits)
-    ones = keep.to(wide.dtype)
-    num_tokens = ones.sum().clamp(min=1)
-    probabilities = _without(wide, keep).softmax(-1)
-    mean_probability = (probabilities * ones[:, None]).sum(0) / num_tokens
-    choices = wide.new_zeros(num_experts).index_add(0, routing.expert_ids.flatten(), ones.repeat_interleave(top_k))
-    fraction = choices / (num_tokens * (top_k if normalize == "switch" else 1))
-    return num_experts * (fraction * mean_probability).sum()
-
-
-def router_z_loss(router_logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The mean over tokens of the squared log-sum-exp of their router logits [T, E].
-
-    Args:
-        router_logits: [T, E].
-        mask: [T], False (0) for tokens that do not count; or None.
-
-    Returns:
-        float32 scalar (float64 for float64 logits); 0 when no token counts.
-
-    Raises:
-        RuntimeError: `router_z_loss: <argument> must <rule>, got <actual>`.
-    """
-    keep = _checked_mask("router_z_loss", router_logits, mask)
-    lse = _without(_wide(router_logits), keep).logsumexp(-1)
-    return (lse.square() * keep).sum() / keep.sum().clamp(min=1)
-
-
 class _MoeRoute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, router_logits, top_k, *selection):
@@ -180,25 +130,6 @@ class _MoeRoute(torch.autograd.Function):
 
 def _statistics_dtype(tensor):
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _wide(router_logits):
-    return router_logits.to(_statistics_dtype(router_logits))
-
-
-def _checked_mask(op, router_logits, mask):
-    """Which tokens count, as bool [T]."""
-    num_tokens = router_logits.shape[0]
-    if mask is None:
-        return torch.ones(num_tokens, dtype=torch.bool, device=router_logits.device)
-    if mask.shape != (num_tokens,):
-        raise RuntimeError(f"{op}: mask must have shape [T] = [{num_tokens}], got {list(mask.shape)}")
-    return mask != 0
-
-
-def _without(wide, keep):
-    """Zeros in the rows that do not count, before any arithmetic: 0 * NaN in a backward pass would reach them."""
-    return wide.masked_fill(~keep[:, None], 0)
 
 
 @register_fake("moe_route_forward")

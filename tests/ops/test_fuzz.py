@@ -204,6 +204,27 @@ OPS = {
         sizes={"E": (8, 16, 32)},
         errors=("moe_route",),
     ),
+    "load_balancing_loss": Op(
+        ops.load_balancing_loss,
+        ops.load_balancing_loss_reference,
+        {
+            "router_logits": Tensor("T E"),
+            "routing": RoutingOf(),
+            "normalize": Option(("switch", "hf"), ("mean", "")),
+            "mask": Tensor("T", "bool", True),
+        },
+        gradients=("router_logits",),
+        sizes={"E": (2, 5)},
+        errors=("load_balancing_loss", "router_losses"),
+    ),
+    "router_z_loss": Op(
+        ops.router_z_loss,
+        ops.router_z_loss_reference,
+        {"router_logits": Tensor("T E"), "mask": Tensor("T", "bool", True)},
+        gradients=("router_logits",),
+        sizes={"E": SIZES[1:]},
+        errors=("router_z_loss", "router_losses"),
+    ),
     "moe_permute": Op(
         ops.moe_permute,
         ops.moe_permute_reference,
