@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
@@ -56,7 +57,8 @@ class GenerationOptions:
 
     def _check_sampling(self) -> None:
         number, value = _is_number, self.temperature
-        require(number(value) and 0 < value < float("inf"), "temperature", "be a positive number", repr(value))
+        finite = number(value) and 0 < value <= torch.finfo(torch.float32).max
+        require(finite, "temperature", "be a positive float32", repr(value))
         require(is_integer(self.top_k) and self.top_k >= 0, "top_k", "be an integer >= 0", repr(self.top_k))
         require(number(self.top_p) and 0 <= self.top_p <= 1, "top_p", "be in [0, 1]", repr(self.top_p))
         require(number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "be in [0, 1]", repr(self.min_p))
@@ -74,6 +76,9 @@ class GenerationOptions:
             require(not self.do_sample, "do_sample", "be False with num_beams > 1", self.do_sample)
             rule = f"be at most num_beams={self.num_beams}"
             require(returned <= self.num_beams, "num_return_sequences", rule, returned)
+            require(self.num_beams <= 128, "num_beams", "be at most 128", self.num_beams)
+            ends = len(self.eos_token_id)
+            require(ends <= 8, "eos_token_id", "be at most 8 tokens with num_beams > 1", ends)
         elif not self.do_sample:
             require(returned == 1, "num_return_sequences", "be 1 in greedy decoding", returned)
 

@@ -69,8 +69,11 @@ class MoE(nn.Module):
 
     def _aux_loss(self, router_logits: Tensor, routing: "ops.Routing") -> Tensor:
         loss = router_logits.new_zeros((), dtype=torch.float32)
+        if not (self.balance_coef or self.z_loss_coef):
+            return loss
+        balance, z = ops.router_losses(router_logits, routing)
         if self.balance_coef:
-            loss = loss + self.balance_coef * ops.load_balancing_loss(router_logits, routing, normalize="hf")
+            loss = loss + self.balance_coef * balance
         if self.z_loss_coef:
-            loss = loss + self.z_loss_coef * ops.router_z_loss(router_logits)
+            loss = loss + self.z_loss_coef * z
         return loss

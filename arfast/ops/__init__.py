@@ -15,6 +15,7 @@ from arfast.ops.rotary import rotary, rotary_reference
 from arfast.ops.router_losses import (
     load_balancing_loss,
     load_balancing_loss_reference,
+    router_losses,
     router_z_loss,
     router_z_loss_reference,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "rms_norm_reference",
     "rotary",
     "rotary_reference",
+    "router_losses",
     "router_z_loss",
     "router_z_loss_reference",
     "sample",

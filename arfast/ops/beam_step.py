@@ -80,14 +80,13 @@ class BeamState:
     ) -> "BeamState":
         """The state before the first step, in which an item has one row of logits and no beams yet."""
         beams = (batch, num_beams)
-        powers = [1.0] + [float(length) ** length_penalty for length in range(1, max_length + 1)]
 
         def integers(*shape):
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         return cls(
             ends=torch.tensor(ends, dtype=torch.int64, device=device),
-            length_powers=torch.tensor(powers, dtype=torch.float64).float().to(device),
+            length_powers=(torch.arange(max_length + 1, dtype=torch.float64) ** length_penalty).float().to(device),
             early_stopping=early_stopping,
             longest_counts=early_stopping == "never" and length_penalty > 0,
             lengths=integers(batch),

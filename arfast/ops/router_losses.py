@@ -41,6 +41,17 @@ def load_balancing_loss(
     return _losses(router_logits, routing.expert_ids, keep, float(divisor))[0]
 
 
+def router_losses(router_logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """`load_balancing_loss` with normalize="hf" and `router_z_loss`, of all tokens, in one pass over the logits.
+
+    Example:
+        >>> logits = torch.zeros(6, 1)
+        >>> router_losses(logits, moe_route(logits, 1))
+        (tensor(1.), tensor(0.))
+    """
+    return _losses(router_logits, routing.expert_ids, None, 1.0)
+
+
 def router_z_loss(router_logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The mean over tokens of the squared log-sum-exp of their router logits [T, E].
 

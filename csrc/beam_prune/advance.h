@@ -194,11 +194,5 @@ class Advance {
   const int32_t* tokens_;   // [M]
 };
 
-template <typename Team>
-ARFAST_DEVICE void advance_group(const BeamPruneParams& params, int64_t group, AdvanceScratch& scratch,
-                                 const Team& team) {
-  Advance<Team>(params, group, scratch, team).run();
-}
-
 }  // namespace
 }  // namespace arfast

@@ -3,9 +3,9 @@
 // parts.
 #include "beam_prune/advance.h"
 #include "beam_prune/beam_prune.h"
+#include "core/last_block.cuh"
 #include "core/log_sum.cuh"
 #include "core/order.cuh"
-#include "core/ptx.cuh"
 #include "core/reduce.cuh"
 #include "core/rows.cuh"
 #include "core/runtime.cuh"
@@ -204,17 +204,12 @@ __global__ void __launch_bounds__(kThreads) beam_prune_kernel(BeamPruneParams pa
   const int64_t part = blockIdx.x % params.num_parts, row = blockIdx.x / params.num_parts;
   const int64_t group = row / params.num_beams;
   scan_part<T>(params, workspace, row, part, smem);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const uint32_t expected = static_cast<uint32_t>(params.num_beams * params.num_parts);
-    smem.is_last = ptx::add_acquire_release(workspace.num_arrived + group, 1) == expected - 1;
-  }
-  __syncthreads();
-  if (!smem.is_last) return;
+  const uint32_t expected = static_cast<uint32_t>(params.num_beams * params.num_parts);
+  if (!arrive_last(workspace.num_arrived + group, expected, smem.is_last)) return;
   merge_group<T>(params, workspace, group, smem);
   if (params.state.lengths == nullptr) return;
   __syncthreads();  // the candidates, from any thread
-  advance_group(params, group, smem.advance, BlockTeam{});
+  Advance(params, group, smem.advance, BlockTeam{}).run();
 }
 
 }  // namespace

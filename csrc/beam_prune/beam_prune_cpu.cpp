@@ -165,7 +165,7 @@ void beam_prune(const BeamPruneParams& params) {
       AdvanceScratch scratch;
       for (int64_t group = first; group < last; ++group) {
         merge_group<T>(params, group, workspace);
-        if (params.state.lengths != nullptr) advance_group(params, group, scratch, Alone{});
+        if (params.state.lengths != nullptr) Advance(params, group, scratch, Alone{}).run();
       }
     });
   });

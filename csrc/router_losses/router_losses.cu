@@ -1,7 +1,7 @@
 // The auxiliary losses of a router on the GPU, one launch each way. Forward: a block takes 32 tokens, a warp for their
 // log-sum-exps and a thread per expert for the sums of its probabilities, integers whose order does not matter; the
 // last block to finish makes the losses. Backward: a warp per token.
-#include "core/ptx.cuh"
+#include "core/last_block.cuh"
 #include "core/reduce.cuh"
 #include "core/runtime.cuh"
 #include "core/vector.cuh"
@@ -132,10 +132,7 @@ __global__ void __launch_bounds__(kThreads) router_losses_forward_kernel(RouterL
   __syncthreads();
   if (params.expert_ids != nullptr) add_probabilities<T>(params, first, smem);
   if (threadIdx.x < kWarpSize) add_squares(params, smem);
-  __syncthreads();
-  if (threadIdx.x == 0) smem.is_last = ptx::add_acquire_release(params.num_arrived, 1) == gridDim.x - 1;
-  __syncthreads();
-  if (smem.is_last) finish(params, smem);
+  if (arrive_last(params.num_arrived, gridDim.x, smem.is_last)) finish(params, smem);
 }
 
 template <typename T>

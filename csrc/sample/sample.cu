@@ -1,8 +1,8 @@
 // Sampling on the GPU in one launch. A block scans a part of a row that fits its registers: its log-sum-exp and, for a
 // small top_k, its best tokens. The last block of a row to finish draws: from the lists of best tokens if they hold all
 // that top_k leaves, else from the row.
+#include "core/last_block.cuh"
 #include "core/log_sum.cuh"
-#include "core/ptx.cuh"
 #include "core/runtime.cuh"
 #include "sample/list_draw.cuh"
 #include "sample/row_draw.cuh"
@@ -140,12 +140,8 @@ __global__ void __launch_bounds__(kSampleThreads, 3) sample_kernel(SampleParams 
   const Workspace workspace = workspace_of(params);
   const int64_t num_parts = sample_parts(params), part = blockIdx.x % num_parts, row = blockIdx.x / num_parts;
   scan_part<T>(params, workspace, row, part, smem);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    smem.is_last = ptx::add_acquire_release(params.num_arrived + row, 1) == static_cast<uint32_t>(num_parts - 1);
-  }
-  __syncthreads();
-  if (smem.is_last) finish_row<T>(params, workspace, row, smem);
+  if (arrive_last(params.num_arrived + row, static_cast<uint32_t>(num_parts), smem.is_last))
+    finish_row<T>(params, workspace, row, smem);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from accuracy import assert_bitwise_equal
+from accuracy import assert_accurate, assert_bitwise_equal
 from threads import same_for_any_threads
 
 from arfast.ops import BeamState, attention_decode_reference, beam_prune, beam_step, beam_step_reference
@@ -93,15 +93,18 @@ def test_equals_reference_from_the_logits(device, dtype):
     """Its own candidates too, where they are far enough apart for rounding not to decide."""
     size = (2, 3, 50, 5, 2)
     ours = start(size, device)
-    expected = copy.deepcopy(ours)
+    baseline, exact = copy.deepcopy(ours), copy.deepcopy(ours)
+    for name in ("running", "scores", "log_probs", "length_powers"):
+        setattr(exact, name, getattr(exact, name).double())
     for step in range(5):
         logits = torch.stack([torch.randperm(50) for _ in range(2 * (1 if step == 0 else 3))]).to(dtype) / 4
         beam_step(logits.to(device), ours)
-        beam_step_reference(logits.to(device), expected)
+        for state in (baseline, exact):
+            beam_step_reference(logits.to(device), state)
         for name in ("parents", "tokens", "endings", "status", "next_tokens", "rows", "lengths", "improvable"):
-            assert torch.equal(getattr(ours, name), getattr(expected, name)), (step, name)
+            assert torch.equal(getattr(ours, name), getattr(exact, name)), (step, name)
         for name in ("running", "scores", "log_probs"):
-            torch.testing.assert_close(getattr(ours, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
+            assert_accurate(*(getattr(state, name) for state in (ours, exact, baseline)), name=name)
 
 
 def test_banned_tokens(device):

@@ -12,6 +12,7 @@ from arfast.ops import (
     load_balancing_loss,
     load_balancing_loss_reference,
     moe_route,
+    router_losses,
     router_z_loss,
     router_z_loss_reference,
 )
@@ -117,6 +118,16 @@ def test_forward_and_backward(device, tokens, experts, top_k, dtype, masked):
     actual = values_and_gradients(logits, routing, mask, OURS, None)
     for name, *three in zip(("balance", "z", "dbalance", "dz"), actual, exact, baseline, strict=True):
         assert_accurate(three[0].cpu(), three[1], three[2], name=name)
+
+
+def test_both_at_once_are_the_same(device):
+    logits = torch.randn(50, 16).to(device).requires_grad_()
+    routing = moe_route(logits.detach(), 4)
+    alone = load_balancing_loss(logits, routing, normalize="hf"), router_z_loss(logits)
+    for at_once, loss in zip(router_losses(logits, routing), alone, strict=True):
+        assert_bitwise_equal(at_once.detach(), loss.detach())
+        gradients = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (at_once, loss))
+        assert_bitwise_equal(*gradients)
 
 
 def test_float64():
