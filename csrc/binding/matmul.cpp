@@ -87,6 +87,8 @@ void on_threads(Matmul matmul, const MatmulParams& params, int64_t item) {
   const auto tasks = [&] { return blocks(params.out.rows, rows) * blocks(params.out.columns, columns); };
   while (tasks() < threads && rows > kSmallest) rows = (rows + 15) / 16 * 8;
   while (tasks() < threads && columns > kSmallest) columns = (columns + 95) / 96 * 48;
+  // As many blocks, of equal heights: after a short last block, threads would wait for each other.
+  rows = blocks(blocks(params.out.rows, blocks(params.out.rows, rows)), 8) * 8;
   const int64_t across = blocks(params.out.columns, columns);
   run_tasks(tasks(), [&](int64_t task) {
     const int64_t i = task / across * rows, j = task % across * columns;
