@@ -1,10 +1,11 @@
 """linear_cross_entropy with label smoothing, forward and backward, against the head and torch's loss, eager and
-compiled."""
+compiled, and on a GPU Liger's."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from harness import Case, accurate, compiled
+from peers import gpu_peer
 
 from arfast.ops import linear_cross_entropy, linear_cross_entropy_reference
 
@@ -27,12 +28,18 @@ def case(rows, size, classes, dtype):
         weight = (torch.randn(classes, size, device=device) / size**0.5).to(dtype).requires_grad_()
         return hidden, weight, torch.randint(0, classes, (rows,), device=device)
 
+    def liger(function):
+        return with_gradients(lambda *arguments, **options: function(*arguments, **options).float())
+
     eager = with_gradients(torch_form)
     return Case(
         name=f"{rows}x{size}x{classes}-{str(dtype).removeprefix('torch.')}",
         make_inputs=make_inputs,
         ours=with_gradients(linear_cross_entropy),
         peers={"torch": eager, "torch.compile": compiled(eager)},
+        gpu_peers={
+            "Liger": gpu_peer("liger_kernel.transformers.functional:liger_fused_linear_cross_entropy", liger),
+        },
         check=accurate(with_gradients(linear_cross_entropy_reference)),
         flops=6 * rows * size * classes,
         gates={"torch": 2.0, "torch.compile": 1.3} if dtype == torch.bfloat16 and classes == 32000 else {},

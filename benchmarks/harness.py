@@ -8,6 +8,7 @@ a ratio is the median over the rounds of (peer / ours).
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -33,6 +34,7 @@ class Case:
         make_inputs: device -> the arguments that `ours`, every peer and `check` get. Random: constant data is refused.
         ours: the function under test.
         peers: name -> a function of the same arguments that returns the leading outputs of `ours`.
+        gpu_peers: the same, on a GPU only (see peers.py): None is left out, and one that raises too, with a warning.
         check: check(outputs, *inputs) raises AssertionError when `ours` is wrong; see `accurate`.
         bytes: the fewest bytes to move: every input read once, every output written once.
         flops: floating-point operations of the matrix products.
@@ -50,12 +52,14 @@ class Case:
     check: Callable[..., None]
     bytes: int = 0
     flops: int = 0
+    gpu_peers: Mapping[str, Callable | None] = field(default_factory=dict)
     gates: Mapping[str, float] = field(default_factory=dict)
     devices: Sequence[str] = ("cpu", "cuda")
 
     def __post_init__(self):
-        if not self.peers or not set(self.gates) <= set(self.peers):
-            raise ValueError(f"{self.name}: gates must name peers, got {list(self.gates)} of {list(self.peers)}")
+        known = [*self.peers, *self.gpu_peers]
+        if not self.peers or not set(self.gates) <= set(known):
+            raise ValueError(f"{self.name}: gates must name peers, got {list(self.gates)} of {known}")
 
     def __str__(self):
         return self.name
@@ -128,10 +132,10 @@ def compare(benchmark, case: Case, device: str) -> Result | None:
         benchmark.pedantic(case.ours, case.make_inputs(device))
         return None
     torch._dynamo.reset()  # the compiler falls back to eager after a few shapes of one function
-    overwrites = _check(case, device)
+    functions, overwrites = _check(case, device)
     inputs = Inputs(case, device, overwrites)
     ours = Block(case.ours, inputs)
-    peers = {name: Block(function, inputs) for name, function in case.peers.items()}
+    peers = {name: Block(function, inputs) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in peers}
     foreign: list[float] = []  # cores that others used in each round that is over
     watch = ForeignLoad(PATIENCE_SECONDS)
@@ -166,7 +170,7 @@ def compare(benchmark, case: Case, device: str) -> Result | None:
         spread=(quartiles[2] - quartiles[0]) / seconds,
         peers={name: statistics.median(times[name][i] for i in used) for name in names},
         ratios={name: statistics.median(times[name][i] / mine[i] for i in used) for name in names},
-        gates=dict(case.gates),
+        gates={name: gate for name, gate in case.gates.items() if name in names},
         bytes=case.bytes,
         flops=case.flops,
         peak=share_of_peak(case.bytes, case.flops, seconds, device, inputs.dtype),
@@ -272,8 +276,11 @@ def _copy(value, dtype: torch.dtype | None = None):
     return wide.clone().requires_grad_(value.requires_grad)
 
 
-def _check(case: Case, device: str) -> bool:
-    """Refuses constant data, a wrong op, a peer that computes something else; says whether inputs are overwritten."""
+def _check(case: Case, device: str) -> tuple[dict[str, Callable], bool]:
+    """Refuses constant data, a wrong op, a peer that computes something else.
+
+    Gives the peers to compare with on `device`, and whether one of the functions overwrites its inputs.
+    """
     inputs = case.make_inputs(device)
     for tensor in leaves(inputs):
         if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
@@ -289,10 +296,23 @@ def _check(case: Case, device: str) -> bool:
 
     ours = call(case.ours)
     case.check(ours, *inputs)
-    for name, peer in case.peers.items():
+
+    def check_peer(name, peer):
         for index, (a, b) in enumerate(zip(ours, call(peer), strict=False)):
             if a.shape != b.shape:
                 raise ValueError(f"{case.name}: {name}: output {index} has shape {list(b.shape)}, ours {list(a.shape)}")
             if a.is_floating_point() and (a.double() - b.double()).norm() > 0.05 * a.double().norm():
                 raise ValueError(f"{case.name}: {name}: output {index} differs from ours by more than 5 %")
-    return overwrites
+
+    peers = dict(case.peers)
+    for name, peer in case.peers.items():
+        check_peer(name, peer)
+    for name, peer in case.gpu_peers.items():
+        if device != "cuda" or peer is None:
+            continue
+        try:
+            check_peer(name, peer)
+            peers[name] = peer
+        except Exception as error:  # what others installed here must not cost the comparison with torch
+            warnings.warn(f"{case.name}: {name} is left out: {error!r}", stacklevel=2)
+    return peers, overwrites

@@ -8,6 +8,7 @@ import pytest
 import report
 import torch
 from harness import Case, accurate, compare, with_gradients
+from peers import gpu_peer
 
 
 class Clock:
@@ -116,6 +117,30 @@ def test_what_is_wrong_is_not_timed(change, error, message):
 def test_a_case_names_its_peers(change):
     with pytest.raises(ValueError, match="double: gates must name peers"):
         case(**change)
+
+
+def fail(x):
+    raise RuntimeError("no kernel image")
+
+
+def test_gpu_peers_that_fail_are_left_out():
+    peers = {"good": lasting(4e-3), "absent": None, "broken": fail, "other": lambda x: 3 * x}
+    inputs = (torch.randn(4, 5),)
+    made = case(gpu_peers=peers, gates={"good": 1.5, "absent": 9.0}, make_inputs=lambda device: inputs)
+    with pytest.warns(UserWarning, match="double: (broken|other) is left out") as warned:
+        kept, _ = harness._check(made, "cuda")
+    assert list(kept) == ["slow", "same", "good"] and len(warned) == 2
+    result = compare(Benchmark(), made, "cpu")
+    assert list(result.ratios) == ["slow", "same"] and result.gates == {} and not result.missed_gates
+
+
+def test_gpu_peer_is_looked_up_where_it_is_installed(monkeypatch):
+    assert gpu_peer("math:sqrt") is None or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu_peer("math:sqrt", lambda f: f(4)) == 2
+    assert gpu_peer("not_a_package.ops:op") is None
+    with pytest.warns(UserWarning, match="math:squirt is installed but left out"):
+        assert gpu_peer("math:squirt") is None
 
 
 @pytest.mark.parametrize("overwrites", [False, True])
