@@ -2,7 +2,7 @@
 // of each (tests/emulator/ptx.h). Shared memory is addressed by 32-bit shared addresses, as the instructions do.
 //
 // Kernels that need sm_90 are compiled for sm_80 too, where these instructions become a trap: launchers ask
-// device_capability() first.
+// kernel_capability() first.
 #pragma once
 
 #if defined(ARFAST_EMULATED)
@@ -19,8 +19,10 @@
 #define ARFAST_PTX __device__ __forceinline__
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define ARFAST_SM90(...) __VA_ARGS__
+#define ARFAST_SM90_OR_NOTHING(...) __VA_ARGS__
 #else
 #define ARFAST_SM90(...) __trap()
+#define ARFAST_SM90_OR_NOTHING(...)
 #endif
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define ARFAST_SM90A(...) __VA_ARGS__
@@ -383,14 +385,14 @@ ARFAST_PTX void cluster_sync() {
   cluster_wait();
 }
 
-// Kernels launched with LaunchShape::programmatic.
+// Kernels launched with LaunchShape::programmatic. Before sm_90 launches are never programmatic, and these do nothing.
 
 // Before the first access to what the kernel before on the stream reads or writes.
-ARFAST_PTX void grid_dependency_wait() { ARFAST_SM90(asm volatile("griddepcontrol.wait;" :: : "memory")); }
+ARFAST_PTX void grid_dependency_wait() { ARFAST_SM90_OR_NOTHING(asm volatile("griddepcontrol.wait;" :: : "memory")); }
 
 // Lets the next kernel begin; it sees what this one writes only after its grid_dependency_wait.
 ARFAST_PTX void grid_dependency_launch() {
-  ARFAST_SM90(asm volatile("griddepcontrol.launch_dependents;" :: : "memory"));
+  ARFAST_SM90_OR_NOTHING(asm volatile("griddepcontrol.launch_dependents;" :: : "memory"));
 }
 
 }  // namespace arfast::ptx

@@ -37,4 +37,28 @@ __device__ inline float block_sum(float value, float* scratch) {
   return warp_sum(lane < kThreads / kWarpSize ? scratch[lane] : 0.0f);
 }
 
+// The sum over the lanes up to the calling one.
+template <typename Integer>
+__device__ inline Integer warp_inclusive_sum(Integer value) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const Integer lower = __shfl_up_sync(0xffffffffu, value, offset);
+    if (lane >= offset) value += lower;
+  }
+  return value;
+}
+
+// The sum over the threads of the block before the calling one. `scratch` holds an entry per warp and is not in use.
+template <typename Integer>
+__device__ inline Integer block_exclusive_sum(Integer value, Integer* scratch) {
+  const Integer inclusive = warp_inclusive_sum(value);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  if (lane == kWarpSize - 1) scratch[warp] = inclusive;
+  __syncthreads();
+  Integer before = inclusive - value;
+  for (int w = 0; w < warp; ++w) before += scratch[w];
+  return before;
+}
+
 }  // namespace arfast

@@ -19,8 +19,9 @@ struct LaunchShape {
   dim3 grid;
   dim3 block;
   size_t shared_bytes = 0;
-  unsigned cluster = 1;       // blocks per cluster, along x
-  bool programmatic = false;  // may begin before the kernel before it on the stream ends: see ptx::grid_dependency_wait
+  unsigned cluster = 1;  // blocks per cluster, along x
+  // May begin before the kernel before it on the stream ends (sm_90): see ptx::grid_dependency_wait.
+  bool programmatic = false;
 };
 
 #if defined(ARFAST_EMULATED)
@@ -46,9 +47,28 @@ __device__ inline Storage& shared_storage() {
 }
 
 inline int device_multiprocessors() { return emulator::multiprocessors(); }
-inline int device_capability() { return emulator::capability(); }
+
+template <typename... Parameters>
+int kernel_capability(void (*)(Parameters...)) {
+  return emulator::capability();
+}
 
 #else
+
+// 0 without a device.
+inline int device_multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
+}
+
+// The compute capability whose instructions the kernel uses on the current device, 80 for 8.0. A device newer than all
+// that the library was compiled for runs code for an older one.
+template <typename... Parameters>
+int kernel_capability(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess ? attributes.ptxVersion : 0;
+}
 
 // Runs `kernel(arguments...)`; nullptr, or the text of the error. More than 48 KiB of shared memory, and clusters of
 // more than 8 blocks, are asked for explicitly.
@@ -77,7 +97,7 @@ const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, void
     attribute.val.clusterDim.x = shape.cluster;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   }
-  if (shape.programmatic) {
+  if (shape.programmatic && kernel_capability(kernel) >= 90) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -91,20 +111,6 @@ template <typename Storage>
 __device__ inline Storage& shared_storage() {
   extern __shared__ __align__(1024) unsigned char bytes[];
   return *reinterpret_cast<Storage*>(bytes);
-}
-
-// An attribute of the current device.
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
-}
-
-inline int device_multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
-
-// 80 for compute capability 8.0.
-inline int device_capability() {
-  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
 #endif

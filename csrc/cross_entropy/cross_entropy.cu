@@ -222,7 +222,7 @@ const char* launch_two_passes(const CrossEntropyParams& params, void* stream) {
 template <typename T>
 const char* launch_cross_entropy(const CrossEntropyParams& params, void* stream) {
   if (params.ce != nullptr && params.dlogits != nullptr) {
-    const int largest = device_capability() >= 90 ? 8 : 1;
+    const int largest = kernel_capability(cross_entropy_row_kernel<T, 256>) >= 90 ? 8 : 1;
     const int64_t vectors = params.vocab_size / Vector16<T>::kSize + 2;
     if (const int blocks = blocks_per_row<256>(vectors, largest)) return launch_rows<T, 256>(params, blocks, stream);
     if (const int blocks = blocks_per_row<512>(vectors, largest)) return launch_rows<T, 512>(params, blocks, stream);

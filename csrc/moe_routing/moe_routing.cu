@@ -2,8 +2,11 @@
 // DeepSeek-V3, arXiv 2412.19437, equations 12 to 16). A warp chooses for one token on integers in the order of the
 // scores, so that the ids are unique and in range whatever the logits are. The choices are then sorted by expert by
 // counting: within a block of tokens a bit per token and expert gives the rank, between blocks a prefix sum does. Only
-// commutative atomics, so the order is that of a stable sort.
+// commutative atomics, so the order is that of a stable sort. One block of tokens, as in decoding, is sorted in the
+// same launch; of more, a second launch adds up the counts and a third places the rows, each begun while the one before
+// ends.
 #include "core/order.cuh"
+#include "core/ptx.cuh"
 #include "core/reduce.cuh"
 #include "core/runtime.cuh"
 #include "core/vector.cuh"
@@ -19,13 +22,15 @@ static_assert(kMoeRouteGpuBlock == kWarpSize, "a word of the masks holds one bit
 
 // Shared memory of the choice: a mask per expert, then, with groups, the working memory of each warp.
 struct Smem {
+  int32_t* of_warps;       // [warps of the block]
   uint32_t* masks;         // [E]: bit t for token t of the block
   float* choice;           // [E]
   float* group_scores;     // [G]
   int32_t* group_is_open;  // [G]
 
   __device__ Smem(const MoeRouteParams& params, int warp) {
-    masks = &shared_storage<uint32_t>();
+    of_warps = &shared_storage<int32_t>();
+    masks = reinterpret_cast<uint32_t*>(of_warps + kWarps);
     const int64_t experts = params.num_experts, groups = params.num_groups;
     choice = reinterpret_cast<float*>(masks + experts) + warp * (experts + 2 * groups);
     group_scores = choice + experts;
@@ -35,7 +40,7 @@ struct Smem {
 
 size_t shared_bytes(const MoeRouteParams& params) {
   const int64_t per_warp = params.num_groups > 1 ? params.num_experts + 2 * params.num_groups : 0;
-  return (params.num_experts + kWarps * per_warp) * sizeof(float);
+  return (kWarps + params.num_experts + kWarps * per_warp) * sizeof(float);
 }
 
 // NaN and -inf count as the lowest finite number.
@@ -166,6 +171,29 @@ __device__ void weigh(const MoeRouteParams& params, int64_t token, const RowStat
   for (int64_t j = lane; j < params.top_k; j += kWarpSize) weights[j] = score(weights[j]) * factor;
 }
 
+// The counting sort of the tokens of the only block. A thread counts for a run of experts.
+__device__ void place_alone(const MoeRouteParams& params, const Smem& smem, int count) {
+  const int experts = static_cast<int>(params.num_experts), per_thread = (experts + kThreads - 1) / kThreads;
+  const int begin = min(static_cast<int>(threadIdx.x) * per_thread, experts), end = min(begin + per_thread, experts);
+  int32_t rows = 0;
+  for (int e = begin; e < end; ++e) rows += __popc(smem.masks[e]);
+  int32_t first = block_exclusive_sum(rows, smem.of_warps);
+  for (int e = begin; e < end; ++e) {
+    const int32_t tokens = __popc(smem.masks[e]);
+    params.tokens_per_expert[e] = tokens;
+    params.offsets[e] = first;
+    first += tokens;
+  }
+  if (threadIdx.x == kThreads - 1) params.offsets[experts] = first;
+  __syncthreads();
+  for (int64_t choice = threadIdx.x; choice < count * params.top_k; choice += kThreads) {
+    const int token = static_cast<int>(choice / params.top_k), expert = params.expert_ids[choice];
+    const int32_t row = params.offsets[expert] + __popc(smem.masks[expert] & ((1u << token) - 1));
+    params.position[choice] = row;
+    params.source_token[row] = token;
+  }
+}
+
 template <typename T, int kSlots>
 __global__ void __launch_bounds__(kThreads, 1) moe_route_choose_kernel(MoeRouteParams params) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -193,6 +221,8 @@ __global__ void __launch_bounds__(kThreads, 1) moe_route_choose_kernel(MoeRouteP
     if (lane == 0) params.lse[token] = row.lse;
   }
   __syncthreads();
+  if (gridDim.x == 1) return place_alone(params, smem, count);
+  ptx::grid_dependency_launch();
   int32_t* histogram = params.histograms + blockIdx.x * params.num_experts;
   for (int64_t e = threadIdx.x; e < params.num_experts; e += kThreads) histogram[e] = __popc(smem.masks[e]);
   // For now the position of a choice is its rank among those of its expert in this block.
@@ -210,6 +240,8 @@ __global__ void __launch_bounds__(kMaxExperts) moe_route_scan_kernel(MoeRoutePar
   const int experts = static_cast<int>(params.num_experts), segments = kMaxExperts / experts;
   int32_t* of_warps = sums + kMaxExperts;
   const int segment = threadIdx.x / experts, expert = threadIdx.x % experts;
+  ptx::grid_dependency_launch();
+  ptx::grid_dependency_wait();
   const int64_t blocks = (params.num_tokens + kMoeRouteGpuBlock - 1) / kMoeRouteGpuBlock;
   const int64_t per_segment = (blocks + segments - 1) / segments;
   const int64_t first = min(segment * per_segment, blocks), end = min(first + per_segment, blocks);
@@ -228,18 +260,7 @@ __global__ void __launch_bounds__(kMaxExperts) moe_route_scan_kernel(MoeRoutePar
       sums[s * experts + threadIdx.x] = before;
     }
   }
-  // The prefix sum over the experts: in the warps, then over the warps.
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  int32_t inclusive = total;
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const int32_t lower = __shfl_up_sync(0xffffffffu, inclusive, offset);
-    if (lane >= offset) inclusive += lower;
-  }
-  if (lane == kWarpSize - 1) of_warps[warp] = inclusive;
-  __syncthreads();
-  int32_t before = inclusive - total;
-  for (int w = 0; w < warp; ++w) before += of_warps[w];
+  const int32_t before = block_exclusive_sum(total, of_warps);
   if (threadIdx.x < experts) {
     params.offsets[threadIdx.x] = before;
     params.tokens_per_expert[threadIdx.x] = total;
@@ -257,6 +278,7 @@ __global__ void __launch_bounds__(kMaxExperts) moe_route_scan_kernel(MoeRoutePar
 }
 
 __global__ void __launch_bounds__(kThreads) moe_route_place_kernel(MoeRouteParams params) {
+  ptx::grid_dependency_wait();
   const int64_t choice = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   if (choice >= params.num_tokens * params.top_k) return;
   const int64_t token = choice / params.top_k, block = token / kMoeRouteGpuBlock;
@@ -285,12 +307,15 @@ const char* moe_route_forward_cuda(const MoeRouteParams& params, void* stream) {
     error = dispatch_gpu_dtype(
         params.dtype, [&](auto tag) { return launch_choose<typename decltype(tag)::type, 1>(params, blocks, stream); });
   }
-  if (error != nullptr) return error;
-  const size_t scan_bytes = (kMaxExperts + kWarpSize) * sizeof(int32_t);
-  error = launch(moe_route_scan_kernel, LaunchShape{dim3(1), dim3(kMaxExperts), scan_bytes}, stream, params);
+  if (error != nullptr || blocks == 1) return error;
+  LaunchShape scan{dim3(1), dim3(kMaxExperts), (kMaxExperts + kWarpSize) * sizeof(int32_t)};
+  scan.programmatic = blocks > 0;
+  error = launch(moe_route_scan_kernel, scan, stream, params);
   if (error != nullptr || blocks == 0) return error;
-  const dim3 grid(static_cast<unsigned>((params.num_tokens * params.top_k + kThreads - 1) / kThreads));
-  return launch(moe_route_place_kernel, LaunchShape{grid, dim3(kThreads), 0}, stream, params);
+  LaunchShape place{dim3(static_cast<unsigned>((params.num_tokens * params.top_k + kThreads - 1) / kThreads)),
+                    kThreads};
+  place.programmatic = true;
+  return launch(moe_route_place_kernel, place, stream, params);
 }
 
 }  // namespace arfast

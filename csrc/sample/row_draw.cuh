@@ -93,16 +93,6 @@ __device__ uint64_t smallest_kept_rank(const SampleParams& params, const RowOf<c
   return smallest;
 }
 
-__device__ inline uint64_t warp_inclusive_sum(uint64_t value) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const uint64_t other = __shfl_up_sync(0xffffffffu, value, offset);
-    if (lane >= offset) value += other;
-  }
-  return value;
-}
-
 // Leaves the token in smem.chosen: first its segment of 1/256 of the row is found, then the token in it.
 template <typename T>
 __device__ void draw_from_row(const SampleParams& params, const T* logits, const int64_t* state,

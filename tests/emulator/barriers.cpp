@@ -217,7 +217,6 @@ void fence_proxy_async() {
 void fence_mbarrier_init() { fence_proxy_async(); }
 
 void grid_dependency_wait() {
-  require_sm90("grid_dependency_wait", EMULATOR_CALLER);
   ClockBuilder done;
   done.raise(machine.previous_done, 1, 0, 1);
   current->known.join({done.result(), done.result()});

@@ -201,6 +201,7 @@ std::string problem_of(const Launch& launch) {
 }
 
 void begin(const Launch& launch, void (*body)(void*), void* context, size_t context_bytes) {
+  const bool programmatic = launch.programmatic && machine.config.capability >= 90;
   machine.launch = launch;
   machine.body = body;
   machine.context = context;
@@ -210,10 +211,10 @@ void begin(const Launch& launch, void (*body)(void*), void* context, size_t cont
   machine.previous_cluster_id = machine.first_cluster_id;
   machine.previous_done = machine.next_cluster_id++;
   machine.first_cluster_id = machine.next_cluster_id;
-  if (!launch.programmatic) machine.previous_cluster_id = machine.first_cluster_id;
+  if (!programmatic) machine.previous_cluster_id = machine.first_cluster_id;
   machine.stats.launches++;
   begin_reports();
-  begin_memory(launch.programmatic);
+  begin_memory(programmatic);
   begin_synchronisation();
 }
 

@@ -8,13 +8,14 @@ from threads import same_for_any_threads
 from arfast.ops import moe_route, moe_route_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# (T, E, K): every edge of a tile (16 tokens), of a counting block (128 tokens) and of the experts' vectors
+# (T, E, K): every edge of a tile (16 tokens), of a counting block (32 or 128 tokens) and of the experts' vectors
 SIZES = [
     (0, 8, 2),
     (1, 1, 1),
     (1, 64, 8),
     (31, 2, 1),
     (32, 8, 3),
+    (32, 1000, 5),
     (33, 96, 4),
     (128, 8, 8),
     (129, 64, 5),
