@@ -1,8 +1,10 @@
-"""attention and attention_decode against torch's scaled_dot_product_attention: plain, packed, windowed, cached."""
+"""attention and attention_decode against torch's scaled_dot_product_attention: plain, packed, windowed, cached;
+on a GPU against its back ends by name."""
 
 import pytest
 import torch
 from harness import Case, accurate, with_gradients
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from arfast.ops import attention, attention_decode, attention_decode_reference, attention_reference
@@ -85,6 +87,52 @@ def masked_cases(seqlen=2048, window=128, document=256):
             )  # fmt: skip
 
 
+def by_head(function):
+    """The reference of one head at a time: the scores of all would not fit."""
+
+    def run(q, k, v):
+        heads = range(q.shape[2])
+        return torch.cat([function(q[:, :, h : h + 1], k[:, :, h : h + 1], v[:, :, h : h + 1]) for h in heads], 2)
+
+    return run
+
+
+def backend(name):
+    def run(q, k, v):
+        with sdpa_kernel(name):
+            return sdpa(q, k, v, is_causal=True)
+
+    return run
+
+
+def gpu_case(seqlen, head_dim, tokens=16384, hidden_size=2048):
+    """16 Ki tokens as sequences of one length, FlashAttention-3's setting (arXiv 2407.08608, section 4.1)."""
+    heads = hidden_size // head_dim
+
+    def make_inputs(device):
+        shape = (tokens // seqlen, seqlen, heads, head_dim)
+        return tuple(torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3))
+
+    return Case(
+        name=f"forward-causal-B{tokens // seqlen}-T{seqlen}-H{heads}-D{head_dim}-bfloat16",
+        make_inputs=make_inputs,
+        ours=attention,
+        peers={"torch flash": backend(SDPBackend.FLASH_ATTENTION)},
+        gpu_peers={
+            "torch cuDNN": backend(SDPBackend.CUDNN_ATTENTION),
+            "torch efficient": backend(SDPBackend.EFFICIENT_ATTENTION),
+        },
+        check=accurate(by_head(attention_reference)),
+        flops=2 * tokens * seqlen * hidden_size,
+        devices=("cuda",),
+    )
+
+
+def gpu_cases():
+    for seqlen, head_dim in ((512, 128), (2048, 128), (8192, 128), (16384, 128), (8192, 64), (8192, 256)):
+        yield gpu_case(seqlen, head_dim)
+
+
 def decode_case(batch, seqlen, heads, head_dim, dtype):
     num_heads, num_kv_heads = heads
 
@@ -110,6 +158,6 @@ def decode_cases():
             yield decode_case(batch, seqlen, heads, head_dim, dtype)
 
 
-@pytest.mark.parametrize("case", [*plain_cases(), *masked_cases(), *decode_cases()], ids=str)
+@pytest.mark.parametrize("case", [*plain_cases(), *masked_cases(), *decode_cases(), *gpu_cases()], ids=str)
 def bench_attention(compare, case):
     compare(case)

@@ -172,7 +172,8 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, Optio
   Tensor out = new_like(arguments.q);
   Tensor lse = arguments.new_statistics();
   if (out.numel() == 0) return {out, lse};
-  attention_forward_cpu({.problem = arguments.problem, .out = out.data_ptr(), .lse = lse.data_ptr()});
+  const AttentionForwardParams params{.problem = arguments.problem, .out = out.data_ptr(), .lse = lse.data_ptr()};
+  run(kOp, arguments.q, params, attention_forward_cpu, attention_forward_cuda);
   return {out, lse};
 }
 
@@ -230,5 +231,6 @@ STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
 }
+STABLE_TORCH_LIBRARY_IMPL(arfast, CUDA, m) { m.impl("attention_forward", TORCH_BOX(&attention_forward)); }
 
 }  // namespace arfast

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/cpu_target.h"
+#include "core/cuda_function.h"
 #include "core/dtype.h"
 
 namespace arfast {
@@ -73,5 +74,6 @@ inline int64_t attention_key_splits(int64_t batch, int64_t num_kv_heads, int64_t
 
 ARFAST_CPU_FUNCTION(attention_forward, AttentionForwardParams)
 ARFAST_CPU_FUNCTION(attention_backward, AttentionBackwardParams)
+ARFAST_CUDA_FUNCTION(attention_forward, AttentionForwardParams)
 
 }  // namespace arfast

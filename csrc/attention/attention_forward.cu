@@ -1,0 +1,282 @@
+// Attention of queries to keys and values on the tensor cores of any GPU from sm_80 on (Dao 2023, arXiv 2307.08691,
+// algorithm 1). A block has a tile of queries of one head and walks over tiles of keys, from the last one that it sees
+// to the first; each warp has rows of its own and keeps their sums and the output in registers, so that the softmax
+// needs no other warp. While the scores are computed the values arrive, and during the rest the next keys.
+#include "attention/attention_cuda.cuh"
+#include "core/runtime.cuh"
+
+namespace arfast {
+namespace {
+
+// What a block works with: kWarps warps of kRowTiles times 16 queries each.
+template <typename Element, int kHeadDim_, int kKeys_, int kWarps_, int kRowTiles_>
+struct ForwardShape {
+  using T = Element;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kKeys = kKeys_;
+  static constexpr int kThreads = kWarps_ * kWarpSize;
+  static constexpr int kRowTiles = kRowTiles_;
+  static constexpr int kWarpQueries = kRowTiles * 16;
+  static constexpr int kQueries = kWarps_ * kWarpQueries;
+
+  using Queries = AttentionTile<T, kQueries, kHeadDim>;
+  using Keys = AttentionTile<T, kKeys, kHeadDim>;
+  struct Smem {
+    Queries q;
+    Keys k, v;
+  };
+};
+
+// The running softmax of the rows of a thread: rows of quads of lanes, two per 16 queries.
+template <typename Shape>
+struct Softmax {
+  float max[Shape::kRowTiles][2];  // of the scores, unscaled unless there is a softcap
+  float sum[Shape::kRowTiles][2];  // of this thread's columns
+  float scale;                     // from scores to exponents of 2
+
+  // A sink is a key that every row has seen, with a value of 0: its score is the first maximum, and it counts once.
+  __device__ Softmax(const AttentionProblem& problem, const QueryTile& tile, int head) {
+    const float softmax_scale = problem.softcap > 0 ? 1.0f : static_cast<float>(problem.softmax_scale);
+    const bool has_sink = problem.sink != nullptr && !tile.padding;
+    const float sink = has_sink ? static_cast<const float*>(problem.sink)[head] : -INFINITY;
+    scale = softmax_scale * 1.44269504f;
+#pragma unroll
+    for (int i = 0; i < 2 * Shape::kRowTiles; ++i) {
+      max[i / 2][i % 2] = sink / softmax_scale;
+      sum[i / 2][i % 2] = sink > -INFINITY && threadIdx.x % 4 == 0 ? 1.0f : 0.0f;
+    }
+  }
+
+  // Turns the scores of a row into weights. What was summed before counts as often as the result says.
+  template <typename Scores>
+  __device__ float update(int row_tile, int half, Scores& scores) {
+    float top = max[row_tile][half];
+#pragma unroll
+    for (int n = 0; n < Shape::kKeys / 8; ++n) {
+      top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+    }
+    top = quad_max(top);
+    const float shift = top == -INFINITY ? 0.0f : top * scale;  // a row that saw nothing: -inf - -inf would be NaN
+    const float factor = ptx::exp2_approx(max[row_tile][half] * scale - shift);
+    max[row_tile][half] = top;
+    float total = sum[row_tile][half] * factor;
+#pragma unroll
+    for (int n = 0; n < Shape::kKeys / 8; ++n) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        scores[n][i] = ptx::exp2_approx(fmaf(scores[n][i], scale, -shift));
+        total += scores[n][i];
+      }
+    }
+    sum[row_tile][half] = total;
+    return factor;
+  }
+};
+
+template <typename Shape>
+using Scores = float[Shape::kKeys / 8][4];
+template <typename Shape>
+using Weights = uint32_t[Shape::kKeys / 16][4];
+template <typename Shape>
+using Output = float[Shape::kRowTiles][Shape::kHeadDim / 8][4];
+
+// scores = q k^T of 16 queries and a tile of keys.
+template <typename Shape>
+__device__ void multiply_keys(uint32_t queries, uint32_t keys, Scores<Shape>& scores) {
+#pragma unroll
+  for (int n = 0; n < Shape::kKeys / 8; ++n) scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0;
+#pragma unroll 2  // more would hold more addresses than there are registers
+  for (int k = 0; k < Shape::kHeadDim / 16; ++k) {
+    uint32_t q[4];
+    ptx::ldmatrix_x4(q, Shape::Queries::fragment(queries, 0, k));
+#pragma unroll
+    for (int n = 0; n < Shape::kKeys / 16; ++n) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4(b, Shape::Keys::fragment(keys, 16 * n, k));
+      ptx::mma_m16n8k16<typename Shape::T>(scores[2 * n], q, b[0], b[1]);
+      ptx::mma_m16n8k16<typename Shape::T>(scores[2 * n + 1], q, b[2], b[3]);
+    }
+  }
+}
+
+// output += weights v
+template <typename Shape>
+__device__ void multiply_values(uint32_t values, const Weights<Shape> (&weights)[Shape::kRowTiles],
+                                Output<Shape>& output) {
+#pragma unroll
+  for (int k = 0; k < Shape::kKeys / 16; ++k) {
+#pragma unroll
+    for (int n = 0; n < Shape::kHeadDim / 16; ++n) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4_trans(b, Shape::Keys::fragment(values, 16 * k, n));
+#pragma unroll
+      for (int m = 0; m < Shape::kRowTiles; ++m) {
+        ptx::mma_m16n8k16<typename Shape::T>(output[m][2 * n], weights[m][k], b[0], b[1]);
+        ptx::mma_m16n8k16<typename Shape::T>(output[m][2 * n + 1], weights[m][k], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// With an absolute error of some 1e-7, which is what matters to a score.
+__device__ float tanh_approx(float x) { return 1 - __fdividef(2.0f, 1 + ptx::exp2_approx(x * 2.88539008f)); }
+
+// Applies the softcap and hides what a query does not see. `first_query` is that of the 16.
+template <typename Shape>
+__device__ void finish_scores(const AttentionProblem& problem, const KeyRange& visible, int first_query, int first_key,
+                              bool masked, Scores<Shape>& scores) {
+  if (problem.softcap > 0) {
+    const float cap = static_cast<float>(problem.softcap);
+    const float inner = static_cast<float>(problem.softmax_scale / problem.softcap);
+#pragma unroll
+    for (int i = 0; i < Shape::kKeys / 2; ++i) scores[i / 4][i % 4] = cap * tanh_approx(scores[i / 4][i % 4] * inner);
+  }
+  if (!masked) return;
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int query = first_query + 8 * half + lane / 4;
+    const int first = visible.begin(query) - first_key, end = visible.end(query) - first_key;
+#pragma unroll
+    for (int i = 0; i < Shape::kKeys / 4; ++i) {
+      const int column = i / 2 * 8 + 2 * (lane % 4) + i % 2;
+      if (column < first || column >= end) scores[i / 2][2 * half + i % 2] = -INFINITY;
+    }
+  }
+}
+
+// The output and the log-sum-exp of the warp's queries. The output goes through the rows of smem.q that were this
+// warp's alone, and that it has read before the last barrier, so that whole vectors leave.
+template <typename Shape>
+__device__ void write_rows(const AttentionForwardParams& params, const QueryTile& tile, int head, int first_row,
+                           const Softmax<Shape>& softmax, const Output<Shape>& output, typename Shape::Smem& smem) {
+  using T = typename Shape::T;
+  const AttentionProblem& problem = params.problem;
+  const int lane = threadIdx.x % kWarpSize;
+  float* lse = static_cast<float*>(params.lse) + tile.statistic_index(problem, head);
+#pragma unroll
+  for (int m = 0; m < Shape::kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = quad_sum(softmax.sum[m][half]);
+      const float inverse = sum == 0 ? 0.0f : 1 / sum;
+      const int row = first_row + 16 * m + 8 * half + lane / 4;
+      if (lane % 4 == 0 && row < tile.num_queries) {
+        lse[row] = softmax.max[m][half] * (softmax.scale / 1.44269504f) + logf(sum);
+      }
+#pragma unroll
+      for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
+        smem.q.store_pair(row, 8 * n + 2 * (lane % 4), output[m][n][2 * half] * inverse,
+                          output[m][n][2 * half + 1] * inverse);
+      }
+    }
+  }
+  __syncwarp();
+  T* out = static_cast<T*>(params.out) + tile.dense_index(problem, head);
+  const int64_t stride = problem.num_heads * problem.head_dim;
+  const int rows = min(tile.num_queries - first_row, Shape::kWarpQueries);
+  smem.q.write_rows(out, stride, first_row, rows, static_cast<int>(problem.head_dim));
+}
+
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(AttentionForwardParams params) {
+  using T = typename Shape::T;
+  typename Shape::Smem& smem = shared_storage<typename Shape::Smem>();
+  const AttentionProblem& problem = params.problem;
+  const int head = static_cast<int>(blockIdx.x % problem.num_heads);
+  const QueryTile tile = find_query_tile<Shape::kQueries>(problem, blockIdx.x / problem.num_heads);
+  if (tile.num_queries <= 0) return;
+  const int kv_head = head / static_cast<int>(problem.num_heads / problem.num_kv_heads);
+  const Rows<T> q = tile.query_rows<T>(problem.q, head), k = tile.key_rows<T>(problem.k, kv_head),
+                v = tile.key_rows<T>(problem.v, kv_head);
+  const int head_dim = static_cast<int>(problem.head_dim);
+  const KeyRange visible(problem, tile);
+  const int last_query = tile.first_query + tile.num_queries - 1;
+  const int first_tile = visible.begin(tile.first_query) / Shape::kKeys;
+  const int end_tile = (visible.end(last_query) + Shape::kKeys - 1) / Shape::kKeys;
+  const int first_row = static_cast<int>(threadIdx.x) / kWarpSize * Shape::kWarpQueries;
+
+  const uint32_t q_address = smem.q.a_address(first_row), k_address = smem.k.b_address(0),
+                 v_address = smem.v.transposed_b_address(0);
+
+  Softmax<Shape> softmax(problem, tile, head);
+  Output<Shape> output = {};
+  const auto load_tile = [&](auto& shared, const Rows<T>& rows, int key_tile) {
+    const int first_key = key_tile * Shape::kKeys;
+    shared.template load<Shape::kThreads>(rows.from(first_key), tile.seqlen_k - first_key, head_dim);
+    ptx::cp_async_commit();
+  };
+  if (first_tile < end_tile) {
+    smem.q.template load<Shape::kThreads>(q, tile.num_queries, head_dim);
+    load_tile(smem.k, k, end_tile - 1);
+  }
+  for (int key_tile = end_tile - 1; key_tile >= first_tile; --key_tile) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // the keys are there, and nobody reads the last values any more
+    load_tile(smem.v, v, key_tile);
+    const int first_key = key_tile * Shape::kKeys;
+    const bool masked =
+        first_key < visible.begin(last_query) || first_key + Shape::kKeys > visible.end(tile.first_query);
+    // 16 queries after the other: their exponentials and the products of the next ones overlap.
+    Weights<Shape> weights[Shape::kRowTiles];
+#pragma unroll
+    for (int m = 0; m < Shape::kRowTiles; ++m) {
+      Scores<Shape> scores;
+      multiply_keys<Shape>(Shape::Queries::fragment(q_address, 16 * m, 0), k_address, scores);
+      finish_scores<Shape>(problem, visible, tile.first_query + first_row + 16 * m, first_key, masked, scores);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float factor = softmax.update(m, half, scores);
+#pragma unroll
+        for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
+          output[m][n][2 * half] *= factor;
+          output[m][n][2 * half + 1] *= factor;
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < Shape::kKeys / 16; ++k) {
+        fragment_from_accumulators<T>(weights[m][k], scores[2 * k], scores[2 * k + 1]);
+      }
+    }
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // the values are there, and nobody reads these keys any more
+    if (key_tile > first_tile) load_tile(smem.k, k, key_tile - 1);
+    multiply_values<Shape>(v_address, weights, output);
+  }
+  write_rows<Shape>(params, tile, head, first_row, softmax, output, smem);
+}
+
+template <typename Shape>
+const char* launch_shape(const AttentionForwardParams& params, void* stream) {
+  const int64_t blocks = num_query_tiles<Shape::kQueries>(params.problem) * params.problem.num_heads;
+  if (params.problem.num_queries >= kMaxPositions || params.problem.num_keys >= kMaxPositions) {
+    return "q and k must have fewer than 2^29 rows";
+  }
+  if (blocks > 0x7fffffff) return "the number of query tiles times heads must be below 2^31";
+  const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(Shape::kThreads), sizeof(typename Shape::Smem)};
+  return launch(attention_forward_kernel<Shape>, shape, stream, params);
+}
+
+template <typename T>
+const char* launch_forward(const AttentionForwardParams& params, void* stream) {
+  const int64_t head_dim = params.problem.head_dim;
+  if (head_dim <= 64) return launch_shape<ForwardShape<T, 64, 64, 4, 2>>(params, stream);
+  if (head_dim <= 96) return launch_shape<ForwardShape<T, 96, 64, 4, 2>>(params, stream);
+  if (head_dim <= 128) return launch_shape<ForwardShape<T, 128, 64, 4, 2>>(params, stream);
+  return launch_shape<ForwardShape<T, 256, 64, 8, 1>>(params, stream);
+}
+
+}  // namespace
+
+const char* attention_forward_cuda(const AttentionForwardParams& params, void* stream) {
+  switch (params.problem.dtype) {
+    case DType::kBFloat16:
+      return launch_forward<BFloat16>(params, stream);
+    case DType::kFloat16:
+      return launch_forward<Float16>(params, stream);
+    default:
+      return "dtype must be bfloat16 or float16";
+  }
+}
+
+}  // namespace arfast
