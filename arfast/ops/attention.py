@@ -44,8 +44,8 @@ def attention(
 
     Args:
         q: [B, T, H, D], or [N, H, D] when documents are packed; D up to 256. On the CPU float32, bfloat16, float16 or
-            float64; on a GPU bfloat16 or float16, and so far the forward pass alone. Arithmetic is in float32
-            (float64). Under autocast q, k and v are cast to its dtype.
+            float64; on a GPU bfloat16 or float16. Arithmetic is in float32 (float64). Under autocast q, k and v are
+            cast to its dtype.
         k, v: [B, S, Hkv, D] or [M, Hkv, D]; H % Hkv == 0, and query head h uses key-value head h // (H // Hkv).
         causal: False lets every query see all keys (to the right of its window, if there is one).
         softmax_scale: positive; 1 / sqrt(D) if None.

@@ -196,11 +196,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
 
   const AttentionProblem& problem = arguments.problem;
   const ScalarType wide = statistics_dtype(arguments.q);
-  const int64_t splits = attention_key_splits(problem.batch, problem.num_kv_heads, problem.num_keys);
+  const bool cpu = on_cpu(arguments.q);
+  const int64_t splits = cpu ? attention_key_splits(problem.batch, problem.num_kv_heads, problem.num_keys) : 1;
   Tensor dq = new_like(arguments.q), dk = new_like(arguments.k), dv = new_like(arguments.v);
   Tensor dsink = new_empty(q, {sink ? problem.num_heads : 0}, wide);
   Tensor dq_partial = new_empty(q, {splits > 1 ? splits * q.numel() : 0}, wide);
-  attention_backward_cpu({
+  Tensor row_terms = new_empty(q, {cpu ? 0 : 2 * lse.numel()}, wide);
+  const AttentionBackwardParams params{
       .problem = problem,
       .out = view_of(out),
       .dout = view_of(dout),
@@ -208,11 +210,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
       .dlse = pointer_or_null(dlse),
       .key_splits = splits,
       .dq_partial = splits > 1 ? dq_partial.data_ptr() : nullptr,
+      .row_terms = row_terms.data_ptr(),
       .dq = dq.data_ptr(),
       .dk = dk.data_ptr(),
       .dv = dv.data_ptr(),
       .dsink = sink ? dsink.data_ptr() : nullptr,
-  });
+  };
+  run(kOp, arguments.q, params, attention_backward_cpu, attention_backward_cuda);
   return {dq, dk, dv, dsink};
 }
 
@@ -231,6 +235,9 @@ STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
 }
-STABLE_TORCH_LIBRARY_IMPL(arfast, CUDA, m) { m.impl("attention_forward", TORCH_BOX(&attention_forward)); }
+STABLE_TORCH_LIBRARY_IMPL(arfast, CUDA, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+}
 
 }  // namespace arfast

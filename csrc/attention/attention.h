@@ -56,6 +56,7 @@ struct AttentionBackwardParams {
   const void* dlse;    // or nullptr
   int64_t key_splits;  // attention_key_splits()
   void* dq_partial;    // [key_splits, rows of q, H, D] in the dtype of lse, or nullptr when key_splits is 1
+  void* row_terms;     // on a GPU: two floats for each element of lse, workspace
   void* dq;            // like q, k, v, dense
   void* dk;
   void* dv;
@@ -75,5 +76,6 @@ inline int64_t attention_key_splits(int64_t batch, int64_t num_kv_heads, int64_t
 ARFAST_CPU_FUNCTION(attention_forward, AttentionForwardParams)
 ARFAST_CPU_FUNCTION(attention_backward, AttentionBackwardParams)
 ARFAST_CUDA_FUNCTION(attention_forward, AttentionForwardParams)
+ARFAST_CUDA_FUNCTION(attention_backward, AttentionBackwardParams)
 
 }  // namespace arfast

@@ -2,6 +2,8 @@
 // memory that matrix fragments are read from.
 #pragma once
 
+#include <initializer_list>
+
 #include "attention/attention.h"
 #include "core/ptx.cuh"
 #include "core/reduce.cuh"
@@ -42,33 +44,28 @@ struct Rows {
   __device__ Rows from(int row) const { return {first + int64_t{row} * stride, stride}; }
 };
 
-// The queries of a block: up to kQueries of one sequence, and the sequence they belong to. Positions in a sequence are
+// The rows of a block, queries or keys of one sequence, and the sequence they belong to. Positions in a sequence are
 // below kMaxPositions, offsets in memory are not.
-struct QueryTile {
+struct SequenceTile {
   int batch;         // 0 when documents are packed
   int q_row, k_row;  // where the sequence begins in a packed q and k
   int seqlen_q, seqlen_k;
-  int first_query;  // counted from the start of the sequence
-  int num_queries;  // not above 0: there is no such tile
-  bool padding;     // rows past the last document, which see nothing, not even the sink
+  int first;     // the tile's first row, counted from the start of the sequence
+  int num_rows;  // not above 0: there is no such tile
+  bool padding;  // rows past the last document, which see nothing, not even the sink
 
-  // Rows of a head from the tile's first query on, and all keys or values of the sequence.
+  // All rows of a head that belong to the sequence.
   template <typename T>
-  __device__ Rows<T> query_rows(const AttentionView& view, int head) const {
-    return rows_of<T>(view, q_row + first_query, head);
+  __device__ Rows<T> queries(const AttentionView& view, int head) const {
+    return rows_of<T>(view, q_row, head);
   }
   template <typename T>
-  __device__ Rows<T> key_rows(const AttentionView& view, int head) const {
+  __device__ Rows<T> keys(const AttentionView& view, int head) const {
     return rows_of<T>(view, k_row, head);
   }
-  // The tile's first query in a dense [B, T, H, D] or [N, H, D], in elements.
-  __device__ int64_t dense_index(const AttentionProblem& problem, int head) const {
-    const int64_t before = batch * problem.num_queries + q_row + first_query;
-    return (before * problem.num_heads + head) * problem.head_dim;
-  }
-  // In [B, H, T] or [H, N].
+  // The sequence's first query in [B, H, T] or [H, N].
   __device__ int64_t statistic_index(const AttentionProblem& problem, int head) const {
-    return (batch * problem.num_heads + head) * problem.num_queries + q_row + first_query;
+    return (batch * problem.num_heads + head) * problem.num_queries + q_row;
   }
 
   template <typename T>
@@ -78,42 +75,53 @@ struct QueryTile {
   }
 };
 
-// Tiles of a launch. The documents' lengths are known to the GPU alone, so that of packed ones this is a bound: a
-// document of n rows has at most n / kQueries + 1 tiles, and the rows past the last document are one more.
-template <int kQueries>
-inline int64_t num_query_tiles(const AttentionProblem& problem) {
-  if (problem.cu_seqlens_q != nullptr) return problem.num_queries / kQueries + problem.batch + 1;
-  return (problem.num_queries + kQueries - 1) / kQueries * problem.batch;
+// A dense tensor [B, rows, heads, D] or [N, heads, D] as a view.
+__host__ __device__ inline AttentionView dense_view(const AttentionProblem& problem, const void* data, int64_t rows,
+                                                    int64_t heads) {
+  const int64_t row_stride = heads * problem.head_dim;
+  return {data, problem.cu_seqlens_q == nullptr ? rows * row_stride : 0, row_stride, problem.head_dim};
 }
 
-// The index-th tile of a launch. In a sequence the tiles with the most keys come first, so that the last blocks to run
-// are short. All lanes of a warp call it alike.
-template <int kQueries>
-__device__ QueryTile find_query_tile(const AttentionProblem& problem, int64_t index) {
-  const int queries = static_cast<int>(problem.num_queries);
+// Tiles of a launch. The documents' lengths are known to the GPU alone, so that of packed ones this is a bound: a
+// document of n rows has at most n / kRows + 1 tiles, and the rows past the last document are one more.
+template <int kRows>
+inline int64_t num_tiles(const AttentionProblem& problem, int64_t rows) {
+  if (problem.cu_seqlens_q != nullptr) return rows / kRows + problem.batch + 1;
+  return (rows + kRows - 1) / kRows * problem.batch;
+}
+
+// The index-th tile of a launch over queries (kOverKeys: over keys). In a sequence the tiles with the most work come
+// first, so that the last blocks to run are short. All lanes of a warp call it alike.
+template <int kRows, bool kOverKeys>
+__device__ SequenceTile find_tile(const AttentionProblem& problem, int64_t index) {
+  const int queries = static_cast<int>(problem.num_queries), keys = static_cast<int>(problem.num_keys);
+  const int rows = kOverKeys ? keys : queries;
   if (problem.cu_seqlens_q == nullptr) {
-    const int tiles = (queries + kQueries - 1) / kQueries;
-    const int first = (tiles - 1 - static_cast<int>(index / problem.batch)) * kQueries;
-    return {static_cast<int>(index % problem.batch), 0, 0, queries, static_cast<int>(problem.num_keys), first,
-            min(queries - first, kQueries)};
+    const int tiles = (rows + kRows - 1) / kRows, number = static_cast<int>(index / problem.batch);
+    const int first = (kOverKeys ? number : tiles - 1 - number) * kRows;
+    return {static_cast<int>(index % problem.batch), 0, 0, queries, keys, first, min(rows - first, kRows), false};
   }
   const int lane = threadIdx.x % kWarpSize, documents = static_cast<int>(problem.batch);
-  const int32_t* ends = problem.cu_seqlens_q;
+  const int32_t* ends = kOverKeys ? problem.cu_seqlens_k : problem.cu_seqlens_q;
   int left = static_cast<int>(index);
   for (int document = lane; document - lane <= documents; document += kWarpSize) {
-    const int begin = ends[min(document, documents)], end = document < documents ? ends[document + 1] : queries;
-    const int up_to = warp_inclusive_sum(document <= documents ? (end - begin + kQueries - 1) / kQueries : 0);
+    const int begin = ends[min(document, documents)], end = document < documents ? ends[document + 1] : rows;
+    const int up_to = warp_inclusive_sum(document <= documents ? (end - begin + kRows - 1) / kRows : 0);
     const unsigned after = __ballot_sync(0xffffffffu, up_to > left);
     if (after == 0) {
       left -= __shfl_sync(0xffffffffu, up_to, kWarpSize - 1);
       continue;
     }
     const int owner = __ffs(static_cast<int>(after)) - 1, found = document - lane + owner;
-    const int q_row = __shfl_sync(0xffffffffu, begin, owner), seqlen_q = __shfl_sync(0xffffffffu, end, owner) - q_row;
-    const int first = (__shfl_sync(0xffffffffu, up_to, owner) - 1 - left) * kQueries;
-    const int k_row = found < documents ? problem.cu_seqlens_k[found] : 0;
-    const int seqlen_k = found < documents ? problem.cu_seqlens_k[found + 1] - k_row : 0;
-    return {0, q_row, k_row, seqlen_q, seqlen_k, first, min(seqlen_q - first, kQueries), found == documents};
+    const int size = __shfl_sync(0xffffffffu, end - begin, owner), last = __shfl_sync(0xffffffffu, up_to, owner) - 1;
+    const int number = kOverKeys ? left - (last + 1 - (size + kRows - 1) / kRows) : last - left;
+    const bool padding = found == documents;
+    SequenceTile tile{0, 0, 0, 0, 0, number * kRows, min(size - number * kRows, kRows), padding};
+    tile.q_row = problem.cu_seqlens_q[found];
+    tile.k_row = problem.cu_seqlens_k[found];
+    if (kOverKeys || !padding) tile.seqlen_k = padding ? size : problem.cu_seqlens_k[found + 1] - tile.k_row;
+    if (!kOverKeys || !padding) tile.seqlen_q = padding ? size : problem.cu_seqlens_q[found + 1] - tile.q_row;
+    return tile;
   }
   return {};
 }
@@ -122,7 +130,7 @@ __device__ QueryTile find_query_tile(const AttentionProblem& problem, int64_t in
 struct KeyRange {
   int first, last, seqlen_k;
 
-  __device__ KeyRange(const AttentionProblem& problem, const QueryTile& tile) : seqlen_k(tile.seqlen_k) {
+  __device__ KeyRange(const AttentionProblem& problem, const SequenceTile& tile) : seqlen_k(tile.seqlen_k) {
     const int aligned = tile.seqlen_k - tile.seqlen_q;  // the last query sees the last key
     last = problem.causal ? aligned : kMaxPositions;
     const int64_t window = problem.window >= 0 && problem.window < kMaxPositions ? problem.window : kMaxPositions;
@@ -136,6 +144,8 @@ struct KeyRange {
 // that neither a row nor a column of chunks meets one bank twice.
 template <typename T, int kRows, int kHeadDim>
 struct alignas(1024) AttentionTile {
+  using Element = T;
+  static constexpr int kColumns = kHeadDim;
   static constexpr int kChunk = 8;                          // elements
   static constexpr int kPitch = (kHeadDim + 63) / 64 * 64;  // elements
   static constexpr int kChunks = kHeadDim / kChunk;
@@ -147,15 +157,15 @@ struct alignas(1024) AttentionTile {
   template <int kThreads>
   __device__ void load(const Rows<T>& source, int rows, int head_dim) {
     constexpr int kRowChunks = kPitch / kChunk, kStep = kThreads / kRowChunks;  // rows at a time
-    static_assert(kStep % 8 == 0 && kRows % kStep == 0, "so that a thread's chunk is at one place in all its rows");
+    static_assert(kRows % kStep == 0);
     const int chunk = threadIdx.x % kRowChunks, first = threadIdx.x / kRowChunks;
     if (chunk >= kChunks) return;
     const int size = max(0, min(head_dim - chunk * kChunk, kChunk));
     const bool aligned = is_aligned16(source.first) && source.stride % kChunk == 0;
     const T* from = source.first + int64_t{first} * source.stride + chunk * kChunk;
-    T* to = elements + place(first, chunk);
 #pragma unroll 1
-    for (int row = first; row < kRows; row += kStep, from += kStep * source.stride, to += kStep * kPitch) {
+    for (int row = first; row < kRows; row += kStep, from += kStep * source.stride) {
+      T* to = elements + place(row, chunk);
       const int copied = row < rows ? size : 0;
       if (aligned) {
         const int bytes = copied * static_cast<int>(sizeof(T));
@@ -204,13 +214,13 @@ struct alignas(1024) AttentionTile {
     *reinterpret_cast<uint32_t*>(to) = std::is_same_v<T, BFloat16> ? ptx::pack_bf16x2(x, y) : ptx::pack_f16x2(x, y);
   }
 
-  // Rows [first, first + rows) to out + row * stride, by one warp.
-  __device__ void write_rows(T* out, int64_t stride, int first, int rows, int head_dim) const {
-    const bool aligned = is_aligned16(out) && stride % kChunk == 0;
+  // Rows [first, first + rows) to `target`, by one warp.
+  __device__ void write_rows(const Rows<T>& target, int first, int rows, int head_dim) const {
+    const bool aligned = is_aligned16(target.first) && target.stride % kChunk == 0;
     for (int i = threadIdx.x % kWarpSize; i < rows * kChunks; i += kWarpSize) {
-      const int row = first + i / kChunks, chunk = i % kChunks, size = min(head_dim - chunk * kChunk, kChunk);
-      const Vector16<T> vector = *reinterpret_cast<const Vector16<T>*>(elements + place(row, chunk));
-      T* to = out + row * stride + chunk * kChunk;
+      const int row = i / kChunks, chunk = i % kChunks, size = min(head_dim - chunk * kChunk, kChunk);
+      const Vector16<T> vector = *reinterpret_cast<const Vector16<T>*>(elements + place(first + row, chunk));
+      T* to = const_cast<T*>(target.from(row).first) + chunk * kChunk;
       if (aligned && size == kChunk) {
         *reinterpret_cast<Vector16<T>*>(to) = vector;
         continue;
@@ -222,5 +232,62 @@ struct alignas(1024) AttentionTile {
     }
   }
 };
+
+// acc = a b^T: 16 rows of a tile by kColumns rows of another. Addresses: a_address, b_address.
+template <typename A, typename B, int kColumns>
+__device__ inline void multiply_rows(uint32_t a_rows, uint32_t b_rows, float (&acc)[kColumns][4]) {
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+#pragma unroll 2  // more would hold more addresses than there are registers
+  for (int k = 0; k < A::kColumns / 16; ++k) {
+    uint32_t a[4];
+    ptx::ldmatrix_x4(a, A::fragment(a_rows, 0, k));
+#pragma unroll
+    for (int n = 0; n < kColumns / 2; ++n) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4(b, B::fragment(b_rows, 16 * n, k));
+      ptx::mma_m16n8k16<typename A::Element>(acc[2 * n], a, b[0], b[1]);
+      ptx::mma_m16n8k16<typename A::Element>(acc[2 * n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// acc += weights b: kRowTiles times 16 rows of weights, in registers, by the rows of a tile. Address:
+// transposed_b_address.
+template <typename B, int kRowTiles, int kDepth, int kColumns>
+__device__ inline void multiply_columns(const uint32_t (&weights)[kRowTiles][kDepth][4], uint32_t b_rows,
+                                        float (&acc)[kRowTiles][kColumns][4]) {
+#pragma unroll
+  for (int k = 0; k < kDepth; ++k) {
+#pragma unroll
+    for (int n = 0; n < kColumns / 2; ++n) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4_trans(b, B::fragment(b_rows, 16 * k, n));
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        ptx::mma_m16n8k16<typename B::Element>(acc[m][2 * n], weights[m][k], b[0], b[1]);
+        ptx::mma_m16n8k16<typename B::Element>(acc[m][2 * n + 1], weights[m][k], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// With an absolute error of some 1e-7, which is what matters to a score.
+__device__ inline float tanh_approx(float x) { return 1 - __fdividef(2.0f, 1 + ptx::exp2_approx(x * 2.88539008f)); }
+
+// What every launcher refuses, and the choice of the element.
+template <typename Params, typename F>
+const char* dispatch_attention_dtype(const Params& params, const F& f) {
+  const AttentionProblem& problem = params.problem;
+  if (problem.num_queries >= kMaxPositions || problem.num_keys >= kMaxPositions) {
+    return "q and k must have fewer than 2^29 rows";
+  }
+  for (const AttentionView& view : {problem.q, problem.k, problem.v}) {
+    if (view.row_stride > 0x7fffffff) return "q, k and v must have rows less than 2^31 elements apart";
+  }
+  if (problem.dtype == DType::kBFloat16) return f(TypeTag<BFloat16>{});
+  if (problem.dtype == DType::kFloat16) return f(TypeTag<Float16>{});
+  return "dtype must be bfloat16 or float16";
+}
 
 }  // namespace arfast

@@ -35,7 +35,7 @@ struct Softmax {
   float scale;                     // from scores to exponents of 2
 
   // A sink is a key that every row has seen, with a value of 0: its score is the first maximum, and it counts once.
-  __device__ Softmax(const AttentionProblem& problem, const QueryTile& tile, int head) {
+  __device__ Softmax(const AttentionProblem& problem, const SequenceTile& tile, int head) {
     const float softmax_scale = problem.softcap > 0 ? 1.0f : static_cast<float>(problem.softmax_scale);
     const bool has_sink = problem.sink != nullptr && !tile.padding;
     const float sink = has_sink ? static_cast<const float*>(problem.sink)[head] : -INFINITY;
@@ -76,50 +76,9 @@ struct Softmax {
 template <typename Shape>
 using Scores = float[Shape::kKeys / 8][4];
 template <typename Shape>
-using Weights = uint32_t[Shape::kKeys / 16][4];
+using Weights = uint32_t[Shape::kRowTiles][Shape::kKeys / 16][4];
 template <typename Shape>
 using Output = float[Shape::kRowTiles][Shape::kHeadDim / 8][4];
-
-// scores = q k^T of 16 queries and a tile of keys.
-template <typename Shape>
-__device__ void multiply_keys(uint32_t queries, uint32_t keys, Scores<Shape>& scores) {
-#pragma unroll
-  for (int n = 0; n < Shape::kKeys / 8; ++n) scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0;
-#pragma unroll 2  // more would hold more addresses than there are registers
-  for (int k = 0; k < Shape::kHeadDim / 16; ++k) {
-    uint32_t q[4];
-    ptx::ldmatrix_x4(q, Shape::Queries::fragment(queries, 0, k));
-#pragma unroll
-    for (int n = 0; n < Shape::kKeys / 16; ++n) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4(b, Shape::Keys::fragment(keys, 16 * n, k));
-      ptx::mma_m16n8k16<typename Shape::T>(scores[2 * n], q, b[0], b[1]);
-      ptx::mma_m16n8k16<typename Shape::T>(scores[2 * n + 1], q, b[2], b[3]);
-    }
-  }
-}
-
-// output += weights v
-template <typename Shape>
-__device__ void multiply_values(uint32_t values, const Weights<Shape> (&weights)[Shape::kRowTiles],
-                                Output<Shape>& output) {
-#pragma unroll
-  for (int k = 0; k < Shape::kKeys / 16; ++k) {
-#pragma unroll
-    for (int n = 0; n < Shape::kHeadDim / 16; ++n) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, Shape::Keys::fragment(values, 16 * k, n));
-#pragma unroll
-      for (int m = 0; m < Shape::kRowTiles; ++m) {
-        ptx::mma_m16n8k16<typename Shape::T>(output[m][2 * n], weights[m][k], b[0], b[1]);
-        ptx::mma_m16n8k16<typename Shape::T>(output[m][2 * n + 1], weights[m][k], b[2], b[3]);
-      }
-    }
-  }
-}
-
-// With an absolute error of some 1e-7, which is what matters to a score.
-__device__ float tanh_approx(float x) { return 1 - __fdividef(2.0f, 1 + ptx::exp2_approx(x * 2.88539008f)); }
 
 // Applies the softcap and hides what a query does not see. `first_query` is that of the 16.
 template <typename Shape>
@@ -148,12 +107,12 @@ __device__ void finish_scores(const AttentionProblem& problem, const KeyRange& v
 // The output and the log-sum-exp of the warp's queries. The output goes through the rows of smem.q that were this
 // warp's alone, and that it has read before the last barrier, so that whole vectors leave.
 template <typename Shape>
-__device__ void write_rows(const AttentionForwardParams& params, const QueryTile& tile, int head, int first_row,
+__device__ void write_rows(const AttentionForwardParams& params, const SequenceTile& tile, int head, int first_row,
                            const Softmax<Shape>& softmax, const Output<Shape>& output, typename Shape::Smem& smem) {
   using T = typename Shape::T;
   const AttentionProblem& problem = params.problem;
   const int lane = threadIdx.x % kWarpSize;
-  float* lse = static_cast<float*>(params.lse) + tile.statistic_index(problem, head);
+  float* lse = static_cast<float*>(params.lse) + tile.statistic_index(problem, head) + tile.first;
 #pragma unroll
   for (int m = 0; m < Shape::kRowTiles; ++m) {
 #pragma unroll
@@ -161,7 +120,7 @@ __device__ void write_rows(const AttentionForwardParams& params, const QueryTile
       const float sum = quad_sum(softmax.sum[m][half]);
       const float inverse = sum == 0 ? 0.0f : 1 / sum;
       const int row = first_row + 16 * m + 8 * half + lane / 4;
-      if (lane % 4 == 0 && row < tile.num_queries) {
+      if (lane % 4 == 0 && row < tile.num_rows) {
         lse[row] = softmax.max[m][half] * (softmax.scale / 1.44269504f) + logf(sum);
       }
 #pragma unroll
@@ -172,10 +131,10 @@ __device__ void write_rows(const AttentionForwardParams& params, const QueryTile
     }
   }
   __syncwarp();
-  T* out = static_cast<T*>(params.out) + tile.dense_index(problem, head);
-  const int64_t stride = problem.num_heads * problem.head_dim;
-  const int rows = min(tile.num_queries - first_row, Shape::kWarpQueries);
-  smem.q.write_rows(out, stride, first_row, rows, static_cast<int>(problem.head_dim));
+  const AttentionView out = dense_view(problem, params.out, problem.num_queries, problem.num_heads);
+  const int rows = min(tile.num_rows - first_row, Shape::kWarpQueries);
+  smem.q.write_rows(tile.queries<T>(out, head).from(tile.first + first_row), first_row, rows,
+                    static_cast<int>(problem.head_dim));
 }
 
 template <typename Shape>
@@ -184,15 +143,15 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
   typename Shape::Smem& smem = shared_storage<typename Shape::Smem>();
   const AttentionProblem& problem = params.problem;
   const int head = static_cast<int>(blockIdx.x % problem.num_heads);
-  const QueryTile tile = find_query_tile<Shape::kQueries>(problem, blockIdx.x / problem.num_heads);
-  if (tile.num_queries <= 0) return;
+  const SequenceTile tile = find_tile<Shape::kQueries, false>(problem, blockIdx.x / problem.num_heads);
+  if (tile.num_rows <= 0) return;
   const int kv_head = head / static_cast<int>(problem.num_heads / problem.num_kv_heads);
-  const Rows<T> q = tile.query_rows<T>(problem.q, head), k = tile.key_rows<T>(problem.k, kv_head),
-                v = tile.key_rows<T>(problem.v, kv_head);
+  const Rows<T> q = tile.queries<T>(problem.q, head).from(tile.first), k = tile.keys<T>(problem.k, kv_head),
+                v = tile.keys<T>(problem.v, kv_head);
   const int head_dim = static_cast<int>(problem.head_dim);
   const KeyRange visible(problem, tile);
-  const int last_query = tile.first_query + tile.num_queries - 1;
-  const int first_tile = visible.begin(tile.first_query) / Shape::kKeys;
+  const int last_query = tile.first + tile.num_rows - 1;
+  const int first_tile = visible.begin(tile.first) / Shape::kKeys;
   const int end_tile = (visible.end(last_query) + Shape::kKeys - 1) / Shape::kKeys;
   const int first_row = static_cast<int>(threadIdx.x) / kWarpSize * Shape::kWarpQueries;
 
@@ -207,7 +166,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
     ptx::cp_async_commit();
   };
   if (first_tile < end_tile) {
-    smem.q.template load<Shape::kThreads>(q, tile.num_queries, head_dim);
+    smem.q.template load<Shape::kThreads>(q, tile.num_rows, head_dim);
     load_tile(smem.k, k, end_tile - 1);
   }
   for (int key_tile = end_tile - 1; key_tile >= first_tile; --key_tile) {
@@ -215,15 +174,15 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
     __syncthreads();  // the keys are there, and nobody reads the last values any more
     load_tile(smem.v, v, key_tile);
     const int first_key = key_tile * Shape::kKeys;
-    const bool masked =
-        first_key < visible.begin(last_query) || first_key + Shape::kKeys > visible.end(tile.first_query);
+    const bool masked = first_key < visible.begin(last_query) || first_key + Shape::kKeys > visible.end(tile.first);
     // 16 queries after the other: their exponentials and the products of the next ones overlap.
-    Weights<Shape> weights[Shape::kRowTiles];
+    Weights<Shape> weights;
 #pragma unroll
     for (int m = 0; m < Shape::kRowTiles; ++m) {
       Scores<Shape> scores;
-      multiply_keys<Shape>(Shape::Queries::fragment(q_address, 16 * m, 0), k_address, scores);
-      finish_scores<Shape>(problem, visible, tile.first_query + first_row + 16 * m, first_key, masked, scores);
+      multiply_rows<typename Shape::Queries, typename Shape::Keys>(Shape::Queries::fragment(q_address, 16 * m, 0),
+                                                                   k_address, scores);
+      finish_scores<Shape>(problem, visible, tile.first + first_row + 16 * m, first_key, masked, scores);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float factor = softmax.update(m, half, scores);
@@ -241,17 +200,15 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
     ptx::cp_async_wait<0>();
     __syncthreads();  // the values are there, and nobody reads these keys any more
     if (key_tile > first_tile) load_tile(smem.k, k, key_tile - 1);
-    multiply_values<Shape>(v_address, weights, output);
+    multiply_columns<typename Shape::Keys>(weights, v_address, output);
   }
   write_rows<Shape>(params, tile, head, first_row, softmax, output, smem);
 }
 
 template <typename Shape>
 const char* launch_shape(const AttentionForwardParams& params, void* stream) {
-  const int64_t blocks = num_query_tiles<Shape::kQueries>(params.problem) * params.problem.num_heads;
-  if (params.problem.num_queries >= kMaxPositions || params.problem.num_keys >= kMaxPositions) {
-    return "q and k must have fewer than 2^29 rows";
-  }
+  const int64_t blocks =
+      num_tiles<Shape::kQueries>(params.problem, params.problem.num_queries) * params.problem.num_heads;
   if (blocks > 0x7fffffff) return "the number of query tiles times heads must be below 2^31";
   const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(Shape::kThreads), sizeof(typename Shape::Smem)};
   return launch(attention_forward_kernel<Shape>, shape, stream, params);
@@ -269,14 +226,8 @@ const char* launch_forward(const AttentionForwardParams& params, void* stream) {
 }  // namespace
 
 const char* attention_forward_cuda(const AttentionForwardParams& params, void* stream) {
-  switch (params.problem.dtype) {
-    case DType::kBFloat16:
-      return launch_forward<BFloat16>(params, stream);
-    case DType::kFloat16:
-      return launch_forward<Float16>(params, stream);
-    default:
-      return "dtype must be bfloat16 or float16";
-  }
+  return dispatch_attention_dtype(
+      params, [&](auto tag) { return launch_forward<typename decltype(tag)::type>(params, stream); });
 }
 
 }  // namespace arfast
