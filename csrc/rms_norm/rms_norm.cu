@@ -4,7 +4,7 @@
 //
 // Memory bound. Element moves, each of 2 or 4 bytes: 2 (x -> out), with a residual 4 (x, residual -> sum, out). torch's
 // own norm needs the addition as a kernel before it, together 5; spelled out in torch operations, the norm moves some
-// 34 bytes per element of bfloat16 (to float32, square, mean, scale, to bfloat16, weight) for 4 here.
+// 36 bytes per element of bfloat16 (to float32, square, mean, scale, to bfloat16, weight) for 4 here.
 #include "core/runtime.cuh"
 #include "rms_norm/rms_norm.h"
 #include "rms_norm/team.cuh"

@@ -3,8 +3,8 @@
 // order: which rows a block has depends on the sizes alone, so the bits are the same on every GPU.
 //
 // Memory bound. Element moves, each of 2 or 4 bytes: 3 (dout, x -> dx), or 4 with dsum, for which torch's own norm
-// needs an addition after it, together 6. The partial sums add at most 1 / 8 of a float each way, mostly in the L2
-// cache.
+// needs an addition after it, together 6. A partial sum is written and read once for rows_per_partial elements, mostly
+// in the L2 cache.
 #include "core/runtime.cuh"
 #include "rms_norm/rms_norm.h"
 #include "rms_norm/team.cuh"

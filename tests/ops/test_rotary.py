@@ -41,6 +41,13 @@ def test_equals_complex_multiplication(device):
     torch.testing.assert_close(rotary(x, cos, sin), torch.cat((z.real, z.imag), -1))
 
 
+@pytest.mark.not_emulated
+def test_float64(device):
+    """On a GPU, by the reference."""
+    x, (cos, sin) = torch.randn(9, 2, 8, dtype=torch.float64).to(device), tables(9, 8, device)
+    torch.testing.assert_close(rotary(x, cos, sin), rotary_reference(x, cos, sin), rtol=1e-14, atol=1e-14)
+
+
 def test_gradcheck():
     x, (cos, sin) = torch.randn(4, 2, 6, dtype=torch.float64, requires_grad=True), tables(2, 6)
     assert torch.autograd.gradcheck(lambda t: rotary(t, cos, sin), x)

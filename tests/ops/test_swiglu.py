@@ -37,6 +37,12 @@ def test_forward_and_backward(rows, size, dtype, device, poisoned):
     check(random(device, dtype, rows, size), random(device, dtype, rows, size))
 
 
+@pytest.mark.not_emulated
+def test_float64(device):
+    """On a GPU, by the reference."""
+    check(random(device, torch.float64, 9, 65), random(device, torch.float64, 9, 65))
+
+
 @pytest.mark.parametrize("scale", [30.0, 1e4, 0.0])
 def test_extreme_values(scale, device):
     check(random(device, torch.float32, 9, 65) * scale, random(device, torch.float32, 9, 65))
