@@ -24,6 +24,11 @@ def in_autocast(tensor: torch.Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def has_kernel(tensor: torch.Tensor) -> bool:
+    """Whether the kernels of an elementwise op serve the tensor's device and dtype (meta: its fake implementation)."""
+    return tensor.device.type in ("cpu", "meta") or (tensor.is_cuda and tensor.dtype != torch.float64)
+
+
 def register_fake(name: str):
     """torch.library.register_fake for `arfast::<name>`, with the check of devices that the binding makes elsewhere.
 

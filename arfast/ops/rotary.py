@@ -5,7 +5,7 @@ Channels are paired as Hugging Face (and GPT-NeoX) pairs them: i with i + D / 2.
 
 import torch
 
-from arfast.ops._library import needs_grad, register_fake
+from arfast.ops._library import has_kernel, needs_grad, register_fake
 
 _ops = torch.ops.arfast
 
@@ -24,14 +24,14 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     Raises:
         RuntimeError: `rotary: <argument> must <rule>, got <actual>`.
 
-    Runs on the CPU; elsewhere it is the same formula in torch's own operations.
+    Where there is no kernel (float64 on a GPU), it is the same formula in torch's own operations.
 
     Example:
         >>> angles = torch.arange(5.0)[:, None] * torch.tensor([1.0, 0.1])
         >>> rotary(torch.randn(2, 5, 3, 4), angles.cos(), angles.sin()).shape
         torch.Size([2, 5, 3, 4])
     """
-    if x.device.type not in ("cpu", "meta"):
+    if not has_kernel(x):
         return rotary_reference(x, cos, sin)
     if x.dim() < 3:
         raise RuntimeError(f"rotary: x must have shape [..., H, D] with at least 3 dimensions, got {list(x.shape)}")

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from arfast.ops._library import needs_grad, register_fake
+from arfast.ops._library import has_kernel, needs_grad, register_fake
 
 _ops = torch.ops.arfast
 
@@ -21,13 +21,13 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     Raises:
         RuntimeError: `swiglu: <argument> must <rule>, got <actual>`.
 
-    Runs on the CPU; elsewhere it is the same formula in torch's own operations.
+    Where there is no kernel (float64 on a GPU), it is the same formula in torch's own operations.
 
     Example:
         >>> swiglu(torch.randn(3, 8), torch.randn(3, 8)).shape
         torch.Size([3, 8])
     """
-    if gate.device.type not in ("cpu", "meta"):
+    if not has_kernel(gate):
         return swiglu_reference(gate, up)
     if gate.dim() != 2:
         if up.shape != gate.shape:

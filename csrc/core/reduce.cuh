@@ -11,8 +11,10 @@ namespace arfast {
 
 constexpr int kWarpSize = 32;
 
+// The sum over every `kLanes` neighbouring lanes of a warp, given to each of them.
+template <int kLanes = kWarpSize>
 __device__ inline float warp_sum(float value) {
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
   return value;
 }
 

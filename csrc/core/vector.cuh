@@ -42,12 +42,29 @@ struct alignas(16) Vector16 {
   T elements[kSize];
 };
 
+// Vectors that hold `size` elements.
+template <typename T>
+__host__ __device__ inline int64_t vectors_of(int64_t size) {
+  return (size + Vector16<T>::kSize - 1) / Vector16<T>::kSize;
+}
+
 template <typename T>
 __device__ inline Vector16<T> filled_with(float value) {
   Vector16<T> vector;
 #pragma unroll
   for (int i = 0; i < Vector16<T>::kSize; ++i) vector.elements[i] = from_float<T>(value);
   return vector;
+}
+
+// A vector as the load instruction leaves it. What waits in registers waits like this: two elements of 16 bits share a
+// register, and no thread waits for the memory before it takes elements out.
+template <typename T>
+__device__ inline uint4 to_bits(const Vector16<T>& vector) {
+  return reinterpret_cast<const uint4&>(vector);
+}
+template <typename T>
+__device__ inline Vector16<T> from_bits(const uint4& bits) {
+  return reinterpret_cast<const Vector16<T>&>(bits);
 }
 
 template <typename T>

@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(Tensor x, std::optional<Tens
   return {out, sum, rstd};
 }
 
-// -> (dx [N, D], partial sums of dweight [blocks, D] in float)
+// -> (dx [N, D], dweight [D])
 std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dout, std::optional<Tensor> dsum, Tensor x, Tensor weight,
                                              Tensor rstd) {
   check_shape(kOp, "x", x, "[N, D]", {kAny, kAny});
@@ -76,7 +76,11 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dout, std::optional<Tensor> 
 
   const int64_t rows = x.size(0), size = x.size(1);
   Tensor dx = new_empty(x, {rows, size}, x.scalar_type());
-  Tensor dweight = new_empty(x, {(rows + kRmsNormBlock - 1) / kRmsNormBlock, size}, statistics_dtype(dtype));
+  if (rows == 0 || size == 0) return {dx, new_zeros(x, {size}, x.scalar_type())};
+  const int64_t rows_per_partial = rms_norm_rows_per_partial(rows, on_cpu(x));
+  const int64_t num_partials = (rows + rows_per_partial - 1) / rows_per_partial;
+  Tensor partials = new_empty(x, {num_partials, size}, statistics_dtype(dtype));
+  Tensor dweight = new_empty(x, {size}, x.scalar_type());
   const RmsNormBackwardParams params{
       .dtype = dtype,
       .num_rows = rows,
@@ -89,10 +93,11 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dout, std::optional<Tensor> 
       .dout_stride = dout.stride(0),
       .dsum_stride = stride_or_zero(dsum, 0),
       .x_stride = x.stride(0),
+      .rows_per_partial = rows_per_partial,
       .dx = dx.data_ptr(),
+      .partials = static_cast<float*>(partials.data_ptr()),
       .dweight = dweight.data_ptr(),
   };
-  if (rows == 0 || size == 0) return {dx, dweight};
   run(kOp, x, params, rms_norm_backward_cpu, rms_norm_backward_cuda);
   return {dx, dweight};
 }

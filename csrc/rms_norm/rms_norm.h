@@ -26,7 +26,7 @@ struct RmsNormForwardParams {
 };
 
 struct RmsNormBackwardParams {
-  DType dtype;          // of dout, dsum, x, weight, dx
+  DType dtype;          // of dout, dsum, x, weight, dx, dweight
   int64_t num_rows;     // N
   int64_t hidden_size;  // D
   const void* dout;     // [N, D]
@@ -37,13 +37,20 @@ struct RmsNormBackwardParams {
   int64_t dout_stride;
   int64_t dsum_stride;
   int64_t x_stride;
-  void* dx;       // [N, D], dense
-  void* dweight;  // [num_blocks, D], float (double for kFloat64): one partial sum per block of kRmsNormBlock rows
+  int64_t rows_per_partial;
+  void* dx;         // [N, D], dense
+  float* partials;  // [P, D]: the sums of dweight over rows_per_partial rows each; double when dtype is kFloat64
+  void* dweight;    // [D]
 };
 
-// Rows per partial sum of dweight. Fixed, so that the sum does not depend on the number of threads or of
-// multiprocessors.
-constexpr int64_t kRmsNormBlock = 32;
+// Rows per partial sum of dweight: a function of the sizes alone, so that the sum depends neither on the number of
+// threads nor on that of multiprocessors. On a GPU one block adds them up: 396 blocks are three for each of 132
+// multiprocessors, and with at least 8 rows the partial sums stay small beside the rows.
+inline int64_t rms_norm_rows_per_partial(int64_t num_rows, bool on_cpu) {
+  if (on_cpu) return 32;
+  const int64_t rows = (num_rows + 395) / 396;
+  return rows > 8 ? rows : 8;
+}
 
 ARFAST_CPU_FUNCTION(rms_norm_forward, RmsNormForwardParams)
 ARFAST_CPU_FUNCTION(rms_norm_backward, RmsNormBackwardParams)

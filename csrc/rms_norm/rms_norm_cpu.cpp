@@ -79,10 +79,22 @@ void rms_norm_forward(const RmsNormForwardParams& params) {
 void rms_norm_backward(const RmsNormBackwardParams& params) {
   dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    parallel_blocks(params.num_rows, kRmsNormBlock, [&](int64_t block, int64_t begin, int64_t end) {
-      Acc<T>* dweight = static_cast<Acc<T>*>(params.dweight) + block * params.hidden_size;
-      for (int64_t i = 0; i < params.hidden_size; ++i) dweight[i] = 0;
+    const int64_t size = params.hidden_size;
+    Acc<T>* partials = reinterpret_cast<Acc<T>*>(params.partials);
+    parallel_blocks(params.num_rows, params.rows_per_partial, [&](int64_t block, int64_t begin, int64_t end) {
+      Acc<T>* dweight = partials + block * size;
+      for (int64_t i = 0; i < size; ++i) dweight[i] = 0;
       for (int64_t row = begin; row < end; ++row) backward_row<T>(params, row, dweight);
+    });
+    const int64_t num_partials = (params.num_rows + params.rows_per_partial - 1) / params.rows_per_partial;
+    parallel_for(size, grain_for(num_partials), [&](int64_t begin, int64_t end) {
+      for_each_vector<T>(end - begin, [&](int64_t i, int count) {
+        Vec<T> sum{};
+        for (int64_t block = 0; block < num_partials; ++block) {
+          sum += load_lanes(partials + block * size + begin + i, count);
+        }
+        store_lanes(static_cast<T*>(params.dweight) + begin + i, sum, count);
+      });
     });
   });
 }

@@ -27,7 +27,7 @@ Tensor rotary(Tensor x, Tensor cos, Tensor sin, bool inverse) {
   sin = to_contiguous(sin);
   Tensor out = new_empty(x, {rows, heads, size}, x.scalar_type());
   if (out.numel() == 0) return out;
-  rotary_cpu({
+  const RotaryParams params{
       .dtype = dtype,
       .num_rows = rows,
       .num_heads = heads,
@@ -40,7 +40,8 @@ Tensor rotary(Tensor x, Tensor cos, Tensor sin, bool inverse) {
       .sin = static_cast<const float*>(sin.data_ptr()),
       .inverse = inverse,
       .out = out.data_ptr(),
-  });
+  };
+  run(kOp, x, params, rotary_cpu, rotary_cuda);
   return out;
 }
 
@@ -48,5 +49,6 @@ Tensor rotary(Tensor x, Tensor cos, Tensor sin, bool inverse) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) { m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor"); }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) { m.impl("rotary", TORCH_BOX(&rotary)); }
+STABLE_TORCH_LIBRARY_IMPL(arfast, CUDA, m) { m.impl("rotary", TORCH_BOX(&rotary)); }
 
 }  // namespace arfast

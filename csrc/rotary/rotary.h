@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/cpu_target.h"
+#include "core/cuda_function.h"
 #include "core/dtype.h"
 
 namespace arfast {
@@ -24,5 +25,6 @@ struct RotaryParams {
 };
 
 ARFAST_CPU_FUNCTION(rotary, RotaryParams)
+ARFAST_CUDA_FUNCTION(rotary, RotaryParams)
 
 }  // namespace arfast

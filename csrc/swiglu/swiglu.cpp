@@ -24,7 +24,7 @@ Tensor swiglu_forward(Tensor gate, Tensor up) {
   up = with_dense_rows(up);
   Tensor out = new_empty(gate, {gate.size(0), gate.size(1)}, gate.scalar_type());
   if (out.numel() == 0) return out;
-  swiglu_forward_cpu({
+  const SwigluForwardParams params{
       .dtype = dtype,
       .num_rows = gate.size(0),
       .size = gate.size(1),
@@ -33,7 +33,8 @@ Tensor swiglu_forward(Tensor gate, Tensor up) {
       .gate_stride = gate.stride(0),
       .up_stride = up.stride(0),
       .out = out.data_ptr(),
-  });
+  };
+  run(kOp, gate, params, swiglu_forward_cpu, swiglu_forward_cuda);
   return out;
 }
 
@@ -49,7 +50,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(Tensor dout, Tensor gate, Tensor up) 
   Tensor dgate = new_empty(gate, {gate.size(0), gate.size(1)}, gate.scalar_type());
   Tensor dup = new_empty(gate, {gate.size(0), gate.size(1)}, gate.scalar_type());
   if (dgate.numel() == 0) return {dgate, dup};
-  swiglu_backward_cpu({
+  const SwigluBackwardParams params{
       .dtype = dtype,
       .num_rows = gate.size(0),
       .size = gate.size(1),
@@ -61,7 +62,8 @@ std::tuple<Tensor, Tensor> swiglu_backward(Tensor dout, Tensor gate, Tensor up) 
       .up_stride = up.stride(0),
       .dgate = dgate.data_ptr(),
       .dup = dup.data_ptr(),
-  });
+  };
+  run(kOp, gate, params, swiglu_backward_cpu, swiglu_backward_cuda);
   return {dgate, dup};
 }
 
@@ -72,6 +74,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
   m.def("swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) {
+  m.impl("swiglu_forward", TORCH_BOX(&swiglu_forward));
+  m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(arfast, CUDA, m) {
   m.impl("swiglu_forward", TORCH_BOX(&swiglu_forward));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
 }

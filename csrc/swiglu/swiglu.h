@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/cpu_target.h"
+#include "core/cuda_function.h"
 #include "core/dtype.h"
 
 namespace arfast {
@@ -35,5 +36,7 @@ struct SwigluBackwardParams {
 
 ARFAST_CPU_FUNCTION(swiglu_forward, SwigluForwardParams)
 ARFAST_CPU_FUNCTION(swiglu_backward, SwigluBackwardParams)
+ARFAST_CUDA_FUNCTION(swiglu_forward, SwigluForwardParams)
+ARFAST_CUDA_FUNCTION(swiglu_backward, SwigluBackwardParams)
 
 }  // namespace arfast
