@@ -144,6 +144,14 @@ ARFAST_PTX void mbarrier_arrive_remote(uint32_t cluster_address) {
   ARFAST_SM90(
       asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address) : "memory"));
 }
+
+// As mbarrier_arrive_remote for what this thread did in the block's shared memory alone: unlike that one, it does not
+// wait for the thread's stores to global memory.
+ARFAST_PTX void mbarrier_arrive_remote_shared(uint32_t cluster_address) {
+  ARFAST_SM90(
+      asm volatile("fence.release.sync_restrict::shared::cta.cluster;\n"
+                   "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address) : "memory"));
+}
 ARFAST_PTX void mbarrier_expect_tx(uint32_t bar, uint32_t bytes) {
   ARFAST_SM90(
       asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory"));

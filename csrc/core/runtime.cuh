@@ -8,6 +8,10 @@
 #include "emulator/device.h"
 #else
 #include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <tuple>
 #endif
 
 #include <cstddef>
@@ -48,13 +52,18 @@ __device__ inline Storage& shared_storage() {
 inline int device_multiprocessors() { return emulator::multiprocessors(); }
 inline int device_capability() { return emulator::capability(); }
 
+// One block per multiprocessor, but at least a cluster.
+template <typename Kernel>
+int resident_clusters(Kernel, const LaunchShape& shape) {
+  const int clusters = device_multiprocessors() / static_cast<int>(shape.cluster);
+  return clusters > 0 ? clusters : 1;
+}
+
 #else
 
-// Runs `kernel(arguments...)`; nullptr, or the text of the error. More than 48 KiB of shared memory, and clusters of
-// more than 8 blocks, are asked for explicitly.
-template <typename... Parameters, typename... Arguments>
-const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
-                   const Arguments&... arguments) {
+// Grants a kernel the shared memory and the cluster size that it is launched with, where they are not granted to all.
+template <typename Kernel>
+cudaError_t allow_shape(Kernel kernel, const LaunchShape& shape) {
   cudaError_t error = cudaSuccess;
   if (shape.shared_bytes > 48 * 1024) {
     error =
@@ -63,26 +72,43 @@ const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, void
   if (error == cudaSuccess && shape.cluster > 8) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config{};
-  config.gridDim = shape.grid;
-  config.blockDim = shape.block;
-  config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  if (shape.cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = shape.cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return error;
+}
+
+// CUDA's description of a launch. It points into itself.
+struct LaunchConfig : cudaLaunchConfig_t {
+  cudaLaunchAttribute storage[2];
+
+  LaunchConfig(const LaunchShape& shape, void* on_stream) : cudaLaunchConfig_t{} {
+    gridDim = shape.grid;
+    blockDim = shape.block;
+    dynamicSmemBytes = shape.shared_bytes;
+    stream = static_cast<cudaStream_t>(on_stream);
+    attrs = storage;
+    if (shape.cluster > 1) {
+      cudaLaunchAttribute& attribute = storage[numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = shape.cluster;
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    }
+    if (shape.programmatic) {
+      cudaLaunchAttribute& attribute = storage[numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
   }
-  if (shape.programmatic) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+  LaunchConfig(const LaunchConfig&) = delete;
+};
+
+// Runs `kernel(arguments...)`; nullptr, or the text of the error.
+template <typename... Parameters, typename... Arguments>
+const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
+                   const Arguments&... arguments) {
+  cudaError_t error = allow_shape(kernel, shape);
+  if (error == cudaSuccess) {
+    const LaunchConfig config(shape, stream);
+    error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   }
-  error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -105,6 +131,32 @@ inline int device_multiprocessors() { return device_attribute(cudaDevAttrMultiPr
 // 80 for compute capability 8.0.
 inline int device_capability() {
   return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
+// How many clusters of `shape` the current device runs at once; 0 when it cannot run them. The driver is asked once.
+template <typename Kernel>
+int resident_clusters(Kernel kernel, const LaunchShape& shape) {
+  int device = 0, clusters = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  static std::mutex mutex;
+  static std::map<std::tuple<int, Kernel, unsigned>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, is_new] = known.try_emplace({device, kernel, shape.cluster}, 0);
+  if (!is_new) return entry->second;
+  cudaError_t error = allow_shape(kernel, shape);
+  if (error == cudaSuccess && shape.cluster > 1) {
+    LaunchShape one = shape;
+    one.grid = dim3(shape.cluster);
+    const LaunchConfig config(one, nullptr);
+    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  } else if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, kernel, static_cast<int>(shape.block.x),
+                                                          shape.shared_bytes);
+    clusters *= device_multiprocessors();
+  }
+  if (error == cudaSuccess) entry->second = clusters;
+  cudaGetLastError();  // refused: not an error of the next launch
+  return entry->second;
 }
 
 #endif
