@@ -29,22 +29,12 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) cross_entropy_row_ke
   const RowOf<const T> in(static_cast<const T*>(params.logits) + row * params.logits_stride, params.vocab_size);
   HeldVectors<T, kThreads> mine{static_cast<int>(threadIdx.x), static_cast<int>(in.num_vectors())};
   mine.for_each([&](Vector16<T>& logits, int j) { logits = in.load(j); });
-  RowStatistics statistics;
   TargetLogit of_target;
-  mine.for_each([&](const Vector16<T>& logits, int j) {
-    add_vector(params, logits, in.column(j), statistics);
-    of_target.look_in(logits, in.column(j), target);
-  });
+  const RowStatistics statistics = held_statistics(params, in, target, mine, of_target);
   const RowStatistics all = combine_block<kThreads>(statistics, smem.of_warps);
 
-  if (of_target.held) {
-    finish_row(params, row, all, target, capped(of_target.z, static_cast<float>(params.softcap)));
-  }
-  const GradientScales scales = gradient_scales(params, row, target, all.max, all.sum, logf(all.sum));
-  const RowOf<T> out(static_cast<T*>(params.dlogits) + row * params.dlogits_stride, params.vocab_size);
-  mine.for_each([&](const Vector16<T>& logits, int j) {
-    out.store(in.column(j), gradient_of(params, logits, in.column(j), target, scales));
-  });
+  finish_target(params, row, all, target, of_target);
+  store_gradient(params, row, all, target, in, mine);
 }
 
 // Loss and statistics of a row by one block.

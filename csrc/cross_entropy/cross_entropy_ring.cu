@@ -13,10 +13,10 @@ namespace {
 template <int kThreads>
 struct Smem {
   static constexpr int kWarps = kThreads / kWarpSize;
-  uint4 ring[kRingMinStages * kThreads * kHeldVectors];
-  RowStatistics of_warps[2][kRingMaxBlocks * kWarps];  // of the cluster, in turn for one row and the next
+  uint4 stages[kRingMinStages * kThreads * kHeldVectors];
+  RowStatistics of_warps[2][kRingMaxBlocks * kWarps];  // of the cluster's warps, in turn for one row and the next
   int64_t targets[kRingMaxStages];                     // of the rows in the stages
-  uint64_t full[kRingMaxStages];                       // a stage's part and target have arrived
+  uint64_t full[kRingMaxStages];                       // a stage's logits and target have arrived
   uint64_t empty[kRingMaxStages];                      // every warp is done with a stage
   uint64_t exchanged[2];                               // all of of_warps has arrived
 };
@@ -35,134 +35,148 @@ struct Part {
     copied_first = max(first, in.column(0) < 0 ? 1 : 0);
     copied_last = max(copied_first, min(last, in.column(size) > in.size() ? size - 1 : size));
   }
-  __device__ bool copied(int j) const { return j >= copied_first && j < copied_last; }
 };
 
-template <typename T>
-__device__ RowOf<const T> logits_of(const CrossEntropyParams& params, int64_t row) {
-  return {static_cast<const T*>(params.logits) + row * params.logits_stride, params.vocab_size};
-}
-
-template <int kThreads>
-__device__ void init_barriers(Smem<kThreads>& smem, const RingShape& shape) {
-  for (int s = 0; s < shape.stages; ++s) {
-    ptx::mbarrier_init(ptx::shared_address(&smem.full[s]), 1);
-    ptx::mbarrier_init(ptx::shared_address(&smem.empty[s]), Smem<kThreads>::kWarps);
-  }
-  for (uint64_t& exchanged : smem.exchanged) ptx::mbarrier_init(ptx::shared_address(&exchanged), shape.blocks);
-  ptx::fence_mbarrier_init();
-}
-
-// Sends for the block's part of a row, by one thread. A row without a loss takes its turn in the ring too, empty.
+// A block of a cluster with its ring. Stages, and slots of of_warps, are named by the caller.
 template <typename T, int kThreads>
-__device__ void fill_stage(const CrossEntropyParams& params, const RingShape& shape, Smem<kThreads>& smem, int stage,
-                           int64_t row, int64_t target, int rank) {
-  smem.targets[stage] = target;
-  const uint32_t full = ptx::shared_address(&smem.full[stage]);
-  float instead;
-  if (!row_counts(params, target, &instead)) return ptx::mbarrier_arrive(full);
-  const RowOf<const T> in = logits_of<T>(params, row);
-  const Part part(in, rank, shape.part_vectors);
-  const uint32_t bytes = 16 * (part.copied_last - part.copied_first);
-  ptx::mbarrier_arrive_expect_tx(full, bytes);
-  if (bytes == 0) return;
-  const uint4* place = &smem.ring[stage * shape.part_vectors + part.copied_first - part.first];
-  ptx::bulk_load(ptx::shared_address(place), in.vector(part.copied_first), bytes, full);
-}
+struct Ring {
+  static constexpr int kWarps = kThreads / kWarpSize;
+  using Held = HeldVectors<T, kThreads>;
 
-// A warp's statistics go to all blocks of the cluster.
-template <int kThreads>
-__device__ void send(Smem<kThreads>& smem, const RowStatistics& of_warp, int slot, int rank, int blocks) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  if (lane >= blocks) return;
-  const uint32_t place = ptx::shared_address(&smem.of_warps[slot][rank * Smem<kThreads>::kWarps + warp]);
-  const uint4 value = make_uint4(__float_as_uint(of_warp.max), __float_as_uint(of_warp.sum),
-                                 __float_as_uint(of_warp.shifted), __float_as_uint(of_warp.weight));
-  ptx::store_async(ptx::map_to_rank(place, lane), value,
-                   ptx::map_to_rank(ptx::shared_address(&smem.exchanged[slot]), lane));
-}
+  const CrossEntropyParams& params;
+  const RingShape& shape;
+  Smem<kThreads>& smem;
+  int rank, lane, warp;
 
-// Says to all blocks of the cluster, by the first warp, that this one no longer reads the other slot: they may send the
-// next row's statistics there once they have all of this row's.
-template <int kThreads>
-__device__ void allow_next(Smem<kThreads>& smem, int slot, int rank, int blocks) {
-  const int lane = threadIdx.x;
-  const uint32_t exchanged = ptx::shared_address(&smem.exchanged[slot]);
-  if (lane == rank) {
-    ptx::mbarrier_arrive_expect_tx(exchanged, blocks * Smem<kThreads>::kWarps * sizeof(RowStatistics));
-  } else if (lane < blocks) {
-    ptx::mbarrier_arrive_remote_shared(ptx::map_to_rank(exchanged, lane));
+  __device__ Ring(const CrossEntropyParams& all_params, const RingShape& ring_shape)
+      : params(all_params), shape(ring_shape), smem(shared_storage<Smem<kThreads>>()) {
+    rank = static_cast<int>(blockIdx.x) % shape.blocks;
+    lane = threadIdx.x % kWarpSize;
+    warp = threadIdx.x / kWarpSize;
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < shape.stages; ++s) {
+        ptx::mbarrier_init(ptx::shared_address(&smem.full[s]), 1);
+        ptx::mbarrier_init(ptx::shared_address(&smem.empty[s]), kWarps);
+      }
+      for (uint64_t& exchanged : smem.exchanged) ptx::mbarrier_init(ptx::shared_address(&exchanged), shape.blocks);
+      ptx::fence_mbarrier_init();
+    }
+    ptx::cluster_sync();
   }
-}
+
+  __device__ RowOf<const T> logits(int64_t row) const {
+    return {static_cast<const T*>(params.logits) + row * params.logits_stride, params.vocab_size};
+  }
+  __device__ Part part_of(const RowOf<const T>& in) const { return {in, rank, shape.part_vectors}; }
+
+  // By one thread. A row without a loss takes its turn too, with nothing to copy.
+  __device__ void fill(int stage, int64_t row, int64_t target) const {
+    smem.targets[stage] = target;
+    const uint32_t full = ptx::shared_address(&smem.full[stage]);
+    float instead;
+    if (!row_counts(params, target, &instead)) return ptx::mbarrier_arrive(full);
+    const RowOf<const T> in = logits(row);
+    const Part part = part_of(in);
+    const uint32_t bytes = 16 * (part.copied_last - part.copied_first);
+    ptx::mbarrier_arrive_expect_tx(full, bytes);
+    if (bytes == 0) return;
+    const uint4* place = &smem.stages[stage * shape.part_vectors + part.copied_first - part.first];
+    ptx::bulk_load(ptx::shared_address(place), in.vector(part.copied_first), bytes, full);
+  }
+
+  // The thread's vectors of a part that has arrived; those at the ends of a row, which may be no whole ones, from where
+  // they are.
+  __device__ void take(int stage, const RowOf<const T>& in, const Part& part, Held& mine) const {
+    const uint4* arrived = &smem.stages[stage * shape.part_vectors];
+    mine.for_each([&](Vector16<T>& vector, int j) {
+      const bool copied = j >= part.copied_first && j < part.copied_last;
+      if (copied) vector = reinterpret_cast<const Vector16<T>&>(arrived[j - part.first]);
+    });
+    if (mine.first < part.copied_first) mine.vectors[0] = in.load(mine.first);
+    const int tail = part.copied_last;
+    if (tail >= part.last || (tail - mine.first) % kThreads != 0) return;
+    const Vector16<T> of_tail = in.load(tail);
+    mine.for_each([&](Vector16<T>& vector, int j) { vector = j == tail ? of_tail : vector; });
+  }
+
+  // By every warp, of what it read of the stage. It also is done with the statistics of the row before.
+  __device__ void release(int stage) const {
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&smem.empty[stage]));
+  }
+
+  // A warp's statistics go to all blocks of the cluster.
+  __device__ void send(const RowStatistics& of_warp, int slot) const {
+    if (lane >= shape.blocks) return;
+    const uint32_t place = ptx::shared_address(&smem.of_warps[slot][rank * kWarps + warp]);
+    const uint4 value = make_uint4(__float_as_uint(of_warp.max), __float_as_uint(of_warp.sum),
+                                   __float_as_uint(of_warp.shifted), __float_as_uint(of_warp.weight));
+    ptx::store_async(ptx::map_to_rank(place, lane), value,
+                     ptx::map_to_rank(ptx::shared_address(&smem.exchanged[slot]), lane));
+  }
+
+  // By the first warp, once all have released this row's stage: the block no longer reads the other slot. A block that
+  // has heard so from all, and has this row's statistics, may send the next row's there.
+  __device__ void allow_next(int slot) const {
+    const uint32_t exchanged = ptx::shared_address(&smem.exchanged[slot]);
+    if (lane == rank) {
+      ptx::mbarrier_arrive_expect_tx(exchanged, shape.blocks * kWarps * sizeof(RowStatistics));
+    } else if (lane < shape.blocks) {
+      ptx::mbarrier_arrive_remote_shared(ptx::map_to_rank(exchanged, lane));
+    }
+  }
+
+  __device__ RowStatistics receive(int slot, uint32_t parity) const {
+    ptx::mbarrier_wait_cluster(ptx::shared_address(&smem.exchanged[slot]), parity);
+    return combine_entries(smem.of_warps[slot], shape.blocks * kWarps);
+  }
+};
 
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads, 512 / kThreads)
     cross_entropy_ring_kernel(CrossEntropyParams params, RingShape shape) {
-  Smem<kThreads>& smem = shared_storage<Smem<kThreads>>();
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int rank = static_cast<int>(blockIdx.x) % shape.blocks;
+  const Ring<T, kThreads> ring(params, shape);
+  const int thread = static_cast<int>(threadIdx.x);
   const int64_t cluster = blockIdx.x / shape.blocks, clusters = gridDim.x / shape.blocks;
-  if (threadIdx.x == 0) init_barriers(smem, shape);
-  ptx::cluster_sync();
-  if (const int64_t row = cluster + threadIdx.x * clusters; threadIdx.x < shape.stages && row < params.num_rows) {
-    fill_stage<T>(params, shape, smem, static_cast<int>(threadIdx.x), row, params.targets[row], rank);
+  if (const int64_t row = cluster + thread * clusters; thread < shape.stages && row < params.num_rows) {
+    ring.fill(thread, row, params.targets[row]);
   }
-
   int stage = 0, exchanges = 0;
   uint32_t parity = 0;  // of the stage's barriers
   for (int64_t row = cluster; row < params.num_rows; row += clusters) {
     const int64_t later = row + shape.stages * clusters;  // takes this row's stage
     int64_t later_target = 0;
-    if (threadIdx.x == 0 && later < params.num_rows) later_target = params.targets[later];
-    ptx::mbarrier_wait(ptx::shared_address(&smem.full[stage]), parity);
-    const int64_t target = smem.targets[stage];
+    if (thread == 0 && later < params.num_rows) later_target = params.targets[later];
+    ptx::mbarrier_wait(ptx::shared_address(&ring.smem.full[stage]), parity);
+    const int64_t target = ring.smem.targets[stage];
     float instead;
     const bool counts = row_counts(params, target, &instead);
-    const int slot = exchanges % 2;
+    const RowOf<const T> in = ring.logits(row);
+    const Part part = ring.part_of(in);
+    HeldVectors<T, kThreads> mine{part.first + thread, counts ? part.last : 0};
+    if (counts) ring.take(stage, in, part, mine);
+    ring.release(stage);
 
-    const RowOf<const T> in = logits_of<T>(params, row);
-    const Part part(in, rank, shape.part_vectors);
-    HeldVectors<T, kThreads> mine{part.first + static_cast<int>(threadIdx.x), counts ? part.last : 0};
-    const uint4* arrived = &smem.ring[stage * shape.part_vectors];
-    mine.for_each([&](Vector16<T>& logits, int j) {
-      logits = part.copied(j) ? reinterpret_cast<const Vector16<T>&>(arrived[j - part.first]) : in.load(j);
-    });
-    const uint32_t empty = ptx::shared_address(&smem.empty[stage]);
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(empty);
-
-    RowStatistics statistics;
     TargetLogit of_target;
-    mine.for_each([&](const Vector16<T>& logits, int j) {
-      add_vector(params, logits, in.column(j), statistics);
-      of_target.look_in(logits, in.column(j), target);
-    });
-    if (counts) send(smem, combine_warp(statistics), slot, rank, shape.blocks);
-    if (warp == 0) {
-      ptx::mbarrier_wait(empty, parity);
-      if (counts) allow_next(smem, slot, rank, shape.blocks);
-      if (lane == 0 && later < params.num_rows) fill_stage<T>(params, shape, smem, stage, later, later_target, rank);
+    const RowStatistics statistics = held_statistics(params, in, target, mine, of_target);
+    const int slot = exchanges % 2;
+    if (counts) ring.send(combine_warp(statistics), slot);
+    if (ring.warp == 0) {
+      ptx::mbarrier_wait(ptx::shared_address(&ring.smem.empty[stage]), parity);
+      if (counts) ring.allow_next(slot);
+      if (thread == 0 && later < params.num_rows) ring.fill(stage, later, later_target);
     }
     if (++stage == shape.stages) stage = 0, parity ^= 1;
 
     if (!counts) {
-      const int first = rank * kThreads + static_cast<int>(threadIdx.x);
+      const int first = ring.rank * kThreads + thread;
       if (first == 0) write_row(params, row, instead, instead, 0, instead);
       if (params.dlogits != nullptr) fill_gradient<T>(params, row, first, shape.blocks * kThreads, instead);
       continue;
     }
-    ptx::mbarrier_wait_cluster(ptx::shared_address(&smem.exchanged[slot]), exchanges / 2 % 2);
-    const RowStatistics all = combine_entries(smem.of_warps[slot], shape.blocks * Smem<kThreads>::kWarps);
-    ++exchanges;
-    if (of_target.held) {
-      finish_row(params, row, all, target, capped(of_target.z, static_cast<float>(params.softcap)));
-    }
-    if (params.dlogits == nullptr) continue;
-    const GradientScales scales = gradient_scales(params, row, target, all.max, all.sum, logf(all.sum));
-    const RowOf<T> out(static_cast<T*>(params.dlogits) + row * params.dlogits_stride, params.vocab_size);
-    mine.for_each([&](const Vector16<T>& logits, int j) {
-      out.store(in.column(j), gradient_of(params, logits, in.column(j), target, scales));
-    });
+    const RowStatistics all = ring.receive(slot, exchanges++ / 2 % 2);
+    finish_target(params, row, all, target, of_target);
+    if (params.dlogits != nullptr) store_gradient(params, row, all, target, in, mine);
   }
 }
 

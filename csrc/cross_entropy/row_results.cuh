@@ -1,7 +1,6 @@
 // What becomes of a row once its statistics are known: its losses and its gradient.
 #pragma once
 
-#include "core/rows.cuh"
 #include "cross_entropy/row_statistics.cuh"
 
 namespace arfast {
@@ -64,24 +63,31 @@ __device__ inline Vector16<T> gradient_of(const CrossEntropyParams& params, cons
   constexpr int kSize = Vector16<T>::kSize;
   const float cap = static_cast<float>(params.softcap);
   float z[kSize], gradient[kSize];
+  capped_logits(logits, cap, z);
+  const auto gradient_at = [&](int i, float weight) {
+    return exp_approx(z[i] - scales.max) * scales.probability - scales.uniform * weight;
+  };
+  if (params.weight == nullptr) {
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    z[i] = capped(to_float(logits.elements[i]), cap);
-    const int64_t column = first_column + i;
-    float uniform = scales.uniform;
-    if (params.weight != nullptr && column >= 0 && column < params.vocab_size) uniform *= params.weight[column];
-    gradient[i] = exp_approx(z[i] - scales.max) * scales.probability - uniform;
+    for (int i = 0; i < kSize; ++i) gradient[i] = gradient_at(i, 1.0f);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const int64_t column = first_column + i;
+      gradient[i] = gradient_at(i, column >= 0 && column < params.vocab_size ? params.weight[column] : 1.0f);
+    }
   }
   if (const int64_t at = target - first_column; at >= 0 && at < kSize) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) gradient[i] -= i == at ? scales.target : 0.0f;
   }
+  if (cap > 0) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) gradient[i] *= 1 - (z[i] / cap) * (z[i] / cap);
+  }
   Vector16<T> out;
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    if (cap > 0) gradient[i] *= 1 - (z[i] / cap) * (z[i] / cap);
-    out.elements[i] = from_float<T>(gradient[i]);
-  }
+  for (int i = 0; i < kSize; ++i) out.elements[i] = from_float<T>(gradient[i]);
   return out;
 }
 
@@ -92,6 +98,24 @@ __device__ inline void fill_gradient(const CrossEntropyParams& params, int64_t r
   const RowOf<T> out(static_cast<T*>(params.dlogits) + row * params.dlogits_stride, params.vocab_size);
   const Vector16<T> filled = filled_with<T>(value);
   for (int64_t j = first; j < out.num_vectors(); j += step) out.store(out.column(j), filled);
+}
+
+// By the thread that holds the target's logit.
+__device__ inline void finish_target(const CrossEntropyParams& params, int64_t row, const RowStatistics& all,
+                                     int64_t target, const TargetLogit& of_target) {
+  if (!of_target.held) return;
+  finish_row(params, row, all, target, capped(of_target.z, static_cast<float>(params.softcap)));
+}
+
+// The gradient of the vectors that a thread holds of row `in`.
+template <typename T, int kStep>
+__device__ __forceinline__ void store_gradient(const CrossEntropyParams& params, int64_t row, const RowStatistics& all,
+                                               int64_t target, const RowOf<const T>& in, HeldVectors<T, kStep>& mine) {
+  const GradientScales scales = gradient_scales(params, row, target, all.max, all.sum, logf(all.sum));
+  const RowOf<T> out(static_cast<T*>(params.dlogits) + row * params.dlogits_stride, params.vocab_size);
+  mine.for_each([&](const Vector16<T>& logits, int j) {
+    out.store(in.column(j), gradient_of(params, logits, in.column(j), target, scales));
+  });
 }
 
 }  // namespace arfast

@@ -3,7 +3,7 @@
 
 #include "core/ptx.cuh"
 #include "core/reduce.cuh"
-#include "core/vector.cuh"
+#include "core/rows.cuh"
 #include "cross_entropy/ring.h"
 
 namespace arfast {
@@ -11,6 +11,17 @@ namespace arfast {
 __device__ inline float exp_approx(float x) { return ptx::exp2_approx(x * 1.44269504f); }
 
 __device__ inline float capped(float z, float cap) { return cap > 0 ? cap * tanhf(z / cap) : z; }
+
+// A vector's logits z'. What is the same for all elements is asked once: nearly all calls have no options and no edge.
+template <typename T>
+__device__ __forceinline__ void capped_logits(const Vector16<T>& logits, float cap, float (&z)[Vector16<T>::kSize]) {
+#pragma unroll
+  for (int i = 0; i < Vector16<T>::kSize; ++i) z[i] = to_float(logits.elements[i]);
+  if (cap > 0) {
+#pragma unroll
+    for (int i = 0; i < Vector16<T>::kSize; ++i) z[i] = capped(z[i], cap);
+  }
+}
 
 // Some of a row's logits z'. `shift` is their maximum, or 0 when there is nothing but -inf: -inf - -inf would be NaN.
 // What smoothing needs is summed relative to it, since sum w z' and W lse nearly cancel.
@@ -73,17 +84,17 @@ template <typename T>
 __device__ inline void add_vector(const CrossEntropyParams& params, const Vector16<T>& logits, int64_t first_column,
                                   RowStatistics& statistics) {
   constexpr int kSize = Vector16<T>::kSize;
-  const float cap = static_cast<float>(params.softcap);
   const bool whole = first_column >= 0 && first_column + kSize <= params.vocab_size;
   const auto inside = [&](int i) { return first_column + i >= 0 && first_column + i < params.vocab_size; };
   float z[kSize];
+  capped_logits(logits, static_cast<float>(params.softcap), z);
+  if (!whole) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) z[i] = inside(i) ? z[i] : -INFINITY;
+  }
   float max = statistics.max;
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    z[i] = capped(to_float(logits.elements[i]), cap);
-    if (!whole && !inside(i)) z[i] = -INFINITY;
-    max = fmaxf(max, z[i]);
-  }
+  for (int i = 0; i < kSize; ++i) max = fmaxf(max, z[i]);
   if (max > statistics.max) statistics.raise(max);
   const float shift = statistics.shift();
 #pragma unroll
@@ -115,7 +126,7 @@ struct HeldVectors {
   __device__ __forceinline__ void for_each(const F& f) {
 #pragma unroll
     for (int k = 0; k < kHeldVectors; ++k) {
-      if (first + k * kStep < last) f(vectors[k], first + k * kStep);
+      if (k * kStep < last - first) f(vectors[k], first + k * kStep);
     }
   }
 };
@@ -134,5 +145,18 @@ struct TargetLogit {
     for (int i = 0; i < Vector16<T>::kSize; ++i) z = i == at ? to_float(logits.elements[i]) : z;
   }
 };
+
+// Adds the vectors that a thread holds of row `in`, and looks for the target among them.
+template <typename T, int kStep>
+__device__ __forceinline__ RowStatistics held_statistics(const CrossEntropyParams& params, const RowOf<const T>& in,
+                                                         int64_t target, HeldVectors<T, kStep>& mine,
+                                                         TargetLogit& of_target) {
+  RowStatistics statistics;
+  mine.for_each([&](const Vector16<T>& logits, int j) {
+    add_vector(params, logits, in.column(j), statistics);
+    of_target.look_in(logits, in.column(j), target);
+  });
+  return statistics;
+}
 
 }  // namespace arfast
