@@ -51,6 +51,7 @@ __device__ inline Storage& shared_storage() {
 
 inline int device_multiprocessors() { return emulator::multiprocessors(); }
 inline int device_capability() { return emulator::capability(); }
+inline size_t device_shared_bytes() { return (device_capability() >= 90 ? 227 : 163) << 10; }
 
 // One block per multiprocessor, but at least a cluster.
 template <typename Kernel>
@@ -131,6 +132,11 @@ inline int device_multiprocessors() { return device_attribute(cudaDevAttrMultiPr
 // 80 for compute capability 8.0.
 inline int device_capability() {
   return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
+// What a block may ask for.
+inline size_t device_shared_bytes() {
+  return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
 // How many clusters of `shape` the current device runs at once; 0 when it cannot run them. The driver is asked once.

@@ -3,8 +3,10 @@
 //
 // With the gradient, a row is read once and its gradient written once: from sm_90 on by the ring of
 // cross_entropy_ring.cu, which loads the next rows meanwhile; before, and where rows are short, by one block that keeps
-// a row in registers. A row too long for that is read twice, by the two kernels that also serve alone: statistics
-// without a gradient, and the gradient from statistics.
+// a row in registers or in shared memory. A row too long for that is read twice, by the two kernels that also serve
+// alone: statistics without a gradient, and the gradient from statistics.
+#include <algorithm>
+
 #include "core/runtime.cuh"
 #include "cross_entropy/ring.h"
 #include "cross_entropy/row_results.cuh"
@@ -16,25 +18,79 @@ struct Smem {
   RowStatistics of_warps[kWarpSize];
 };
 
+constexpr int kSharedThreads = 512;
+
+struct SharedRow : Smem {
+  uint4 vectors[10240];  // as many as the row has are there
+};
+
+constexpr int kRowThreads = 256;
+
 // Loss, statistics and gradient of a row by one block, which keeps it in registers.
-template <typename T, int kThreads>
-__global__ void __launch_bounds__(kThreads, 512 / kThreads) cross_entropy_row_kernel(CrossEntropyParams params) {
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads, 2) cross_entropy_row_kernel(CrossEntropyParams params) {
   Smem& smem = shared_storage<Smem>();
   const int64_t row = blockIdx.x, target = params.targets[row];
   float instead;
   if (!row_counts(params, target, &instead)) {
     if (threadIdx.x == 0) write_row(params, row, instead, instead, 0, instead);
-    return fill_gradient<T>(params, row, threadIdx.x, kThreads, instead);
+    return fill_gradient<T>(params, row, threadIdx.x, kRowThreads, instead);
   }
   const RowOf<const T> in(static_cast<const T*>(params.logits) + row * params.logits_stride, params.vocab_size);
-  HeldVectors<T, kThreads> mine{static_cast<int>(threadIdx.x), static_cast<int>(in.num_vectors())};
+  HeldVectors<T, kRowThreads> mine{static_cast<int>(threadIdx.x), static_cast<int>(in.num_vectors())};
   mine.for_each([&](Vector16<T>& logits, int j) { logits = in.load(j); });
   TargetLogit of_target;
   const RowStatistics statistics = held_statistics(params, in, target, mine, of_target);
-  const RowStatistics all = combine_block<kThreads>(statistics, smem.of_warps);
+  const RowStatistics all = combine_block<kRowThreads>(statistics, smem.of_warps);
 
   finish_target(params, row, all, target, of_target);
-  store_gradient(params, row, all, target, in, mine);
+  const RowGradient<T> gradient(params, row, target, all);
+  mine.for_each([&](const Vector16<T>& logits, int j) { gradient.store(logits, in.column(j)); });
+}
+
+// The same by one block that keeps the row in shared memory.
+template <typename T>
+__global__ void __launch_bounds__(kSharedThreads, 2) cross_entropy_shared_row_kernel(CrossEntropyParams params) {
+  SharedRow& smem = shared_storage<SharedRow>();
+  const int64_t row = blockIdx.x, target = params.targets[row];
+  float instead;
+  if (!row_counts(params, target, &instead)) {
+    if (threadIdx.x == 0) write_row(params, row, instead, instead, 0, instead);
+    return fill_gradient<T>(params, row, threadIdx.x, kSharedThreads, instead);
+  }
+  const RowOf<const T> in(static_cast<const T*>(params.logits) + row * params.logits_stride, params.vocab_size);
+  const int size = static_cast<int>(in.num_vectors()), half = (size / 2 / kSharedThreads + 1) * kSharedThreads;
+  // A thread copies the vectors that it reads later: it waits for its own copies alone.
+  const auto for_each = [&](int first, int last, const auto& f) {
+    for (int j = first + static_cast<int>(threadIdx.x); j < last; j += kSharedThreads) {
+      f(reinterpret_cast<Vector16<T>&>(smem.vectors[j]), j);
+    }
+  };
+  const auto copy = [&](Vector16<T>& place, int j) {
+    if (in.whole(j)) {
+      ptx::cp_async16(ptx::shared_address(&place), in.vector(j));
+    } else {
+      place = in.load(j);
+    }
+  };
+  for_each(0, half, copy);
+  ptx::cp_async_commit();
+  for_each(half, size, copy);
+  ptx::cp_async_commit();
+  RowStatistics statistics;
+  TargetLogit of_target;
+  const auto add = [&](const Vector16<T>& logits, int j) {
+    add_vector(params, logits, in.column(j), statistics);
+    of_target.look_in(logits, in.column(j), target);
+  };
+  ptx::cp_async_wait<1>();
+  for_each(0, half, add);
+  ptx::cp_async_wait<0>();
+  for_each(half, size, add);
+  const RowStatistics all = combine_block<kSharedThreads>(statistics, smem.of_warps);
+  finish_target(params, row, all, target, of_target);
+  const RowGradient<T> gradient(params, row, target, all);
+  for_each(0, size, [&](const Vector16<T>& logits, int j) { gradient.store(logits, in.column(j)); });
 }
 
 // Loss and statistics of a row by one block.
@@ -66,18 +122,22 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_gradient_kernel(CrossE
   float instead;
   if (!row_counts(params, target, &instead)) return fill_gradient<T>(params, row, first, step, instead);
   const RowOf<const T> in(static_cast<const T*>(params.logits) + row * params.logits_stride, params.vocab_size);
-  const RowOf<T> out(static_cast<T*>(params.dlogits) + row * params.dlogits_stride, params.vocab_size);
   const float max = params.statistics[2 * row], log_sum = params.statistics[2 * row + 1];
-  const GradientScales scales = gradient_scales(params, row, target, max, expf(log_sum), log_sum);
-  for (int64_t j = first; j < in.num_vectors(); j += step) {
-    out.store(in.column(j), gradient_of(params, in.load(j), in.column(j), target, scales));
-  }
+  const RowGradient<T> gradient(params, row, target, max, expf(log_sum), log_sum);
+  for (int64_t j = first; j < in.num_vectors(); j += step) gradient.store(in.load(j), in.column(j));
 }
 
-template <typename T, int kThreads>
+template <typename T>
 const char* launch_rows(const CrossEntropyParams& params, void* stream) {
   const dim3 rows(static_cast<unsigned>(params.num_rows));
-  return launch(cross_entropy_row_kernel<T, kThreads>, LaunchShape{rows, dim3(kThreads), sizeof(Smem)}, stream, params);
+  return launch(cross_entropy_row_kernel<T>, LaunchShape{rows, dim3(kRowThreads), sizeof(Smem)}, stream, params);
+}
+
+template <typename T>
+const char* launch_shared_rows(const CrossEntropyParams& params, size_t shared_bytes, void* stream) {
+  const dim3 rows(static_cast<unsigned>(params.num_rows));
+  return launch(cross_entropy_shared_row_kernel<T>, LaunchShape{rows, dim3(kSharedThreads), shared_bytes}, stream,
+                params);
 }
 
 template <typename T>
@@ -100,8 +160,11 @@ template <typename T>
 const char* launch_cross_entropy(const CrossEntropyParams& params, void* stream) {
   const int64_t vectors = longest_row_vectors(params, Vector16<T>::kSize);
   if (params.ce != nullptr && params.dlogits != nullptr) {
-    if (vectors <= 256 * kHeldVectors) return launch_rows<T, 256>(params, stream);
-    if (vectors <= 512 * kHeldVectors) return launch_rows<T, 512>(params, stream);
+    const size_t shared_bytes = sizeof(Smem) + vectors * sizeof(uint4);
+    if (vectors <= kRowThreads * kHeldVectors) return launch_rows<T>(params, stream);
+    if (shared_bytes <= std::min(sizeof(SharedRow), device_shared_bytes())) {
+      return launch_shared_rows<T>(params, shared_bytes, stream);
+    }
   }
   return launch_two_passes<T>(params, stream);
 }

@@ -176,7 +176,9 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
     }
     const RowStatistics all = ring.receive(slot, exchanges++ / 2 % 2);
     finish_target(params, row, all, target, of_target);
-    if (params.dlogits != nullptr) store_gradient(params, row, all, target, in, mine);
+    if (params.dlogits == nullptr) continue;
+    const RowGradient<T> gradient(params, row, target, all);
+    mine.for_each([&](const Vector16<T>& logits, int j) { gradient.store(logits, in.column(j)); });
   }
 }
 

@@ -107,15 +107,28 @@ __device__ inline void finish_target(const CrossEntropyParams& params, int64_t r
   finish_row(params, row, all, target, capped(of_target.z, static_cast<float>(params.softcap)));
 }
 
-// The gradient of the vectors that a thread holds of row `in`.
-template <typename T, int kStep>
-__device__ __forceinline__ void store_gradient(const CrossEntropyParams& params, int64_t row, const RowStatistics& all,
-                                               int64_t target, const RowOf<const T>& in, HeldVectors<T, kStep>& mine) {
-  const GradientScales scales = gradient_scales(params, row, target, all.max, all.sum, logf(all.sum));
-  const RowOf<T> out(static_cast<T*>(params.dlogits) + row * params.dlogits_stride, params.vocab_size);
-  mine.for_each([&](const Vector16<T>& logits, int j) {
-    out.store(in.column(j), gradient_of(params, logits, in.column(j), target, scales));
-  });
-}
+// Writes the gradient of a row whose statistics are known.
+template <typename T>
+class RowGradient {
+ public:
+  __device__ RowGradient(const CrossEntropyParams& params, int64_t row, int64_t target, float max, float sum,
+                         float log_sum)
+      : params_(params),
+        target_(target),
+        scales_(gradient_scales(params, row, target, max, sum, log_sum)),
+        out_(static_cast<T*>(params.dlogits) + row * params.dlogits_stride, params.vocab_size) {}
+  __device__ RowGradient(const CrossEntropyParams& params, int64_t row, int64_t target, const RowStatistics& all)
+      : RowGradient(params, row, target, all.max, all.sum, logf(all.sum)) {}
+
+  __device__ __forceinline__ void store(const Vector16<T>& logits, int64_t first_column) const {
+    out_.store(first_column, gradient_of(params_, logits, first_column, target_, scales_));
+  }
+
+ private:
+  const CrossEntropyParams& params_;
+  int64_t target_;
+  GradientScales scales_;
+  RowOf<T> out_;
+};
 
 }  // namespace arfast

@@ -1,5 +1,6 @@
 """cross_entropy on rows of a few thousand classes and more: from sm_90 on, clusters of blocks that stay, and load the
-next rows while they work. On the emulated GPU, 4 / blocks clusters of them, but at least one."""
+next rows while they work. On the emulated GPU, 4 / blocks clusters of them, but at least one. Before sm_90, rows above
+2048 vectors of 16 bytes wait in shared memory."""
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ def test_rows_of_every_cluster_size(rows, classes, dtype, name, device, poisoned
 
 
 @pytest.mark.random_schedules
+@pytest.mark.older_gpu
 @pytest.mark.parametrize("rows,classes", [(30, 5001), (13, 20011)])
 @pytest.mark.parametrize("kept", [[], [0], [12], [2, 3, 9], range(4, 13)], ids=str)
 def test_rows_without_a_loss_take_their_turn(kept, rows, classes, device, poisoned):
@@ -83,6 +85,7 @@ def test_infinite_and_nan_logits_stay_in_their_row(rows, classes, device):
 
 
 @pytest.mark.random_schedules
+@pytest.mark.older_gpu
 @pytest.mark.parametrize("rows,classes", [(20, 5000), (7, 20008)])
 @pytest.mark.parametrize("offset", [0, 8, 3])
 def test_in_place_within_a_larger_tensor(rows, classes, offset, device):
