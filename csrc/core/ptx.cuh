@@ -139,18 +139,15 @@ ARFAST_PTX void mbarrier_arrive(uint32_t bar) {
   ARFAST_SM90(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"));
 }
 
-// The mbarrier of any block of the cluster: `cluster_address` comes from map_to_rank.
-ARFAST_PTX void mbarrier_arrive_remote(uint32_t cluster_address) {
-  ARFAST_SM90(
-      asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address) : "memory"));
+// The mbarrier of any block of the cluster: `remote` comes from map_to_rank.
+ARFAST_PTX void mbarrier_arrive_remote(uint32_t remote) {
+  ARFAST_SM90(asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory"));
 }
-
-// As mbarrier_arrive_remote for what this thread did in the block's shared memory alone: unlike that one, it does not
-// wait for the thread's stores to global memory.
-ARFAST_PTX void mbarrier_arrive_remote_shared(uint32_t cluster_address) {
+// The same for accesses to the block's own shared memory alone: it waits for no store to global memory.
+ARFAST_PTX void mbarrier_arrive_remote_shared(uint32_t remote) {
   ARFAST_SM90(
       asm volatile("fence.release.sync_restrict::shared::cta.cluster;\n"
-                   "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address) : "memory"));
+                   "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory"));
 }
 ARFAST_PTX void mbarrier_expect_tx(uint32_t bar, uint32_t bytes) {
   ARFAST_SM90(
@@ -170,13 +167,11 @@ ARFAST_PTX void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
 ARFAST_PTX bool mbarrier_test(uint32_t bar, uint32_t parity) { ARFAST_TRY_WAIT(""); }
 ARFAST_PTX bool mbarrier_test_cluster(uint32_t bar, uint32_t parity) { ARFAST_TRY_WAIT(".acquire.cluster"); }
 ARFAST_PTX void mbarrier_wait(uint32_t bar, uint32_t parity) {
-  while (!mbarrier_test(bar, parity)) {
-  }
+  while (!mbarrier_test(bar, parity)) continue;
 }
 // As mbarrier_wait, also for what other blocks of the cluster did before they arrived.
 ARFAST_PTX void mbarrier_wait_cluster(uint32_t bar, uint32_t parity) {
-  while (!mbarrier_test_cluster(bar, parity)) {
-  }
+  while (!mbarrier_test_cluster(bar, parity)) continue;
 }
 
 // Bulk copies by the asynchronous proxy: addresses and sizes are multiples of 16 bytes.
@@ -373,16 +368,15 @@ ARFAST_PTX uint32_t load_remote(uint32_t cluster_address) {
 }
 
 // Stores into a block of the cluster and completes the bytes of an mbarrier there.
-ARFAST_PTX void store_async(uint32_t remote_address, uint2 value, uint32_t remote_bar) {
+ARFAST_PTX void store_async(uint32_t remote, uint2 value, uint32_t bar) {
   ARFAST_SM90(asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(remote_address),
-      "r"(value.x), "r"(value.y), "r"(remote_bar) : "memory"));
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(remote),
+      "r"(value.x), "r"(value.y), "r"(bar) : "memory"));
 }
-ARFAST_PTX void store_async(uint32_t remote_address, uint4 value, uint32_t remote_bar) {
+ARFAST_PTX void store_async(uint32_t remote, uint4 value, uint32_t bar) {
   ARFAST_SM90(asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-          remote_address),
-      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(remote_bar) : "memory"));
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(bar) : "memory"));
 }
 ARFAST_PTX void cluster_arrive() { ARFAST_SM90(asm volatile("barrier.cluster.arrive.release.aligned;" :: : "memory")); }
 ARFAST_PTX void cluster_wait() { ARFAST_SM90(asm volatile("barrier.cluster.wait.acquire.aligned;" :: : "memory")); }
