@@ -56,6 +56,7 @@ inline size_t device_shared_bytes() { return (device_capability() >= 90 ? 227 : 
 // One block per multiprocessor, but at least a cluster.
 template <typename Kernel>
 int resident_clusters(Kernel, const LaunchShape& shape) {
+  if (static_cast<int>(shape.cluster) > emulator::largest_cluster()) return 0;
   const int clusters = device_multiprocessors() / static_cast<int>(shape.cluster);
   return clusters > 0 ? clusters : 1;
 }

@@ -120,6 +120,15 @@ def test_same_bits_for_every_batch_and_number_of_clusters(rows, classes, device,
             assert_bitwise_equal(actual, expected)
 
 
+@pytest.mark.parametrize("largest_cluster", [8, 4])
+def test_a_gpu_that_refuses_large_clusters(largest_cluster, device, implementation, request):
+    """Fewer and larger blocks, or two passes."""
+    if implementation != "emulated":
+        pytest.skip("this GPU does not refuse")
+    request.getfixturevalue("emulator").configure(largest_cluster=largest_cluster)
+    check(*inputs(3, 140001, BFLOAT16, device=device), dict(label_smoothing=0.1))
+
+
 @pytest.mark.parametrize("rows,classes,dtype", [(22, 5001, BFLOAT16), (5, 90001, BFLOAT16), (4, 140003, FLOAT32)])
 def test_without_a_gradient_the_loss_is_the_same(rows, classes, dtype, device):
     logits, targets = inputs(rows, classes, dtype, device=device)
