@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) cross_entropy_row_kernel(Cross
   const RowStatistics all = combine_block<kRowThreads>(statistics, smem.of_warps);
 
   finish_target(params, row, all, target, of_target);
-  const RowGradient<T> gradient(params, row, target, all);
+  const RowGradient<T> gradient(params, *params.totals, row, target, all);
   mine.for_each([&](const Vector16<T>& logits, int j) { gradient.store(logits, in.column(j)); });
 }
 
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kSharedThreads, 2) cross_entropy_shared_row_ke
   for_each(half, size, add);
   const RowStatistics all = combine_block<kSharedThreads>(statistics, smem.of_warps);
   finish_target(params, row, all, target, of_target);
-  const RowGradient<T> gradient(params, row, target, all);
+  const RowGradient<T> gradient(params, *params.totals, row, target, all);
   for_each(0, size, [&](const Vector16<T>& logits, int j) { gradient.store(logits, in.column(j)); });
 }
 
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_gradient_kernel(CrossE
   if (!row_counts(params, target, &instead)) return fill_gradient<T>(params, row, first, step, instead);
   const RowOf<const T> in(static_cast<const T*>(params.logits) + row * params.logits_stride, params.vocab_size);
   const float max = params.statistics[2 * row], log_sum = params.statistics[2 * row + 1];
-  const RowGradient<T> gradient(params, row, target, max, expf(log_sum), log_sum);
+  const RowGradient<T> gradient(params, *params.totals, row, target, max, expf(log_sum), log_sum);
   for (int64_t j = first; j < in.num_vectors(); j += step) gradient.store(in.load(j), in.column(j));
 }
 

@@ -19,6 +19,7 @@ struct Smem {
   uint64_t full[kRingMaxStages];                       // a stage's logits and target have arrived
   uint64_t empty[kRingMaxStages];                      // every warp is done with a stage
   uint64_t exchanged[2];                               // all of of_warps has arrived
+  CrossEntropyTotals totals;                           // here, since waiting for a cluster empties the L1 cache
 };
 
 // Which vectors of a row a block takes, and which of them the bulk copy brings: the whole ones. What the first and the
@@ -60,6 +61,7 @@ struct Ring {
       }
       for (uint64_t& exchanged : smem.exchanged) ptx::mbarrier_init(ptx::shared_address(&exchanged), shape.blocks);
       ptx::fence_mbarrier_init();
+      smem.totals = *params.totals;
     }
     ptx::cluster_sync();
   }
@@ -177,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
     const RowStatistics all = ring.receive(slot, exchanges++ / 2 % 2);
     finish_target(params, row, all, target, of_target);
     if (params.dlogits == nullptr) continue;
-    const RowGradient<T> gradient(params, row, target, all);
+    const RowGradient<T> gradient(params, ring.smem.totals, row, target, all);
     mine.for_each([&](const Vector16<T>& logits, int j) { gradient.store(logits, in.column(j)); });
   }
 }

@@ -43,16 +43,16 @@ struct GradientScales {
   float target;       // subtracted at the target
 };
 
-__device__ inline GradientScales gradient_scales(const CrossEntropyParams& params, int64_t row, int64_t target,
-                                                 float max, float sum, float log_sum) {
+__device__ inline GradientScales gradient_scales(const CrossEntropyParams& params, const CrossEntropyTotals& totals,
+                                                 int64_t row, int64_t target, float max, float sum, float log_sum) {
   const float eps = static_cast<float>(params.label_smoothing);
   const float upstream = params.row_scale != nullptr ? params.row_scale[row] : 1.0f;
-  const float ce_scale = static_cast<float>(params.totals->ce_scale) * upstream;
+  const float ce_scale = static_cast<float>(totals.ce_scale) * upstream;
   const float per_class = eps / static_cast<float>(params.vocab_size);
   const float on_target = (1 - eps) * target_weight(params, target);
   const float on_probability =
-      ce_scale * (on_target + per_class * static_cast<float>(params.totals->weight_sum)) +
-      static_cast<float>(params.totals->z_scale) * upstream * 2 * static_cast<float>(params.z_loss) * (max + log_sum);
+      ce_scale * (on_target + per_class * static_cast<float>(totals.weight_sum)) +
+      static_cast<float>(totals.z_scale) * upstream * 2 * static_cast<float>(params.z_loss) * (max + log_sum);
   return {max, on_probability / sum, ce_scale * per_class, ce_scale * on_target};
 }
 
@@ -111,14 +111,15 @@ __device__ inline void finish_target(const CrossEntropyParams& params, int64_t r
 template <typename T>
 class RowGradient {
  public:
-  __device__ RowGradient(const CrossEntropyParams& params, int64_t row, int64_t target, float max, float sum,
-                         float log_sum)
+  __device__ RowGradient(const CrossEntropyParams& params, const CrossEntropyTotals& totals, int64_t row,
+                         int64_t target, float max, float sum, float log_sum)
       : params_(params),
         target_(target),
-        scales_(gradient_scales(params, row, target, max, sum, log_sum)),
+        scales_(gradient_scales(params, totals, row, target, max, sum, log_sum)),
         out_(static_cast<T*>(params.dlogits) + row * params.dlogits_stride, params.vocab_size) {}
-  __device__ RowGradient(const CrossEntropyParams& params, int64_t row, int64_t target, const RowStatistics& all)
-      : RowGradient(params, row, target, all.max, all.sum, logf(all.sum)) {}
+  __device__ RowGradient(const CrossEntropyParams& params, const CrossEntropyTotals& totals, int64_t row,
+                         int64_t target, const RowStatistics& all)
+      : RowGradient(params, totals, row, target, all.max, all.sum, logf(all.sum)) {}
 
   __device__ __forceinline__ void store(const Vector16<T>& logits, int64_t first_column) const {
     out_.store(first_column, gradient_of(params_, logits, first_column, target_, scales_));
