@@ -123,6 +123,8 @@ def device(request):
     if request.param == "emulated-random":
         seed = request.config.getoption("--emulator-seed") ^ zlib.crc32(request.node.nodeid.encode())
         emulator.configure(schedule="random", asynchrony="mixed", seed=seed, jitter=20)
+    elif request.param == "emulated-sm80":
+        emulator.configure(capability=80)
     yield "cpu"
 
 

@@ -20,9 +20,12 @@ class RowOf {
   __device__ RowOf(T* row, int64_t size) : row_(row), size_(size) {
     before_ = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(Element));
   }
+  __device__ int64_t size() const { return size_; }
   __device__ int64_t num_vectors() const { return (before_ + size_ + Vector::kSize - 1) / Vector::kSize; }
   // Of the first element of vector j; it may be negative.
   __device__ int64_t column(int64_t j) const { return j * Vector::kSize - before_; }
+  __device__ bool whole(int64_t j) const { return covers(column(j)); }
+  __device__ T* vector(int64_t j) const { return row_ + column(j); }
 
   __device__ Vector load(int64_t j) const {
     const int64_t first = column(j);

@@ -1,10 +1,10 @@
-// What a thread, a block and a cluster know of a row of logits, and rows as aligned 16-byte vectors.
+// What threads, warps and blocks know of a row of logits, and how it adds up.
 #pragma once
 
 #include "core/ptx.cuh"
 #include "core/reduce.cuh"
-#include "core/vector.cuh"
-#include "cross_entropy/cross_entropy.h"
+#include "core/rows.cuh"
+#include "cross_entropy/ring.h"
 
 namespace arfast {
 
@@ -12,9 +12,20 @@ __device__ inline float exp_approx(float x) { return ptx::exp2_approx(x * 1.4426
 
 __device__ inline float capped(float z, float cap) { return cap > 0 ? cap * tanhf(z / cap) : z; }
 
+// A vector's logits z'. What is the same for all elements is asked once: nearly all calls have no options and no edge.
+template <typename T>
+__device__ __forceinline__ void capped_logits(const Vector16<T>& logits, float cap, float (&z)[Vector16<T>::kSize]) {
+#pragma unroll
+  for (int i = 0; i < Vector16<T>::kSize; ++i) z[i] = to_float(logits.elements[i]);
+  if (cap > 0) {
+#pragma unroll
+    for (int i = 0; i < Vector16<T>::kSize; ++i) z[i] = capped(z[i], cap);
+  }
+}
+
 // Some of a row's logits z'. `shift` is their maximum, or 0 when there is nothing but -inf: -inf - -inf would be NaN.
 // What smoothing needs is summed relative to it, since sum w z' and W lse nearly cancel.
-struct RowStatistics {
+struct alignas(16) RowStatistics {
   float max = -INFINITY;
   float sum = 0;      // of exp(z' - shift)
   float shifted = 0;  // of w (z' - shift)
@@ -32,33 +43,31 @@ struct RowStatistics {
     if (sum != 0) sum *= exp_approx(step);  // of the first shift, 0, the step may overflow: 0 * inf
     shifted += weight * step;
   }
+
+  __device__ void add(RowStatistics other) {
+    const float new_max = fmaxf(max, other.max);
+    raise(new_max);
+    other.raise(new_max);
+    sum += other.sum;
+    shifted += other.shifted;
+    weight += other.weight;
+  }
 };
 
-// Rounded operation by operation: a contracted form would not give both lanes of an exchange the same bits.
-__device__ inline RowStatistics combine(const RowStatistics& a, const RowStatistics& b) {
-  RowStatistics out;
-  out.max = fmaxf(a.max, b.max);
-  const float step_a = a.shift() - out.shift(), step_b = b.shift() - out.shift();
-  // An empty or fully masked part has a sum of 0 and a shift of 0, which may lie far above: 0 * inf would be NaN.
-  const float scale_a = a.sum == 0 ? 0.0f : exp_approx(step_a), scale_b = b.sum == 0 ? 0.0f : exp_approx(step_b);
-  out.sum = __fadd_rn(__fmul_rn(a.sum, scale_a), __fmul_rn(b.sum, scale_b));
-  out.weight = a.weight + b.weight;
-  out.shifted = __fadd_rn(__fadd_rn(a.shifted, __fmul_rn(a.weight, step_a)),  //
-                          __fadd_rn(b.shifted, __fmul_rn(b.weight, step_b)));
-  return out;
+// Of all lanes, given to each.
+__device__ inline RowStatistics combine_warp(RowStatistics mine) {
+  mine.raise(warp_max(mine.max));
+  mine.sum = warp_sum(mine.sum);
+  mine.shifted = warp_sum(mine.shifted);
+  mine.weight = warp_sum(mine.weight);
+  return mine;
 }
 
-__device__ inline RowStatistics combine_warp(RowStatistics mine) {
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    RowStatistics other;
-    other.max = __shfl_xor_sync(0xffffffffu, mine.max, offset);
-    other.sum = __shfl_xor_sync(0xffffffffu, mine.sum, offset);
-    other.shifted = __shfl_xor_sync(0xffffffffu, mine.shifted, offset);
-    other.weight = __shfl_xor_sync(0xffffffffu, mine.weight, offset);
-    mine = combine(mine, other);
-  }
-  return mine;
+// Of `count` entries, given to every lane of the warp that calls it; in a fixed order.
+__device__ inline RowStatistics combine_entries(const RowStatistics* entries, int count) {
+  RowStatistics mine;
+  for (int i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) mine.add(entries[i]);
+  return combine_warp(mine);
 }
 
 // Of all threads of the block, given to each; `of_warps` holds one entry per warp.
@@ -67,43 +76,36 @@ __device__ RowStatistics combine_block(const RowStatistics& mine, RowStatistics*
   const RowStatistics of_warp = combine_warp(mine);
   if (threadIdx.x % kWarpSize == 0) of_warps[threadIdx.x / kWarpSize] = of_warp;
   __syncthreads();
-  const int lane = threadIdx.x % kWarpSize;
-  return combine_warp(lane < kThreads / kWarpSize ? of_warps[lane] : RowStatistics{});
-}
-
-// Of all blocks of the cluster, each of which has its own in `of_block`.
-__device__ inline RowStatistics combine_cluster(const RowStatistics* of_block, int blocks) {
-  RowStatistics theirs;
-  const int lane = threadIdx.x % kWarpSize;
-  if (lane < blocks) {
-    const uint32_t address = ptx::map_to_rank(ptx::shared_address(of_block), lane);
-    theirs.max = __uint_as_float(ptx::load_remote(address));
-    theirs.sum = __uint_as_float(ptx::load_remote(address + 4));
-    theirs.shifted = __uint_as_float(ptx::load_remote(address + 8));
-    theirs.weight = __uint_as_float(ptx::load_remote(address + 12));
-  }
-  return combine_warp(theirs);
+  return combine_entries(of_warps, kThreads / kWarpSize);
 }
 
 // Adds a vector of logits, whose first element stands in `first_column`; elements outside the row are passed over.
 template <typename T>
 __device__ inline void add_vector(const CrossEntropyParams& params, const Vector16<T>& logits, int64_t first_column,
-                                  float cap, RowStatistics& statistics) {
+                                  RowStatistics& statistics) {
   constexpr int kSize = Vector16<T>::kSize;
   const bool whole = first_column >= 0 && first_column + kSize <= params.vocab_size;
-  const auto inside = [&](int i) { return whole || (first_column + i >= 0 && first_column + i < params.vocab_size); };
+  const auto inside = [&](int i) { return first_column + i >= 0 && first_column + i < params.vocab_size; };
   float z[kSize];
+  capped_logits(logits, static_cast<float>(params.softcap), z);
+  if (!whole) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) z[i] = inside(i) ? z[i] : -INFINITY;
+  }
   float max = statistics.max;
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    z[i] = inside(i) ? capped(to_float(logits.elements[i]), cap) : -INFINITY;
-    max = fmaxf(max, z[i]);
-  }
+  for (int i = 0; i < kSize; ++i) max = fmaxf(max, z[i]);
   if (max > statistics.max) statistics.raise(max);
   const float shift = statistics.shift();
 #pragma unroll
   for (int i = 0; i < kSize; ++i) statistics.sum += exp_approx(z[i] - shift);
   if (params.label_smoothing == 0) return;
+  if (whole && params.weight == nullptr) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) statistics.shifted += z[i] - shift;
+    statistics.weight += kSize;
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
     if (!inside(i)) continue;
@@ -111,6 +113,50 @@ __device__ inline void add_vector(const CrossEntropyParams& params, const Vector
     statistics.shifted += weight * (z[i] - shift);
     statistics.weight += weight;
   }
+}
+
+// A thread's share of a row: vectors first, first + kStep, ... below `last`, kept in registers.
+template <typename T, int kStep>
+struct HeldVectors {
+  int first, last;
+  Vector16<T> vectors[kHeldVectors];
+
+  // f(vector, its number)
+  template <typename F>
+  __device__ __forceinline__ void for_each(const F& f) {
+#pragma unroll
+    for (int k = 0; k < kHeldVectors; ++k) {
+      if (k * kStep < last - first) f(vectors[k], first + k * kStep);
+    }
+  }
+};
+
+// The logit of the target, for the one thread that holds it.
+struct TargetLogit {
+  bool held = false;
+  float z = 0;
+
+  template <typename T>
+  __device__ void look_in(const Vector16<T>& logits, int64_t first_column, int64_t target) {
+    const int64_t at = target - first_column;
+    if (at < 0 || at >= Vector16<T>::kSize) return;
+    held = true;
+#pragma unroll
+    for (int i = 0; i < Vector16<T>::kSize; ++i) z = i == at ? to_float(logits.elements[i]) : z;
+  }
+};
+
+// Adds the vectors that a thread holds of row `in`, and looks for the target among them.
+template <typename T, int kStep>
+__device__ __forceinline__ RowStatistics held_statistics(const CrossEntropyParams& params, const RowOf<const T>& in,
+                                                         int64_t target, HeldVectors<T, kStep>& mine,
+                                                         TargetLogit& of_target) {
+  RowStatistics statistics;
+  mine.for_each([&](const Vector16<T>& logits, int j) {
+    add_vector(params, logits, in.column(j), statistics);
+    of_target.look_in(logits, in.column(j), target);
+  });
+  return statistics;
 }
 
 }  // namespace arfast

@@ -188,6 +188,7 @@ class Emulator:
         strict_acquire=False,
         capability=90,
         multiprocessors=4,
+        largest_cluster=16,
     ):
         """Set everything anew.
 
@@ -200,10 +201,11 @@ class Emulator:
             strict_acquire: an atomic operation acquires only together with a __threadfence() after it.
             capability: the compute capability that launchers see, 80 or 90.
             multiprocessors: their number that launchers see.
+            largest_cluster: the blocks of the largest cluster that the GPU holds.
         """
         modes = SCHEDULES.index(schedule), ASYNCHRONY.index(asynchrony)
-        seed, rest = ctypes.c_uint64(seed), (jitter, check, strict_acquire, capability, multiprocessors)
-        self._library.emulator_configure(*modes, seed, *map(int, rest))
+        flags, gpu = (jitter, check, strict_acquire), (capability, multiprocessors, largest_cluster)
+        self._library.emulator_configure(*modes, ctypes.c_uint64(seed), *map(int, flags + gpu))
 
     def stats(self):
         values = (ctypes.c_uint64 * len(STATS))()

@@ -23,6 +23,7 @@ struct Launch {
 const char* run(const Launch& launch, void (*body)(void*), void* context, size_t context_bytes);
 [[noreturn]] void trap();
 int multiprocessors();
+int largest_cluster();
 int capability();
 
 // The thread's own coordinates do not change while it runs: the compiler may keep them.

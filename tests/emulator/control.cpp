@@ -5,7 +5,7 @@ extern "C" {
 
 // schedule: 0 first in first out, 1 last in first out, 2 random. asynchrony: 0 late, 1 early, 2 mixed.
 void emulator_configure(int schedule, int asynchrony, uint64_t seed, int jitter, int check, int strict_acquire,
-                        int capability, int multiprocessors) {
+                        int capability, int multiprocessors, int largest_cluster) {
   emulator::Config& config = emulator::machine.config;
   config.schedule = static_cast<emulator::Config::Schedule>(schedule);
   config.asynchrony = static_cast<emulator::Config::Asynchrony>(asynchrony);
@@ -15,6 +15,7 @@ void emulator_configure(int schedule, int asynchrony, uint64_t seed, int jitter,
   config.strict_acquire = strict_acquire != 0;
   config.capability = capability;
   config.multiprocessors = multiprocessors;
+  config.largest_cluster = largest_cluster;
   emulator::machine.stats.launches = 0;  // a seed gives the same schedules again
 }
 

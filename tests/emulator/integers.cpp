@@ -3,6 +3,7 @@
 
 #include "beam_prune/beam_prune.h"
 #include "core/tile.cuh"
+#include "cross_entropy/ring.h"
 
 namespace {
 
@@ -16,6 +17,20 @@ std::pair<int64_t, int64_t> beam_prune_parts(int64_t rows, int64_t vocab_size, i
   return {params.num_parts, params.part_vectors};
 }
 
+// (threads, blocks of a cluster, vectors of a part, stages); 0 blocks: not for the ring
+std::tuple<int, int, int, int> cross_entropy_ring_shape(int64_t vectors, int largest_cluster) {
+  const arfast::RingShape shape = arfast::ring_shape(vectors, largest_cluster);
+  return {shape.threads, shape.blocks, shape.part_vectors, shape.stages};
+}
+
+int64_t cross_entropy_row_vectors(uintptr_t logits, int64_t stride, int64_t vocab_size, int64_t element_size) {
+  arfast::CrossEntropyParams params{};
+  params.logits = reinterpret_cast<const void*>(logits);
+  params.logits_stride = stride;
+  params.vocab_size = vocab_size;
+  return arfast::longest_row_vectors(params, 16 / element_size);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_integers, module) {
@@ -26,4 +41,6 @@ PYBIND11_MODULE(_integers, module) {
     return arfast::swizzled_descriptor(address, leading_bytes, stride_bytes);
   });
   module.def("beam_prune_parts", beam_prune_parts);
+  module.def("cross_entropy_ring_shape", cross_entropy_ring_shape);
+  module.def("cross_entropy_row_vectors", cross_entropy_row_vectors);
 }

@@ -32,6 +32,7 @@ struct Config {
   bool strict_acquire = false;  // an atomic operation acquires only together with a __threadfence() after it
   int capability = 90;
   int multiprocessors = 4;
+  int largest_cluster = 16;
 };
 
 // The last access of some kind to a few bytes.

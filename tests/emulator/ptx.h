@@ -66,6 +66,9 @@ __forceinline__ void mbarrier_wait_cluster(uint32_t bar, uint32_t parity) {
   emulator::mbarrier_wait(bar, parity, true, true);
 }
 __forceinline__ void mbarrier_arrive_remote(uint32_t cluster_address) { emulator::mbarrier_arrive(cluster_address); }
+__forceinline__ void mbarrier_arrive_remote_shared(uint32_t cluster_address) {
+  emulator::mbarrier_arrive(cluster_address);
+}
 
 __forceinline__ void bulk_load(uint32_t dst_shared, const void* src, uint32_t bytes, uint32_t bar) {
   emulator::bulk_load(dst_shared, src, bytes, bar);

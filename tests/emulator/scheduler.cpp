@@ -295,6 +295,7 @@ const char* run(const Launch& launch, void (*body)(void*), void* context, size_t
 void trap() { fail("__trap()", EMULATOR_CALLER); }
 
 int multiprocessors() { return machine.config.multiprocessors; }
+int largest_cluster() { return machine.config.largest_cluster; }
 int capability() { return machine.config.capability; }
 
 uint3 thread_index() { return current->index; }

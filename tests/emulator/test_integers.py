@@ -60,3 +60,48 @@ def test_parts_of_beam_prune_cover_a_row_and_fit_the_registers(integers, element
             assert (parts - 1) * vectors < most + 2  # no part without work but for the alignment
             assert vectors * elements <= 256 * 32  # elements that 256 threads hold
             assert parts * rows <= 512 or vectors * elements == 256 * 32
+
+
+@pytest.mark.parametrize("largest_cluster", [8, 16])
+def test_the_ring_of_cross_entropy_covers_a_row_and_fits_its_memory(integers, largest_cluster):
+    for vectors in range(513, largest_cluster * 4096 + 1, 7 if largest_cluster == 8 else 13):
+        threads, blocks, part, stages = integers.cross_entropy_ring_shape(vectors, largest_cluster)
+        assert (blocks - 1) * part < vectors <= blocks * part  # no block without work
+        assert part <= 8 * threads and part % 8 == 0  # what the threads hold
+        assert 3 <= stages <= 8 and stages * part <= 3 * 8 * threads
+        # The fewest blocks, and smaller ones first.
+        assert blocks == 1 or vectors > blocks // 2 * 8 * threads
+        assert threads == 256 or vectors > largest_cluster * 8 * 256
+    for vectors in (1, 512, largest_cluster * 4096 + 1, 1 << 40):
+        assert integers.cross_entropy_ring_shape(vectors, largest_cluster)[1] == 0
+
+
+@pytest.mark.parametrize(
+    "vocab_size,element_size,expected",
+    [
+        (8192, 2, (256, 1, 1024, 6)),
+        (32000, 2, (256, 2, 2000, 3)),
+        (50304, 2, (256, 4, 1576, 3)),
+        (128256, 2, (256, 8, 2008, 3)),
+        (152064, 2, (256, 16, 1192, 5)),
+        (262144, 2, (256, 16, 2048, 3)),
+        (128256, 4, (256, 16, 2008, 3)),
+        (262144, 4, (512, 16, 4096, 3)),
+    ],
+)
+def test_the_ring_of_cross_entropy_for_known_vocabularies(integers, vocab_size, element_size, expected):
+    assert integers.cross_entropy_ring_shape(vocab_size * element_size // 16, 16) == expected
+
+
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_the_longest_row_of_cross_entropy(integers, element_size):
+    for vocab_size in range(1, 40):
+        for padding in range(9):
+            for offset in range(0, 16, element_size):
+                stride = vocab_size + padding
+                begins = [(offset + row * stride * element_size) % 16 for row in range(16)]
+                vectors = max((begin + vocab_size * element_size + 15) // 16 for begin in begins)
+                bound = integers.cross_entropy_row_vectors(4096 + offset, stride, vocab_size, element_size)
+                assert vectors <= bound <= vectors + 1
+                if set(begins) == {0}:
+                    assert bound == vectors

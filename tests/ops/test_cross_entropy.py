@@ -65,11 +65,13 @@ def test_forward_and_backward(name, rows, classes, dtype, reduction, poisoned, d
 @pytest.mark.random_schedules
 @pytest.mark.older_gpu
 @pytest.mark.parametrize(
-    "dtype,classes", [(torch.bfloat16, 20011), (torch.float32, 9001), (torch.float32, 70001)], ids=str
+    "dtype,classes",
+    [(torch.bfloat16, 20011), (torch.float32, 9001), (torch.bfloat16, 80011), (torch.float32, 70001)],
+    ids=str,
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_long_rows(dtype, classes, reduction, device, poisoned):
-    """On a GPU: in the registers of a cluster of two blocks, or of eight larger ones; before sm_90 read twice."""
+    """On a GPU: by clusters (test_cross_entropy_ring.py); before sm_90 in a block's shared memory, or read twice."""
     options = with_weight(OPTIONS["all"], classes, dtype, device) | dict(reduction=reduction)
     check(*inputs(3, classes, dtype, device=device), options)
 

@@ -132,6 +132,51 @@ const char* announce() {
   });
 }
 
+struct alignas(16) Slot {
+  uint2 values[kThreads];
+  alignas(8) uint64_t full;
+  alignas(8) uint64_t read;
+};
+
+// Every block sends to the next one of the cluster, again and again to the same place: the receiver says when it may.
+template <int kBug>
+__global__ void relay_kernel(unsigned* out) {
+  Slot& smem = shared_storage<Slot>();
+  const unsigned t = threadIdx.x, rank = ptx::cluster_rank();
+  const unsigned next = (rank + 1) % kBlocks, before = (rank + kBlocks - 1) % kBlocks;
+  const uint32_t full = ptx::shared_address(&smem.full), read = ptx::shared_address(&smem.read);
+  if (t == 0) {
+    ptx::mbarrier_init(full, 1);
+    ptx::mbarrier_init(read, kBug == 3 ? kThreads + 1 : kThreads);
+    ptx::fence_mbarrier_init();
+  }
+  ptx::cluster_sync();
+  unsigned sum = 0;
+  for (uint32_t round = 0; round < 3; ++round) {
+    if (t == 0) ptx::mbarrier_arrive_expect_tx(full, sizeof(smem.values));
+    if (round > 0 && kBug != 1) ptx::mbarrier_wait_cluster(read, (round - 1) % 2);
+    const uint32_t place = ptx::map_to_rank(ptx::shared_address(&smem.values[t]), next);
+    ptx::store_async(place, make_uint2(100 * rank + round, t), ptx::map_to_rank(full, next));
+    ptx::mbarrier_wait_cluster(full, round % 2);
+    if (kBug == 2) ptx::mbarrier_arrive_remote_shared(ptx::map_to_rank(read, before));
+    sum += smem.values[t ^ 1].x + smem.values[t ^ 1].y;
+    if (kBug != 2) ptx::mbarrier_arrive_remote_shared(ptx::map_to_rank(read, before));
+  }
+  out[blockIdx.x * kThreads + t] = sum;
+  ptx::cluster_sync();  // the last arrivals find their block
+}
+
+template <int kBug>
+const char* relay() {
+  Memory<unsigned> out(kBlocks * kThreads, "out");
+  const LaunchShape shape{dim3(kBlocks), dim3(kThreads), sizeof(Slot), kBlocks};
+  const char* error = finish(launch(relay_kernel<kBug>, shape, nullptr, out.get()));
+  return error ? error : expect(out, [](unsigned i) {
+    const unsigned rank = i / kThreads, t = i % kThreads;
+    return 3 * (100 * ((rank + kBlocks - 1) % kBlocks) + (t ^ 1)) + 3;
+  });
+}
+
 const Register all{
     {"ring", nullptr, ring<0>},
     {"ring: the cluster does not meet first", "mbarrier", ring<1>},
@@ -149,6 +194,10 @@ const Register all{
     {"gather: arrives and does not wait", "uninitialised shared memory", gather<3>},
     {"gather: out of bounds", "out of bounds: ", gather<4>},
     {"gather: writes while others read", "race: ", gather<5>},
+    {"relay", nullptr, relay<0>},
+    {"relay: does not wait for the reader", "race: ", relay<1>},
+    {"relay: the reader says so too early", "race: ", relay<2>},
+    {"relay: one arrival too many is expected", "deadlock", relay<3>},
     {"announce", nullptr, announce<0>},
     {"announce: wrong number of arrivals", "deadlock", announce<1>},
     {"announce: does not wait for the readers", "deadlock", announce<2>},
