@@ -133,7 +133,7 @@ def gpu_cases():
         yield gpu_case(seqlen, head_dim)
 
 
-def decode_case(batch, seqlen, heads, head_dim, dtype):
+def decode_case(batch, seqlen, heads, head_dim, dtype, devices=("cpu",)):
     num_heads, num_kv_heads = heads
 
     def make_inputs(device):
@@ -148,7 +148,7 @@ def decode_case(batch, seqlen, heads, head_dim, dtype):
         peers={"torch": lambda q, k, v, seqlens: sdpa(q, k, v)},
         check=accurate(attention_decode_reference),
         bytes=2 * batch * seqlen * num_kv_heads * head_dim * dtype.itemsize,
-        devices=("cpu",),
+        devices=devices,
     )
 
 
@@ -156,6 +156,8 @@ def decode_cases():
     for dtype in (torch.float32, torch.bfloat16):
         for batch, seqlen, heads, head_dim in ((1, 1024, (8, 2), 64), (1, 4096, (8, 2), 64), (8, 1024, (32, 8), 128)):
             yield decode_case(batch, seqlen, heads, head_dim, dtype)
+    for batch, seqlen, heads in ((1, 4096, (32, 4)), (1, 32768, (32, 4)), (1, 131072, (32, 4)), (32, 4096, (32, 8))):
+        yield decode_case(batch, seqlen, heads, 128, torch.bfloat16, devices=("cuda",))
 
 
 @pytest.mark.parametrize("case", [*plain_cases(), *masked_cases(), *decode_cases(), *gpu_cases()], ids=str)

@@ -377,8 +377,9 @@ const char* launch_backward(const AttentionBackwardParams& params, void* stream)
 }  // namespace
 
 const char* attention_backward_cuda(const AttentionBackwardParams& params, void* stream) {
+  if (const char* error = refused(params.problem)) return error;
   return dispatch_attention_dtype(
-      params, [&](auto tag) { return launch_backward<typename decltype(tag)::type>(params, stream); });
+      params.problem.dtype, [&](auto tag) { return launch_backward<typename decltype(tag)::type>(params, stream); });
 }
 
 }  // namespace arfast

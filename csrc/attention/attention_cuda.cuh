@@ -148,7 +148,7 @@ struct alignas(1024) AttentionTile {
   static constexpr int kColumns = kHeadDim;
   static constexpr int kChunk = 8;                          // elements
   static constexpr int kPitch = (kHeadDim + 63) / 64 * 64;  // elements
-  static constexpr int kChunks = kHeadDim / kChunk;
+  static constexpr int kChunks = kHeadDim / kChunk, kRowChunks = kPitch / kChunk;
   T elements[kRows * kPitch];
 
   __device__ static int place(int row, int chunk) { return row * kPitch + (chunk ^ row % 8) * kChunk; }
@@ -156,7 +156,7 @@ struct alignas(1024) AttentionTile {
   // Starts to copy `rows` rows of head_dim elements; the others become zero: weights of 0 do not protect from NaN.
   template <int kThreads>
   __device__ void load(const Rows<T>& source, int rows, int head_dim) {
-    constexpr int kRowChunks = kPitch / kChunk, kStep = kThreads / kRowChunks;  // rows at a time
+    constexpr int kStep = kThreads / kRowChunks;  // rows at a time
     static_assert(kRows % kStep == 0);
     const int chunk = threadIdx.x % kRowChunks, first = threadIdx.x / kRowChunks;
     if (chunk >= kChunks) return;
@@ -165,14 +165,33 @@ struct alignas(1024) AttentionTile {
     const T* from = source.first + int64_t{first} * source.stride + chunk * kChunk;
 #pragma unroll 1
     for (int row = first; row < kRows; row += kStep, from += kStep * source.stride) {
-      T* to = elements + place(row, chunk);
-      const int copied = row < rows ? size : 0;
-      if (aligned) {
-        const int bytes = copied * static_cast<int>(sizeof(T));
-        ptx::cp_async16(ptx::shared_address(to), copied > 0 ? from : source.first, bytes);
-      } else {
-        *reinterpret_cast<Vector16<T>*>(to) = first_elements(from, copied);
-      }
+      copy_chunk(row, chunk, from, row < rows ? size : 0, aligned, source.first);
+    }
+  }
+
+  // The same with rows that lie anywhere: row_at(row) is where.
+  template <int kThreads, typename F>
+  __device__ void gather(const F& row_at, int rows, int head_dim) {
+    constexpr int kStep = kThreads / kRowChunks;
+    const int chunk = threadIdx.x % kRowChunks;
+    if (chunk >= kChunks) return;
+    const int size = max(0, min(head_dim - chunk * kChunk, kChunk));
+    const T* any = row_at(0);
+#pragma unroll 4
+    for (int row = threadIdx.x / kRowChunks; row < kRows; row += kStep) {
+      const T* from = row < rows ? row_at(row) + chunk * kChunk : any;
+      copy_chunk(row, chunk, from, row < rows ? size : 0, is_aligned16(from), any);
+    }
+  }
+
+  // Starts to copy the first `size` elements of a chunk, zeros after them. `any` is some address in the same tensor.
+  __device__ void copy_chunk(int row, int chunk, const T* from, int size, bool aligned, const T* any) {
+    T* to = elements + place(row, chunk);
+    if (aligned) {
+      const int bytes = size * static_cast<int>(sizeof(T));
+      ptx::cp_async16(ptx::shared_address(to), size > 0 ? from : any, bytes);
+    } else {
+      *reinterpret_cast<Vector16<T>*>(to) = first_elements(from, size);
     }
   }
 
@@ -275,19 +294,72 @@ __device__ inline void multiply_columns(const uint32_t (&weights)[kRowTiles][kDe
 // With an absolute error of some 1e-7, which is what matters to a score.
 __device__ inline float tanh_approx(float x) { return 1 - __fdividef(2.0f, 1 + ptx::exp2_approx(x * 2.88539008f)); }
 
-// What every launcher refuses, and the choice of the element.
-template <typename Params, typename F>
-const char* dispatch_attention_dtype(const Params& params, const F& f) {
-  const AttentionProblem& problem = params.problem;
+template <int kColumns>
+__device__ inline void cap_scores(double softmax_scale, double softcap, float (&scores)[kColumns][4]) {
+  const float cap = static_cast<float>(softcap), inner = static_cast<float>(softmax_scale / softcap);
+#pragma unroll
+  for (int i = 0; i < 4 * kColumns; ++i) scores[i / 4][i % 4] = cap * tanh_approx(scores[i / 4][i % 4] * inner);
+}
+
+// The running softmax of the rows of a thread: rows of quads of lanes, two per 16 queries.
+template <int kRowTiles>
+struct AttentionSoftmax {
+  float max[kRowTiles][2];  // of the scores, unscaled unless there is a softcap
+  float sum[kRowTiles][2];  // of this thread's columns
+  float scale;              // from scores to exponents of 2
+
+  // A sink is a key that every row has seen, with a value of 0: its score is the first maximum, and it counts once.
+  __device__ AttentionSoftmax(double softmax_scale, double softcap, float sink) {
+    const float unit = softcap > 0 ? 1.0f : static_cast<float>(softmax_scale);
+    scale = unit * 1.44269504f;
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      max[i / 2][i % 2] = sink / unit;
+      sum[i / 2][i % 2] = sink > -INFINITY && threadIdx.x % 4 == 0 ? 1.0f : 0.0f;
+    }
+  }
+
+  // Turns the scores of a row into weights. What was summed before counts as often as the result says.
+  template <int kColumns>
+  __device__ float update(int row_tile, int half, float (&scores)[kColumns][4]) {
+    float top = max[row_tile][half];
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+    top = quad_max(top);
+    const float shift = top == -INFINITY ? 0.0f : top * scale;  // a row that saw nothing: -inf - -inf would be NaN
+    const float factor = ptx::exp2_approx(max[row_tile][half] * scale - shift);
+    max[row_tile][half] = top;
+    float total = sum[row_tile][half] * factor;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        scores[n][i] = ptx::exp2_approx(fmaf(scores[n][i], scale, -shift));
+        total += scores[n][i];
+      }
+    }
+    sum[row_tile][half] = total;
+    return factor;
+  }
+};
+
+// The choice of the element.
+template <typename F>
+const char* dispatch_attention_dtype(DType dtype, const F& f) {
+  if (dtype == DType::kBFloat16) return f(TypeTag<BFloat16>{});
+  if (dtype == DType::kFloat16) return f(TypeTag<Float16>{});
+  return "dtype must be bfloat16 or float16";
+}
+
+// What the launchers of forward and backward pass refuse.
+inline const char* refused(const AttentionProblem& problem) {
   if (problem.num_queries >= kMaxPositions || problem.num_keys >= kMaxPositions) {
     return "q and k must have fewer than 2^29 rows";
   }
   for (const AttentionView& view : {problem.q, problem.k, problem.v}) {
     if (view.row_stride > 0x7fffffff) return "q, k and v must have rows less than 2^31 elements apart";
   }
-  if (problem.dtype == DType::kBFloat16) return f(TypeTag<BFloat16>{});
-  if (problem.dtype == DType::kFloat16) return f(TypeTag<Float16>{});
-  return "dtype must be bfloat16 or float16";
+  return nullptr;
 }
 
 }  // namespace arfast

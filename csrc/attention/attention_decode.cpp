@@ -61,7 +61,8 @@ void check_tensors(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
 }
 
 // On the CPU the integers that are read are checked, and the workspace is as large as this call needs.
-void check_values(AttentionDecodeParams& params, int64_t capacity, int64_t cache_batch) {
+void check_values(AttentionDecodeParams& params) {
+  const int64_t capacity = params.capacity, cache_batch = params.cache_batch;
   for (int64_t b = 0; b < params.batch; ++b) {
     const int64_t seqlen = params.seqlens[b];
     check(seqlen >= 0 && seqlen <= capacity, kOp, "seqlens",
@@ -78,6 +79,14 @@ void check_values(AttentionDecodeParams& params, int64_t capacity, int64_t cache
       check_value("beam_slots", params.beam_slots[b * params.table_stride + key], cache_batch, b, key);
     }
   }
+}
+
+// A bound on the ranges of a sequence, whatever its length.
+int64_t most_splits(const AttentionDecodeParams& params) {
+  if (params.num_splits > 0) return std::min(params.num_splits, params.capacity / kDecodeTile + 1);
+  int64_t keys = params.capacity;
+  if (params.window >= 0) keys = std::min(keys, params.window + params.num_queries);  // they may begin anywhere
+  return keys / kDecodeSplit + 2;
 }
 
 // -> out [B, Tq, H, D]
@@ -127,12 +136,18 @@ Tensor attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens
       .partial = nullptr,
       .out = out.data_ptr(),
   };
-  check_values(params, block_table ? block_table->size(1) * k_cache.size(1) : k_cache.size(1), k_cache.size(0));
+  params.capacity = block_table ? block_table->size(1) * k_cache.size(1) : k_cache.size(1);
+  params.cache_batch = k_cache.size(0);
+  if (on_cpu(q)) {
+    check_values(params);
+  } else {  // whose lengths only it knows
+    params.max_splits = most_splits(params);
+  }
   if (out.numel() == 0) return out;
   const int64_t rows = q.size(0) * q.size(1) * q.size(2) * params.max_splits;
   Tensor partial = new_empty(q, {rows, q.size(3) + 2}, statistics_dtype(q));
   params.partial = partial.data_ptr();
-  attention_decode_cpu(params);
+  run(kOp, q, params, attention_decode_cpu, attention_decode_cuda);
   return out;
 }
 
@@ -144,5 +159,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
       "float? softmax_scale, int? window, float? softcap, Tensor? sink, Tensor? beam_slots, int num_splits) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) { m.impl("attention_decode", TORCH_BOX(&attention_decode)); }
+STABLE_TORCH_LIBRARY_IMPL(arfast, CUDA, m) { m.impl("attention_decode", TORCH_BOX(&attention_decode)); }
 
 }  // namespace arfast

@@ -25,6 +25,8 @@ struct AttentionDecodeParams {
   const int32_t* beam_slots;   // [B, S_max], dense, or nullptr
   int64_t table_stride;        // rows of block_table or beam_slots
   int64_t page_size;           // keys per batch index of a cache
+  int64_t capacity;            // keys that a sequence can have in the cache
+  int64_t cache_batch;         // batch indices of a cache
   int64_t num_splits;          // 0: ranges of kDecodeSplit keys
   int64_t max_splits;          // the most ranges that a sequence of this call has
   void* partial;  // [B, Hkv, max_splits, Tq * H / Hkv, D + 2] in float (double), workspace: sums, maximum, weight
@@ -37,27 +39,27 @@ constexpr int64_t kDecodeSplit = 512;  // keys of a task, unless the caller asks
 // The ranges of keys that a sequence is divided into, from `first` on, where the oldest query's window begins. A
 // function of this sequence alone, so that neither the batch around it nor the number of threads changes its result.
 struct DecodeSplits {
-  int64_t first, seqlen;
-  int64_t keys;   // per range, a multiple of the tile; ranges begin at its multiples
-  int64_t count;  // 0 for an empty sequence
+  int64_t first = 0, seqlen;
+  int64_t keys = kDecodeSplit;  // per range, a multiple of the tile; ranges begin at its multiples
+  int64_t count = 0;            // 0 for an empty sequence
 
-  DecodeSplits(int64_t seqlen_, int64_t num_queries, int64_t window, int64_t num_splits) : seqlen(seqlen_) {
+  constexpr DecodeSplits(int64_t seqlen_, int64_t num_queries, int64_t window, int64_t num_splits) : seqlen(seqlen_) {
     const int64_t oldest = seqlen - num_queries - window;
     first = window >= 0 && oldest > 0 ? oldest : 0;
-    keys = kDecodeSplit;
     if (num_splits > 0) keys = ((seqlen - 1) / num_splits / kDecodeTile + 1) * kDecodeTile;
     count = seqlen > 0 ? (seqlen - 1) / keys - first / keys + 1 : 0;
   }
-  int64_t begin(int64_t split) const {
+  constexpr int64_t begin(int64_t split) const {
     const int64_t key = (first / keys + split) * keys;
     return key > first ? key : first;
   }
-  int64_t end(int64_t split) const {
+  constexpr int64_t end(int64_t split) const {
     const int64_t key = (first / keys + split + 1) * keys;
     return key < seqlen ? key : seqlen;
   }
 };
 
 ARFAST_CPU_FUNCTION(attention_decode, AttentionDecodeParams)
+ARFAST_CUDA_FUNCTION(attention_decode, AttentionDecodeParams)
 
 }  // namespace arfast

@@ -27,52 +27,6 @@ struct ForwardShape {
   };
 };
 
-// The running softmax of the rows of a thread: rows of quads of lanes, two per 16 queries.
-template <typename Shape>
-struct Softmax {
-  float max[Shape::kRowTiles][2];  // of the scores, unscaled unless there is a softcap
-  float sum[Shape::kRowTiles][2];  // of this thread's columns
-  float scale;                     // from scores to exponents of 2
-
-  // A sink is a key that every row has seen, with a value of 0: its score is the first maximum, and it counts once.
-  __device__ Softmax(const AttentionProblem& problem, const SequenceTile& tile, int head) {
-    const float softmax_scale = problem.softcap > 0 ? 1.0f : static_cast<float>(problem.softmax_scale);
-    const bool has_sink = problem.sink != nullptr && !tile.padding;
-    const float sink = has_sink ? static_cast<const float*>(problem.sink)[head] : -INFINITY;
-    scale = softmax_scale * 1.44269504f;
-#pragma unroll
-    for (int i = 0; i < 2 * Shape::kRowTiles; ++i) {
-      max[i / 2][i % 2] = sink / softmax_scale;
-      sum[i / 2][i % 2] = sink > -INFINITY && threadIdx.x % 4 == 0 ? 1.0f : 0.0f;
-    }
-  }
-
-  // Turns the scores of a row into weights. What was summed before counts as often as the result says.
-  template <typename Scores>
-  __device__ float update(int row_tile, int half, Scores& scores) {
-    float top = max[row_tile][half];
-#pragma unroll
-    for (int n = 0; n < Shape::kKeys / 8; ++n) {
-      top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
-    }
-    top = quad_max(top);
-    const float shift = top == -INFINITY ? 0.0f : top * scale;  // a row that saw nothing: -inf - -inf would be NaN
-    const float factor = ptx::exp2_approx(max[row_tile][half] * scale - shift);
-    max[row_tile][half] = top;
-    float total = sum[row_tile][half] * factor;
-#pragma unroll
-    for (int n = 0; n < Shape::kKeys / 8; ++n) {
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        scores[n][i] = ptx::exp2_approx(fmaf(scores[n][i], scale, -shift));
-        total += scores[n][i];
-      }
-    }
-    sum[row_tile][half] = total;
-    return factor;
-  }
-};
-
 template <typename Shape>
 using Scores = float[Shape::kKeys / 8][4];
 template <typename Shape>
@@ -84,12 +38,7 @@ using Output = float[Shape::kRowTiles][Shape::kHeadDim / 8][4];
 template <typename Shape>
 __device__ void finish_scores(const AttentionProblem& problem, const KeyRange& visible, int first_query, int first_key,
                               bool masked, Scores<Shape>& scores) {
-  if (problem.softcap > 0) {
-    const float cap = static_cast<float>(problem.softcap);
-    const float inner = static_cast<float>(problem.softmax_scale / problem.softcap);
-#pragma unroll
-    for (int i = 0; i < Shape::kKeys / 2; ++i) scores[i / 4][i % 4] = cap * tanh_approx(scores[i / 4][i % 4] * inner);
-  }
+  if (problem.softcap > 0) cap_scores(problem.softmax_scale, problem.softcap, scores);
   if (!masked) return;
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
@@ -108,7 +57,8 @@ __device__ void finish_scores(const AttentionProblem& problem, const KeyRange& v
 // warp's alone, and that it has read before the last barrier, so that whole vectors leave.
 template <typename Shape>
 __device__ void write_rows(const AttentionForwardParams& params, const SequenceTile& tile, int head, int first_row,
-                           const Softmax<Shape>& softmax, const Output<Shape>& output, typename Shape::Smem& smem) {
+                           const AttentionSoftmax<Shape::kRowTiles>& softmax, const Output<Shape>& output,
+                           typename Shape::Smem& smem) {
   using T = typename Shape::T;
   const AttentionProblem& problem = params.problem;
   const int lane = threadIdx.x % kWarpSize;
@@ -158,7 +108,9 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
   const uint32_t q_address = smem.q.a_address(first_row), k_address = smem.k.b_address(0),
                  v_address = smem.v.transposed_b_address(0);
 
-  Softmax<Shape> softmax(problem, tile, head);
+  const bool has_sink = problem.sink != nullptr && !tile.padding;
+  const float sink = has_sink ? static_cast<const float*>(problem.sink)[head] : -INFINITY;
+  AttentionSoftmax<Shape::kRowTiles> softmax(problem.softmax_scale, problem.softcap, sink);
   Output<Shape> output = {};
   const auto load_tile = [&](auto& shared, const Rows<T>& rows, int key_tile) {
     const int first_key = key_tile * Shape::kKeys;
@@ -226,8 +178,9 @@ const char* launch_forward(const AttentionForwardParams& params, void* stream) {
 }  // namespace
 
 const char* attention_forward_cuda(const AttentionForwardParams& params, void* stream) {
+  if (const char* error = refused(params.problem)) return error;
   return dispatch_attention_dtype(
-      params, [&](auto tag) { return launch_forward<typename decltype(tag)::type>(params, stream); });
+      params.problem.dtype, [&](auto tag) { return launch_forward<typename decltype(tag)::type>(params, stream); });
 }
 
 }  // namespace arfast
