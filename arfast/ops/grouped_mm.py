@@ -11,10 +11,11 @@ def grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch
     """out[offsets[e] : offsets[e + 1]] = a[offsets[e] : offsets[e + 1]] @ b[e] for every group e.
 
     Args:
-        a: [M, K], float32, bfloat16, float16, or float64 on the CPU.
+        a: [M, K], on the CPU float32, bfloat16, float16 or float64; on a GPU bfloat16 or float16.
         b: [E, K, N], the dtype of `a`; a transposed view of [E, N, K] costs nothing. Under autocast both are cast to
             its dtype.
-        offsets: [E + 1] int32, from 0 to M without decreasing; checked on the CPU.
+        offsets: [E + 1] int32, from 0 to M without decreasing; checked on the CPU. On a GPU wrong ones give wrong
+            results, and touch no other memory.
 
     Returns:
         [M, N], the dtype of `a`.

@@ -20,8 +20,8 @@ struct BackwardShape {
   using T = Element;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kStep = kStep_;
-  using Own = AttentionTile<T, kRows, kHeadDim>;
-  using Walked = AttentionTile<T, kStep, kHeadDim>;
+  using Own = MatrixTile<T, kRows, kHeadDim>;
+  using Walked = MatrixTile<T, kStep, kHeadDim>;
   using Scores = float[kStep / 8][4];
   using Weights = uint32_t[1][kStep / 16][4];
   using Gradient = float[1][kHeadDim / 8][4];
@@ -67,8 +67,8 @@ __device__ void pack_weights(const float (&values)[2 * kDepth][4], uint32_t (&we
 
 // The 16 rows of a warp, times `factor`, through the rows of `tile` that are its own.
 template <typename Tile, typename T, int kColumns>
-__device__ void write_gradient(Tile& tile, const float (&gradient)[1][kColumns][4], float factor, const Rows<T>& target,
-                               int first_row, int rows, int head_dim) {
+__device__ void write_gradient(Tile& tile, const float (&gradient)[1][kColumns][4], float factor,
+                               const MatrixRows<T>& target, int first_row, int rows, int head_dim) {
   const int lane = threadIdx.x % kWarpSize;
   __syncwarp();  // all lanes have read their fragments of these rows
 #pragma unroll
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads) attention_query_gradient_kernel(Atte
   const SequenceTile tile = find_tile<kRows, false>(problem, blockIdx.x / problem.num_heads);
   if (tile.num_rows <= 0) return;
   const int kv_head = head / static_cast<int>(problem.num_heads / problem.num_kv_heads);
-  const Rows<T> k = tile.keys<T>(problem.k, kv_head), v = tile.keys<T>(problem.v, kv_head);
+  const MatrixRows<T> k = tile.keys<T>(problem.k, kv_head), v = tile.keys<T>(problem.v, kv_head);
   const KeyRange visible(problem, tile);
   const int first_step = visible.begin(tile.first) / kStep;
   const int end_step = (visible.end(tile.first + tile.num_rows - 1) + kStep - 1) / kStep;

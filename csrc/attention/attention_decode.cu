@@ -20,8 +20,8 @@ template <typename Element, int kHeadDim_>
 struct DecodeShape {
   using T = Element;
   static constexpr int kHeadDim = kHeadDim_;
-  using Queries = AttentionTile<T, kRows, kHeadDim>;
-  using Keys = AttentionTile<T, kKeys, kHeadDim>;
+  using Queries = MatrixTile<T, kRows, kHeadDim>;
+  using Keys = MatrixTile<T, kKeys, kHeadDim>;
 
   struct Smem {
     Queries q;

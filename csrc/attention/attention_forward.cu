@@ -19,8 +19,8 @@ struct ForwardShape {
   static constexpr int kWarpQueries = kRowTiles * 16;
   static constexpr int kQueries = kWarps_ * kWarpQueries;
 
-  using Queries = AttentionTile<T, kQueries, kHeadDim>;
-  using Keys = AttentionTile<T, kKeys, kHeadDim>;
+  using Queries = MatrixTile<T, kQueries, kHeadDim>;
+  using Keys = MatrixTile<T, kKeys, kHeadDim>;
   struct Smem {
     Queries q;
     Keys k, v;
@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
   const SequenceTile tile = find_tile<Shape::kQueries, false>(problem, blockIdx.x / problem.num_heads);
   if (tile.num_rows <= 0) return;
   const int kv_head = head / static_cast<int>(problem.num_heads / problem.num_kv_heads);
-  const Rows<T> q = tile.queries<T>(problem.q, head).from(tile.first), k = tile.keys<T>(problem.k, kv_head),
-                v = tile.keys<T>(problem.v, kv_head);
+  const MatrixRows<T> q = tile.queries<T>(problem.q, head).from(tile.first), k = tile.keys<T>(problem.k, kv_head),
+                      v = tile.keys<T>(problem.v, kv_head);
   const int head_dim = static_cast<int>(problem.head_dim);
   const KeyRange visible(problem, tile);
   const int last_query = tile.first + tile.num_rows - 1;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
   const float sink = has_sink ? static_cast<const float*>(problem.sink)[head] : -INFINITY;
   AttentionSoftmax<Shape::kRowTiles> softmax(problem.softmax_scale, problem.softcap, sink);
   Output<Shape> output = {};
-  const auto load_tile = [&](auto& shared, const Rows<T>& rows, int key_tile) {
+  const auto load_tile = [&](auto& shared, const MatrixRows<T>& rows, int key_tile) {
     const int first_key = key_tile * Shape::kKeys;
     shared.template load<Shape::kThreads>(rows.from(first_key), tile.seqlen_k - first_key, head_dim);
     ptx::cp_async_commit();

@@ -21,7 +21,7 @@ Tensor checked_offsets(const Tensor& offsets, const Tensor& a) {
   check_dtype(kOp, "offsets", offsets, ScalarType::Int);
   check_same_device(kOp, "offsets", offsets, "a", a);
   const Tensor dense = to_contiguous(offsets);
-  check_offsets(kOp, dense, a.size(0));
+  if (on_cpu(a)) check_offsets(kOp, dense, a.size(0));  // a GPU would have to be waited for
   return dense;
 }
 
@@ -34,7 +34,11 @@ Tensor grouped_mm(Tensor a, Tensor b, Tensor offsets) {
   check_same_dtype(kOp, "b", b, "a", a);
   check_same_device(kOp, "b", b, "a", a);
   Tensor out = new_empty(a, {a.size(0), b.size(2)}, a.scalar_type());
-  grouped_mm_cpu({
+  if (!on_cpu(a)) {
+    a = with_dense_rows(a);
+    if (b.stride(1) != 1) b = with_dense_rows(b);
+  }
+  const GroupedMmParams params{
       .dtype = dtype,
       .num_groups = b.size(0),
       .offsets = static_cast<const int32_t*>(offsets.data_ptr()),
@@ -43,7 +47,8 @@ Tensor grouped_mm(Tensor a, Tensor b, Tensor offsets) {
       .b_group_stride = b.stride(0),
       .out = matrix_of(out, 0),
       .matmul = fastest_matmul,
-  });
+  };
+  if (out.numel() > 0) run(kOp, a, params, grouped_mm_cpu, grouped_mm_cuda);
   return out;
 }
 
@@ -56,7 +61,11 @@ Tensor grouped_mm_transposed(Tensor a, Tensor b, Tensor offsets) {
   check_same_device(kOp, "b", b, "a", a);
   offsets = checked_offsets(offsets, a);
   Tensor out = new_empty(a, {offsets.size(0) - 1, a.size(1), b.size(1)}, a.scalar_type());
-  grouped_mm_transposed_cpu({
+  if (!on_cpu(a)) {
+    a = with_dense_rows(a);
+    b = with_dense_rows(b);
+  }
+  const GroupedMmTransposedParams params{
       .dtype = dtype,
       .num_groups = out.size(0),
       .offsets = static_cast<const int32_t*>(offsets.data_ptr()),
@@ -64,7 +73,8 @@ Tensor grouped_mm_transposed(Tensor a, Tensor b, Tensor offsets) {
       .b = matrix_of(b, 0),
       .out = dense_matrix(out.data_ptr(), a.size(1), b.size(1)),
       .matmul = fastest_matmul,
-  });
+  };
+  if (out.numel() > 0) run(kOp, a, params, grouped_mm_transposed_cpu, grouped_mm_transposed_cuda);
   return out;
 }
 
@@ -75,6 +85,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
   m.def("grouped_mm_transposed(Tensor a, Tensor b, Tensor offsets) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) {
+  m.impl("grouped_mm", TORCH_BOX(&grouped_mm));
+  m.impl("grouped_mm_transposed", TORCH_BOX(&grouped_mm_transposed));
+}
+STABLE_TORCH_LIBRARY_IMPL(arfast, CUDA, m) {
   m.impl("grouped_mm", TORCH_BOX(&grouped_mm));
   m.impl("grouped_mm_transposed", TORCH_BOX(&grouped_mm_transposed));
 }

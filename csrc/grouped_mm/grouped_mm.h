@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/cpu_target.h"
+#include "core/cuda_function.h"
 #include "core/dtype.h"
 #include "core/matmul.h"
 
@@ -17,8 +18,8 @@ struct GroupedMmParams {
   Matrix a;                // [M, K]
   Matrix b;                // [K, N] of group 0
   int64_t b_group_stride;
-  Matrix out;  // [M, N]
-  Matmul matmul;
+  Matrix out;     // [M, N]
+  Matmul matmul;  // on the CPU
 };
 
 // out[e] = a[rows of e]^T b[rows of e]
@@ -34,5 +35,7 @@ struct GroupedMmTransposedParams {
 
 ARFAST_CPU_FUNCTION(grouped_mm, GroupedMmParams)
 ARFAST_CPU_FUNCTION(grouped_mm_transposed, GroupedMmTransposedParams)
+ARFAST_CUDA_FUNCTION(grouped_mm, GroupedMmParams)
+ARFAST_CUDA_FUNCTION(grouped_mm_transposed, GroupedMmTransposedParams)
 
 }  // namespace arfast

@@ -1,10 +1,10 @@
-"""A dense CausalLM on a GPU against the same model on the CPU: its ops are all kernels of ours there, too."""
+"""CausalLM on a GPU against the same model on the CPU: its ops are kernels of ours there, too."""
 
 import copy
 
 import pytest
 import torch
-from test_causal_lm import CONFIG
+from test_causal_lm import CONFIG, EXPERTS
 
 from arfast.generate import generate
 from arfast.models import CausalLM
@@ -16,10 +16,10 @@ def relative_error(a, b):
     return ((a.cpu().double() - b.double()).norm() / b.double().norm()).item()
 
 
-@pytest.fixture
-def models():
+@pytest.fixture(params=[CONFIG, EXPERTS], ids=["dense", "experts"])
+def models(request):
     """In bfloat16 on the GPU, and the same numbers in float32 on the CPU."""
-    model = CausalLM(CONFIG, seed=3).to(torch.bfloat16)
+    model = CausalLM(request.param, seed=3).to(torch.bfloat16)
     return copy.deepcopy(model).cuda(), model.float()
 
 

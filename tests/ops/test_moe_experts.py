@@ -10,6 +10,8 @@ from accuracy import assert_accurate, assert_bitwise_equal
 from threads import same_for_any_threads
 
 from arfast.ops import grouped_mm, moe_combine, moe_experts, moe_experts_reference, moe_permute, moe_route
+from arfast.ops.moe_experts import _by_ops
+from arfast.ops.moe_routing import Routing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (T, E, K, d, I)
@@ -48,14 +50,25 @@ def run(function, arguments, dout):
     return out, *torch.autograd.grad(out, leaves, dout.to(out.dtype))
 
 
-def check(arguments):
-    dout = torch.randn(arguments[0].shape).to(arguments[0].dtype)
-    actual = run(moe_experts, arguments, dout)
+def check(arguments, function=moe_experts):
+    dout = torch.randn(arguments[0].shape).to(arguments[0])
+    actual = run(function, arguments, dout)
     exact = run(moe_experts_reference, widened(*arguments), dout)
     baseline = run(moe_experts_reference, arguments, dout)
     for name, a, e, b in zip(NAMES, actual, exact, baseline, strict=True):
         assert_accurate(a, e, b, name=name)
     return actual
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(0, 4, 2, 8, 8), (1, 8, 8, 33, 17), (33, 8, 4, 31, 32), (140, 3, 2, 64, 48)], ids=str
+)
+def test_as_separate_ops(sizes, dtype, device, poisoned):
+    """As a GPU runs it."""
+    hidden, routing, *weights = inputs(*sizes, dtype)
+    routing = Routing(*(t.to(device) for t in routing))
+    check([hidden.to(device), routing, *(w.to(device) for w in weights)], _by_ops)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

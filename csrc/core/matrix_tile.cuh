@@ -1,0 +1,183 @@
+// Parts of matrices of 16-bit elements in shared memory, and products of them by mma.sync.
+#pragma once
+
+#include "core/ptx.cuh"
+#include "core/reduce.cuh"
+#include "core/vector.cuh"
+
+namespace arfast {
+
+// Rows of a matrix, dense along a row.
+template <typename T>
+struct MatrixRows {
+  const T* first;
+  int stride;
+  __device__ MatrixRows from(int row) const { return {first + int64_t{row} * stride, stride}; }
+};
+
+// A part of a matrix in shared memory. The chunks of 16 bytes of a row are permuted by its number, within groups of 8,
+// so that neither a row nor a column of chunks meets one bank twice.
+template <typename T, int kRows, int kColumns>
+struct alignas(1024) MatrixTile {
+  using Element = T;
+  static constexpr int kWidth = kColumns;
+  static constexpr int kChunk = 8;                          // elements
+  static constexpr int kPitch = (kColumns + 63) / 64 * 64;  // elements
+  static constexpr int kChunks = kColumns / kChunk, kRowChunks = kPitch / kChunk;
+  T elements[kRows * kPitch];
+
+  __device__ static int place(int row, int chunk) { return row * kPitch + (chunk ^ row % 8) * kChunk; }
+
+  // Starts to copy `rows` rows of columns elements; the others become zero: weights of 0 do not protect from NaN.
+  template <int kThreads>
+  __device__ void load(const MatrixRows<T>& source, int rows, int columns) {
+    constexpr int kStep = kThreads / kRowChunks;  // rows at a time
+    static_assert(kRows % kStep == 0);
+    const int chunk = threadIdx.x % kRowChunks, first = threadIdx.x / kRowChunks;
+    if (chunk >= kChunks) return;
+    const int size = max(0, min(columns - chunk * kChunk, kChunk));
+    const bool aligned = is_aligned16(source.first) && source.stride % kChunk == 0;
+    const T* from = source.first + int64_t{first} * source.stride + chunk * kChunk;
+#pragma unroll 1
+    for (int row = first; row < kRows; row += kStep, from += kStep * source.stride) {
+      copy_chunk(row, chunk, from, row < rows ? size : 0, aligned, source.first);
+    }
+  }
+
+  // The same with rows that lie anywhere: row_at(row) is where.
+  template <int kThreads, typename F>
+  __device__ void gather(const F& row_at, int rows, int columns) {
+    constexpr int kStep = kThreads / kRowChunks;
+    const int chunk = threadIdx.x % kRowChunks;
+    if (chunk >= kChunks) return;
+    const int size = max(0, min(columns - chunk * kChunk, kChunk));
+    const T* any = row_at(0);
+#pragma unroll 4
+    for (int row = threadIdx.x / kRowChunks; row < kRows; row += kStep) {
+      const T* from = row < rows ? row_at(row) + chunk * kChunk : any;
+      copy_chunk(row, chunk, from, row < rows ? size : 0, is_aligned16(from), any);
+    }
+  }
+
+  // Starts to copy the first `size` elements of a chunk, zeros after them. `any` is some address in the same tensor.
+  __device__ void copy_chunk(int row, int chunk, const T* from, int size, bool aligned, const T* any) {
+    T* to = elements + place(row, chunk);
+    if (aligned) {
+      const int bytes = size * static_cast<int>(sizeof(T));
+      ptx::cp_async16(ptx::shared_address(to), size > 0 ? from : any, bytes);
+    } else {
+      *reinterpret_cast<Vector16<T>*>(to) = first_elements(from, size);
+    }
+  }
+
+  // The first `count` elements of a chunk, then zeros.
+  __device__ static Vector16<T> first_elements(const T* from, int count) {
+    Vector16<T> chunk = filled_with<T>(0.0f);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (i < count) chunk.elements[i] = from[i];
+    }
+    return chunk;
+  }
+
+  // Where the calling lane reads its row of each fragment of 16 x 16 elements that begins in `row` and column 0.
+  // Another one lies `rows` rows below and `k` times 16 columns to the right at fragment(address, rows, k).
+  __device__ uint32_t lane_address(int row, int chunk) const {
+    return ptx::shared_address(elements + place(row, chunk));
+  }
+  __device__ uint32_t a_address(int row) const {
+    const int lane = threadIdx.x % kWarpSize;
+    return lane_address(row + lane % 16, lane / 16);
+  }
+  // For b operands of the transposed matrix: columns [row, row + 8), then [row + 8, row + 16).
+  __device__ uint32_t b_address(int row) const {
+    const int lane = threadIdx.x % kWarpSize;
+    return lane_address(row + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  }
+  // For ldmatrix with transposition, as an a operand of the transposed matrix: its rows are columns [0, 16).
+  __device__ uint32_t transposed_a_address(int row) const { return b_address(row); }
+  // For ldmatrix with transposition, as b operands of the matrix itself: its columns [0, 8), then [8, 16).
+  __device__ uint32_t transposed_b_address(int row) const { return a_address(row); }
+
+  __device__ static uint32_t fragment(uint32_t address, int rows, int k) {
+    constexpr int kElement = sizeof(T);
+    return (address ^ k * 16 * kElement) + rows * kPitch * kElement;  // columns are permuted by exclusive or
+  }
+
+  // Two neighbours of a row; `column` is even.
+  __device__ void store_pair(int row, int column, float x, float y) {
+    T* to = elements + place(row, column / kChunk) + column % kChunk;
+    *reinterpret_cast<uint32_t*>(to) = std::is_same_v<T, BFloat16> ? ptx::pack_bf16x2(x, y) : ptx::pack_f16x2(x, y);
+  }
+
+  // Rows [first, first + rows) to `target`, by one warp.
+  __device__ void write_rows(const MatrixRows<T>& target, int first, int rows, int columns) const {
+    const bool aligned = is_aligned16(target.first) && target.stride % kChunk == 0;
+    for (int i = threadIdx.x % kWarpSize; i < rows * kChunks; i += kWarpSize) {
+      const int row = i / kChunks, chunk = i % kChunks, size = min(columns - chunk * kChunk, kChunk);
+      const Vector16<T> vector = *reinterpret_cast<const Vector16<T>*>(elements + place(first + row, chunk));
+      T* to = const_cast<T*>(target.from(row).first) + chunk * kChunk;
+      if (aligned && size == kChunk) {
+        *reinterpret_cast<Vector16<T>*>(to) = vector;
+        continue;
+      }
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) {
+        if (j < size) to[j] = vector.elements[j];
+      }
+    }
+  }
+};
+
+// The a operand of a product over 16 columns from accumulators: two tiles of 8 columns side by side.
+template <typename T>
+__device__ inline void fragment_from_accumulators(uint32_t (&a)[4], const float (&low)[4], const float (&high)[4]) {
+  const auto pack = [](float x, float y) {
+    return std::is_same_v<T, BFloat16> ? ptx::pack_bf16x2(x, y) : ptx::pack_f16x2(x, y);
+  };
+  a[0] = pack(low[0], low[1]);
+  a[1] = pack(low[2], low[3]);
+  a[2] = pack(high[0], high[1]);
+  a[3] = pack(high[2], high[3]);
+}
+
+// acc = a b^T: 16 rows of a tile by kColumns rows of another. Addresses: a_address, b_address.
+template <typename A, typename B, int kColumns>
+__device__ inline void multiply_rows(uint32_t a_rows, uint32_t b_rows, float (&acc)[kColumns][4]) {
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+#pragma unroll 2  // more would hold more addresses than there are registers
+  for (int k = 0; k < A::kWidth / 16; ++k) {
+    uint32_t a[4];
+    ptx::ldmatrix_x4(a, A::fragment(a_rows, 0, k));
+#pragma unroll
+    for (int n = 0; n < kColumns / 2; ++n) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4(b, B::fragment(b_rows, 16 * n, k));
+      ptx::mma_m16n8k16<typename A::Element>(acc[2 * n], a, b[0], b[1]);
+      ptx::mma_m16n8k16<typename A::Element>(acc[2 * n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// acc += weights b: kRowTiles times 16 rows of weights, in registers, by the rows of a tile. Address:
+// transposed_b_address.
+template <typename B, int kRowTiles, int kDepth, int kColumns>
+__device__ inline void multiply_columns(const uint32_t (&weights)[kRowTiles][kDepth][4], uint32_t b_rows,
+                                        float (&acc)[kRowTiles][kColumns][4]) {
+#pragma unroll
+  for (int k = 0; k < kDepth; ++k) {
+#pragma unroll
+    for (int n = 0; n < kColumns / 2; ++n) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4_trans(b, B::fragment(b_rows, 16 * k, n));
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        ptx::mma_m16n8k16<typename B::Element>(acc[m][2 * n], weights[m][k], b[0], b[1]);
+        ptx::mma_m16n8k16<typename B::Element>(acc[m][2 * n + 1], weights[m][k], b[2], b[3]);
+      }
+    }
+  }
+}
+
+}  // namespace arfast
