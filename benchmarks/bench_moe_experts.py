@@ -49,7 +49,7 @@ def forward_case(tokens, size, inner, experts, dtype):
         check=accurate(layer_reference),
         bytes=(3 * touched * size * inner + 2 * tokens * size) * dtype.itemsize,
         flops=6 * tokens * TOP_K * size * inner,
-        devices=("cpu",),
+        devices=("cpu", "cuda") if dtype == torch.bfloat16 else ("cpu",),
     )
 
 
@@ -68,7 +68,7 @@ def gradient_case(tokens, size, inner, experts, dtype):
         check=accurate(with_gradients(layer_reference)),
         flops=3 * forward.flops,
         gates={"grouped_mm": 1.3} if tokens == 4096 else {},
-        devices=("cpu",),
+        devices=("cpu", "cuda") if dtype == torch.bfloat16 else ("cpu",),
     )
 
 

@@ -84,7 +84,7 @@ def case(dtype):
         check=check,
         flops=int(CONFIG.flops_per_token(SEQLEN) * BATCH * SEQLEN),
         gates={"transformers": 1.5, "transformers, compiled": 1.0} if dtype == "bfloat16" else {},
-        devices=("cpu",),
+        devices=("cpu", "cuda") if dtype == torch.bfloat16 else ("cpu",),
     )
 
 

@@ -134,6 +134,26 @@ def test_gpu_peers_that_fail_are_left_out():
     assert list(result.ratios) == ["slow", "same"] and result.gates == {} and not result.missed_gates
 
 
+def test_blocks_are_replayed_as_graphs_on_a_gpu(monkeypatch):
+    replayed = []
+
+    def captured(calls):
+        return SimpleNamespace(replay=lambda: (replayed.append(1), calls()))
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(harness, "captured", captured)
+    monkeypatch.setattr(harness, "share_of_peak", lambda *arguments: None)
+    inputs = (torch.randn(4, 5),)
+    result = compare(Benchmark(), case(make_inputs=lambda device: inputs), "cuda")
+    assert result.ratios == pytest.approx({"slow": 3.0, "same": 1.0}) and len(replayed) >= 3 * harness.ROUNDS
+
+
+def test_what_cannot_be_captured_is_timed_call_by_call(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: fail(None))
+    with pytest.warns(UserWarning, match="timed call by call, not as a CUDA graph: no kernel image"):
+        assert harness.captured(lambda: None) is None
+
+
 def test_gpu_peer_is_looked_up_where_it_is_installed(monkeypatch):
     assert gpu_peer("math:sqrt") is None or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
