@@ -56,8 +56,8 @@ def attention(
             may be empty. Rows past the last one belong to none: they see nothing and nobody sees them.
         max_seqlen_q, max_seqlen_k: bounds on the documents' lengths, for GPUs; checked on the CPU.
         return_lse: return (out, lse).
-        deterministic: None follows torch.use_deterministic_algorithms. On the CPU the result has the same bits for
-            every number of threads in any case.
+        deterministic: None follows torch.use_deterministic_algorithms. Today the result has the same bits in every run
+            in any case, on the CPU for every number of threads.
 
     Returns:
         out, like q and dense. With return_lse also lse in float32 (float64), natural logarithm, the sink included:

@@ -11,7 +11,6 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kRows = kWarps * 16;  // of a block: 16 for each warp
-constexpr float kLog2E = 1.44269504f;
 
 // Tiles of kRows rows that a block has and of kStep rows that it walks over, two of the latter: one is multiplied while
 // the next one arrives.
@@ -69,16 +68,8 @@ __device__ void pack_weights(const float (&values)[2 * kDepth][4], uint32_t (&we
 template <typename Tile, typename T, int kColumns>
 __device__ void write_gradient(Tile& tile, const float (&gradient)[1][kColumns][4], float factor,
                                const MatrixRows<T>& target, int first_row, int rows, int head_dim) {
-  const int lane = threadIdx.x % kWarpSize;
   __syncwarp();  // all lanes have read their fragments of these rows
-#pragma unroll
-  for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      tile.store_pair(first_row + 8 * half + lane / 4, 8 * n + 2 * (lane % 4), gradient[0][n][2 * half] * factor,
-                      gradient[0][n][2 * half + 1] * factor);
-    }
-  }
+  tile.store_accumulators(first_row, 0, gradient[0], {factor, factor});
   __syncwarp();
   tile.write_rows(target.from(first_row), first_row, min(rows - first_row, 16), head_dim);
 }
@@ -378,7 +369,7 @@ const char* launch_backward(const AttentionBackwardParams& params, void* stream)
 
 const char* attention_backward_cuda(const AttentionBackwardParams& params, void* stream) {
   if (const char* error = refused(params.problem)) return error;
-  return dispatch_attention_dtype(
+  return dispatch_tensor_core_dtype(
       params.problem.dtype, [&](auto tag) { return launch_backward<typename decltype(tag)::type>(params, stream); });
 }
 

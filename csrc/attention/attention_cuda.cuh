@@ -18,6 +18,8 @@ __device__ inline float quad_sum(float value) {
   return value + __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
+constexpr float kLog2E = 1.44269504f;
+
 // Of sums of two positions none leaves the range of int.
 constexpr int kMaxPositions = 1 << 29;
 
@@ -137,7 +139,7 @@ struct AttentionSoftmax {
   // A sink is a key that every row has seen, with a value of 0: its score is the first maximum, and it counts once.
   __device__ AttentionSoftmax(double softmax_scale, double softcap, float sink) {
     const float unit = softcap > 0 ? 1.0f : static_cast<float>(softmax_scale);
-    scale = unit * 1.44269504f;
+    scale = unit * kLog2E;
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       max[i / 2][i % 2] = sink / unit;
@@ -168,14 +170,6 @@ struct AttentionSoftmax {
     return factor;
   }
 };
-
-// The choice of the element.
-template <typename F>
-const char* dispatch_attention_dtype(DType dtype, const F& f) {
-  if (dtype == DType::kBFloat16) return f(TypeTag<BFloat16>{});
-  if (dtype == DType::kFloat16) return f(TypeTag<Float16>{});
-  return "dtype must be bfloat16 or float16";
-}
 
 // What the launchers of forward and backward pass refuse.
 inline const char* refused(const AttentionProblem& problem) {

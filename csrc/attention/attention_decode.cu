@@ -14,7 +14,6 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kRows = 16;           // queries of a block
 constexpr int kKeys = kWarps * 16;  // of a step: 16 for each warp
-constexpr float kLog2E = 1.44269504f;
 
 template <typename Element, int kHeadDim_>
 struct DecodeShape {
@@ -312,7 +311,7 @@ const char* launch_decode(const AttentionDecodeParams& params, void* stream) {
 
 const char* attention_decode_cuda(const AttentionDecodeParams& params, void* stream) {
   if (params.capacity >= kMaxPositions) return "the cache must hold fewer than 2^29 keys per sequence";
-  return dispatch_attention_dtype(
+  return dispatch_tensor_core_dtype(
       params.dtype, [&](auto tag) { return launch_decode<typename decltype(tag)::type>(params, stream); });
 }
 

@@ -65,20 +65,16 @@ __device__ void write_rows(const AttentionForwardParams& params, const SequenceT
   float* lse = static_cast<float*>(params.lse) + tile.statistic_index(problem, head) + tile.first;
 #pragma unroll
   for (int m = 0; m < Shape::kRowTiles; ++m) {
+    float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = quad_sum(softmax.sum[m][half]);
-      const float inverse = sum == 0 ? 0.0f : 1 / sum;
+      inverse[half] = sum == 0 ? 0.0f : 1 / sum;
       const int row = first_row + 16 * m + 8 * half + lane / 4;
-      if (lane % 4 == 0 && row < tile.num_rows) {
-        lse[row] = softmax.max[m][half] * (softmax.scale / 1.44269504f) + logf(sum);
-      }
-#pragma unroll
-      for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
-        smem.q.store_pair(row, 8 * n + 2 * (lane % 4), output[m][n][2 * half] * inverse,
-                          output[m][n][2 * half + 1] * inverse);
-      }
+      if (lane % 4 != 0 || row >= tile.num_rows) continue;
+      lse[row] = softmax.max[m][half] * (softmax.scale / kLog2E) + logf(sum);
     }
+    smem.q.store_accumulators(first_row + 16 * m, 0, output[m], inverse);
   }
   __syncwarp();
   const AttentionView out = dense_view(problem, params.out, problem.num_queries, problem.num_heads);
@@ -179,7 +175,7 @@ const char* launch_forward(const AttentionForwardParams& params, void* stream) {
 
 const char* attention_forward_cuda(const AttentionForwardParams& params, void* stream) {
   if (const char* error = refused(params.problem)) return error;
-  return dispatch_attention_dtype(
+  return dispatch_tensor_core_dtype(
       params.problem.dtype, [&](auto tag) { return launch_forward<typename decltype(tag)::type>(params, stream); });
 }
 

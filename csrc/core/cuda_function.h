@@ -28,4 +28,12 @@ const char* dispatch_gpu_dtype(DType dtype, const F& f) {
   });
 }
 
+// The same where only the tensor cores' 16-bit elements are served.
+template <typename F>
+const char* dispatch_tensor_core_dtype(DType dtype, const F& f) {
+  if (dtype == DType::kBFloat16) return f(TypeTag<BFloat16>{});
+  if (dtype == DType::kFloat16) return f(TypeTag<Float16>{});
+  return "dtype must be bfloat16 or float16";
+}
+
 }  // namespace arfast

@@ -110,6 +110,20 @@ struct alignas(1024) MatrixTile {
     *reinterpret_cast<uint32_t*>(to) = std::is_same_v<T, BFloat16> ? ptx::pack_bf16x2(x, y) : ptx::pack_f16x2(x, y);
   }
 
+  // The accumulators of 16 rows, times the factors of rows 0 to 7 and 8 to 15 of a thread, from `row` and `column` on.
+  template <int kCount>
+  __device__ void store_accumulators(int row, int column, const float (&sums)[kCount][4], const float (&factors)[2]) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) {
+        store_pair(row + 8 * half + lane / 4, column + 8 * n + 2 * (lane % 4), sums[n][2 * half] * factors[half],
+                   sums[n][2 * half + 1] * factors[half]);
+      }
+    }
+  }
+
   // Rows [first, first + rows) to `target`, by one warp.
   __device__ void write_rows(const MatrixRows<T>& target, int first, int rows, int columns) const {
     const bool aligned = is_aligned16(target.first) && target.stride % kChunk == 0;

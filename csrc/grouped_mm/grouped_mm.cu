@@ -88,7 +88,7 @@ template <typename Shape>
 __device__ void multiply_tile(const Product<typename Shape::T>& product) {
   using T = typename Shape::T;
   auto& smem = shared_storage<typename Shape::Smem>();
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
   const int row = warp / 2 * kWarpRows, column = warp % 2 * kWarpColumns;
   const int steps = (product.depth + kDepth - 1) / kDepth;
   const auto load = [&](int step) {
@@ -128,16 +128,7 @@ __device__ void multiply_tile(const Product<typename Shape::T>& product) {
   ptx::cp_async_wait<0>();
   __syncthreads();  // nobody reads operands any more
 #pragma unroll
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int n = 0; n < kWarpColumns / 8; ++n) {
-        smem.out.store_pair(row + 16 * m + 8 * half + lane / 4, column + 8 * n + 2 * (lane % 4), sums[m][n][2 * half],
-                            sums[m][n][2 * half + 1]);
-      }
-    }
-  }
+  for (int m = 0; m < 2; ++m) smem.out.store_accumulators(row + 16 * m, column, sums[m], {1.0f, 1.0f});
   __syncthreads();
   constexpr int kRowsOfWarp = kTile / (kThreads / kWarpSize);
   const int first = warp * kRowsOfWarp;
@@ -236,14 +227,6 @@ const char* launch_tiles(Kernel* kernel, int64_t tiles, const Params& params, vo
 
 int64_t tiles_of(int64_t size) { return (size + kTile - 1) / kTile; }
 
-// f(TypeTag) for the elements of which there are products.
-template <typename F>
-const char* dispatch_element(DType dtype, const F& f) {
-  if (dtype == DType::kBFloat16) return f(TypeTag<BFloat16>{});
-  if (dtype == DType::kFloat16) return f(TypeTag<Float16>{});
-  return "dtype must be bfloat16 or float16";
-}
-
 }  // namespace
 
 const char* grouped_mm_cuda(const GroupedMmParams& params, void* stream) {
@@ -251,7 +234,7 @@ const char* grouped_mm_cuda(const GroupedMmParams& params, void* stream) {
   // A group of n rows has at most n / kTile + 1 tiles.
   const int64_t row_tiles = params.out.rows > 0 ? params.out.rows / kTile + params.num_groups : 0;
   const int64_t tiles = row_tiles * tiles_of(params.out.columns);
-  return dispatch_element(params.dtype, [&](auto tag) {
+  return dispatch_tensor_core_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Along = ProductShape<T, true, true>;
     using Across = ProductShape<T, true, false>;
@@ -263,7 +246,7 @@ const char* grouped_mm_cuda(const GroupedMmParams& params, void* stream) {
 const char* grouped_mm_transposed_cuda(const GroupedMmTransposedParams& params, void* stream) {
   if (const char* error = refused({&params.a, &params.b, &params.out})) return error;
   const int64_t tiles = params.num_groups * tiles_of(params.out.rows) * tiles_of(params.out.columns);
-  return dispatch_element(params.dtype, [&](auto tag) {
+  return dispatch_tensor_core_dtype(params.dtype, [&](auto tag) {
     using Shape = ProductShape<typename decltype(tag)::type, false, false>;
     return launch_tiles<Shape>(grouped_mm_transposed_kernel<Shape>, tiles, params, stream);
   });
