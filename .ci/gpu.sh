@@ -60,10 +60,12 @@ fi
 
 # Without torch's caching allocator every tensor is an allocation of its own, whose ends the checker knows.
 if command -v compute-sanitizer >/dev/null; then
+  small="schedules or (cluster_size and plain) or (33 and bfloat16 and (permute or combine or equals_reference"
+  small+=" or forward_and_backward) and not (window or softcap or sink or full or sided or linear))"
   for tool in memcheck racecheck synccheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 35 compute-sanitizer --tool "$tool" --error-exitcode 86 \
       --target-processes all "$python" -m pytest -m "gpu and not slow" --quiet --maxfail 1 \
-      -k "${SANITIZE:-(forward or permute or combine or equals_reference) and 33 and not compile}" tests/ops
+      -k "${SANITIZE:-$small}" tests/ops
   done
 else
   summary+=("compute-sanitizer: left out, not on PATH")
