@@ -5,6 +5,7 @@
 
 #include "attention/attention.h"
 #include "core/matrix_tile.cuh"
+#include "core/segments.cuh"
 
 namespace arfast {
 
@@ -80,29 +81,22 @@ __device__ SequenceTile find_tile(const AttentionProblem& problem, int64_t index
     const int first = (kOverKeys ? number : tiles - 1 - number) * kRows;
     return {static_cast<int>(index % problem.batch), 0, 0, queries, keys, first, min(rows - first, kRows), false};
   }
-  const int lane = threadIdx.x % kWarpSize, documents = static_cast<int>(problem.batch);
+  const int documents = static_cast<int>(problem.batch);
+  const auto document = [&](const int32_t* ends, int index, int num_rows) {
+    return index < documents ? segment_at(ends, index, num_rows)
+                             : Segment{max(0, min(ends[documents], num_rows)), num_rows};
+  };
   const int32_t* ends = kOverKeys ? problem.cu_seqlens_k : problem.cu_seqlens_q;
-  int left = static_cast<int>(index);
-  for (int document = lane; document - lane <= documents; document += kWarpSize) {
-    const int begin = ends[min(document, documents)], end = document < documents ? ends[document + 1] : rows;
-    const int up_to = warp_inclusive_sum(document <= documents ? (end - begin + kRows - 1) / kRows : 0);
-    const unsigned after = __ballot_sync(0xffffffffu, up_to > left);
-    if (after == 0) {
-      left -= __shfl_sync(0xffffffffu, up_to, kWarpSize - 1);
-      continue;
-    }
-    const int owner = __ffs(static_cast<int>(after)) - 1, found = document - lane + owner;
-    const int size = __shfl_sync(0xffffffffu, end - begin, owner), last = __shfl_sync(0xffffffffu, up_to, owner) - 1;
-    const int number = kOverKeys ? left - (last + 1 - (size + kRows - 1) / kRows) : last - left;
-    const bool padding = found == documents;
-    SequenceTile tile{0, 0, 0, 0, 0, number * kRows, min(size - number * kRows, kRows), padding};
-    tile.q_row = problem.cu_seqlens_q[found];
-    tile.k_row = problem.cu_seqlens_k[found];
-    if (kOverKeys || !padding) tile.seqlen_k = padding ? size : problem.cu_seqlens_k[found + 1] - tile.k_row;
-    if (!kOverKeys || !padding) tile.seqlen_q = padding ? size : problem.cu_seqlens_q[found + 1] - tile.q_row;
-    return tile;
-  }
-  return {};
+  const SegmentTile found =
+      find_segment_tile<kRows>(static_cast<int>(index), documents + 1, [&](int i) { return document(ends, i, rows); });
+  if (found.segment < 0) return {};
+  const int number = kOverKeys ? found.number : tiles_of<kRows>(found.rows.size()) - 1 - found.number;
+  const bool padding = found.segment == documents;
+  Segment q = document(problem.cu_seqlens_q, found.segment, queries),
+          k = document(problem.cu_seqlens_k, found.segment, keys);
+  if (padding) (kOverKeys ? q : k) = {};
+  const int first = number * kRows;
+  return {0, q.begin, k.begin, q.size(), k.size(), first, min(found.rows.size() - first, kRows), padding};
 }
 
 // The keys that a query of the sequence sees: begin(query) <= key < end(query).

@@ -6,6 +6,7 @@
 
 #include "core/matrix_tile.cuh"
 #include "core/runtime.cuh"
+#include "core/segments.cuh"
 #include "grouped_mm/grouped_mm.h"
 
 namespace arfast {
@@ -135,17 +136,6 @@ __device__ void multiply_tile(const Product<typename Shape::T>& product) {
   smem.out.write_rows(product.out.from(first), first, min(product.rows - first, kRowsOfWarp), product.columns);
 }
 
-// Rows [begin, end) of a group. Offsets that nobody has checked reach no row outside the matrix.
-struct Group {
-  int begin, end;
-
-  __device__ Group(const int32_t* offsets, int64_t group, int64_t num_rows) {
-    const int rows = static_cast<int>(num_rows);
-    begin = max(0, min(offsets[group], rows));
-    end = max(begin, min(offsets[group + 1], rows));
-  }
-};
-
 template <typename T>
 __device__ MatrixRows<T> rows_of(const Matrix& matrix, int64_t group_offset, int64_t row, int64_t column) {
   const int64_t stride = matrix.column_stride == 1 ? matrix.row_stride : matrix.column_stride;
@@ -159,32 +149,19 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_mm_kernel(GroupedMmParams
   using T = typename Shape::T;
   const int columns = static_cast<int>(params.out.columns), column_tiles = (columns + kTile - 1) / kTile;
   const int first_column = static_cast<int>(blockIdx.x % column_tiles) * kTile;
-  int left = static_cast<int>(blockIdx.x / column_tiles);
-  const int lane = threadIdx.x % kWarpSize, groups = static_cast<int>(params.num_groups);
-  // The group of the left-th tile of rows: a lane for each of 32 groups.
-  for (int first_group = 0; first_group < groups; first_group += kWarpSize) {
-    const int64_t group = min(first_group + lane, groups - 1);
-    const Group mine(params.offsets, group, params.a.rows);
-    const int tiles = first_group + lane < groups ? (mine.end - mine.begin + kTile - 1) / kTile : 0;
-    const int up_to = warp_inclusive_sum(tiles);
-    const unsigned after = __ballot_sync(0xffffffffu, up_to > left);
-    if (after == 0) {
-      left -= __shfl_sync(0xffffffffu, up_to, kWarpSize - 1);
-      continue;
-    }
-    const int owner = __ffs(static_cast<int>(after)) - 1;
-    const int tile = left - __shfl_sync(0xffffffffu, up_to - tiles, owner);
-    const int row = __shfl_sync(0xffffffffu, mine.begin, owner) + tile * kTile;
-    const int end = __shfl_sync(0xffffffffu, mine.end, owner);
-    return multiply_tile<Shape>({
-        rows_of<T>(params.a, 0, row, 0),
-        rows_of<T>(params.b, (first_group + owner) * params.b_group_stride, 0, first_column),
-        rows_of<T>(params.out, 0, row, first_column),
-        min(end - row, kTile),
-        min(columns - first_column, kTile),
-        static_cast<int>(params.a.columns),
-    });
-  }
+  const auto group = [&](int i) { return segment_at(params.offsets, i, static_cast<int>(params.a.rows)); };
+  const int index = static_cast<int>(blockIdx.x / column_tiles), groups = static_cast<int>(params.num_groups);
+  const SegmentTile tile = find_segment_tile<kTile>(index, groups, group);
+  if (tile.segment < 0) return;
+  const int row = tile.rows.begin + tile.number * kTile;
+  multiply_tile<Shape>({
+      rows_of<T>(params.a, 0, row, 0),
+      rows_of<T>(params.b, tile.segment * params.b_group_stride, 0, first_column),
+      rows_of<T>(params.out, 0, row, first_column),
+      min(tile.rows.end - row, kTile),
+      min(columns - first_column, kTile),
+      static_cast<int>(params.a.columns),
+  });
 }
 
 // Blocks take tiles of the groups' outputs.
@@ -196,14 +173,14 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_mm_transposed_kernel(Grou
   const int first_column = static_cast<int>(blockIdx.x % column_tiles) * kTile;
   const int first_row = static_cast<int>(blockIdx.x / column_tiles % row_tiles) * kTile;
   const int64_t number = blockIdx.x / (int64_t{column_tiles} * row_tiles);
-  const Group group(params.offsets, number, params.a.rows);
+  const Segment group = segment_at(params.offsets, number, static_cast<int>(params.a.rows));
   multiply_tile<Shape>({
       rows_of<T>(params.a, 0, group.begin, first_row),
       rows_of<T>(params.b, 0, group.begin, first_column),
       rows_of<T>(params.out, number * params.out.rows * params.out.columns, first_row, first_column),
       min(rows - first_row, kTile),
       min(columns - first_column, kTile),
-      group.end - group.begin,
+      group.size(),
   });
 }
 
@@ -225,7 +202,7 @@ const char* launch_tiles(Kernel* kernel, int64_t tiles, const Params& params, vo
   return launch(kernel, shape, stream, params);
 }
 
-int64_t tiles_of(int64_t size) { return (size + kTile - 1) / kTile; }
+int64_t num_tiles(int64_t size) { return (size + kTile - 1) / kTile; }
 
 }  // namespace
 
@@ -233,7 +210,7 @@ const char* grouped_mm_cuda(const GroupedMmParams& params, void* stream) {
   if (const char* error = refused({&params.a, &params.b, &params.out})) return error;
   // A group of n rows has at most n / kTile + 1 tiles.
   const int64_t row_tiles = params.out.rows > 0 ? params.out.rows / kTile + params.num_groups : 0;
-  const int64_t tiles = row_tiles * tiles_of(params.out.columns);
+  const int64_t tiles = row_tiles * num_tiles(params.out.columns);
   return dispatch_tensor_core_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Along = ProductShape<T, true, true>;
@@ -245,7 +222,7 @@ const char* grouped_mm_cuda(const GroupedMmParams& params, void* stream) {
 
 const char* grouped_mm_transposed_cuda(const GroupedMmTransposedParams& params, void* stream) {
   if (const char* error = refused({&params.a, &params.b, &params.out})) return error;
-  const int64_t tiles = params.num_groups * tiles_of(params.out.rows) * tiles_of(params.out.columns);
+  const int64_t tiles = params.num_groups * num_tiles(params.out.rows) * num_tiles(params.out.columns);
   return dispatch_tensor_core_dtype(params.dtype, [&](auto tag) {
     using Shape = ProductShape<typename decltype(tag)::type, false, false>;
     return launch_tiles<Shape>(grouped_mm_transposed_kernel<Shape>, tiles, params, stream);

@@ -149,3 +149,21 @@ def test_same_bits_whatever_the_batch(device):
             e.transpose(0, 1).flatten(1) if name == "lse" else e,
             name=name,
         )
+
+
+@pytest.mark.parametrize("wrong", [[0, 1 << 30, 90], [0, -5, 60], [50, 20, 200]], ids=str)
+def test_documents_out_of_range_touch_nothing_outside(wrong, device, request):
+    """On a GPU nobody can look at them without waiting: whatever they are, the memory of the tensors is not left."""
+    if request.node.callspec.params["device"] != "cuda":
+        pytest.skip("the CPU refuses them; the emulated GPU finds documents that overlap, whose rows are written twice")
+    tensors, _ = packed_inputs([40, 50], [40, 50], torch.bfloat16)
+    tensors = [t.to(device) for t in tensors]
+    ends = torch.tensor(wrong, dtype=torch.int32).to(device)
+    run(attention, tensors, dict(cu_seqlens_q=ends, cu_seqlens_k=ends), upstream_of(tensors[0], packed=True))
+
+
+def test_no_documents(device, poisoned):
+    tensors, documents = packed_inputs([], [], torch.bfloat16, padding=20)
+    tensors, documents = [t.to(device) for t in tensors], {k: v.to(device) for k, v in documents.items()}
+    out, lse, *gradients = run(attention, tensors, documents, upstream_of(tensors[0], packed=True))
+    assert (lse == -torch.inf).all() and all((t == 0).all() for t in (out, *gradients))

@@ -1,0 +1,54 @@
+// Matrices whose rows form consecutive segments (documents, the rows of an expert) that are known to the GPU alone.
+#pragma once
+
+#include "core/reduce.cuh"
+
+namespace arfast {
+
+// Rows [begin, end).
+struct Segment {
+  int begin, end;
+  __device__ int size() const { return end - begin; }
+};
+
+// Segment `index` of offsets [count + 1]. Offsets that nobody has checked reach no row outside the matrix.
+__device__ inline Segment segment_at(const int32_t* offsets, int64_t index, int num_rows) {
+  const int begin = max(0, min(offsets[index], num_rows));
+  return {begin, max(begin, min(offsets[index + 1], num_rows))};
+}
+
+// A tile of up to kTile rows of a segment.
+struct SegmentTile {
+  int segment;  // -1: there is no such tile
+  Segment rows;
+  int number;  // in the segment
+};
+
+template <int kTile>
+__device__ constexpr int tiles_of(int rows) {
+  return (rows + kTile - 1) / kTile;
+}
+
+// The index-th tile when those of `count` segments follow each other. segment(i) gives segment i; a lane looks at one
+// in
+// 32. All lanes of a warp call it alike.
+template <int kTile, typename F>
+__device__ SegmentTile find_segment_tile(int index, int count, const F& segment) {
+  const int lane = threadIdx.x % kWarpSize;
+  for (int first = 0; first < count; first += kWarpSize) {
+    const Segment mine = segment(min(first + lane, count - 1));
+    const int tiles = first + lane < count ? tiles_of<kTile>(mine.size()) : 0, up_to = warp_inclusive_sum(tiles);
+    const unsigned after = __ballot_sync(0xffffffffu, up_to > index);
+    if (after == 0) {
+      index -= __shfl_sync(0xffffffffu, up_to, kWarpSize - 1);
+      continue;
+    }
+    const int owner = __ffs(static_cast<int>(after)) - 1;
+    const int before = __shfl_sync(0xffffffffu, up_to - tiles, owner);
+    const Segment rows{__shfl_sync(0xffffffffu, mine.begin, owner), __shfl_sync(0xffffffffu, mine.end, owner)};
+    return {first + owner, rows, index - before};
+  }
+  return {-1, {}, 0};
+}
+
+}  // namespace arfast
