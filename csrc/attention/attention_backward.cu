@@ -369,6 +369,7 @@ const char* launch_backward(const AttentionBackwardParams& params, void* stream)
 
 const char* attention_backward_cuda(const AttentionBackwardParams& params, void* stream) {
   if (const char* error = refused(params.problem)) return error;
+  if (params.dout.row_stride > 0x7fffffff) return "dout must have rows less than 2^31 elements apart";
   return dispatch_tensor_core_dtype(
       params.problem.dtype, [&](auto tag) { return launch_backward<typename decltype(tag)::type>(params, stream); });
 }

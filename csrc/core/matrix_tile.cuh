@@ -39,7 +39,7 @@ struct alignas(1024) MatrixTile {
     const bool aligned = is_aligned16(source.first) && source.stride % kChunk == 0;
     const T* from = source.first + int64_t{first} * source.stride + chunk * kChunk;
 #pragma unroll 1
-    for (int row = first; row < kRows; row += kStep, from += kStep * source.stride) {
+    for (int row = first; row < kRows; row += kStep, from += int64_t{kStep} * source.stride) {
       copy_chunk(row, chunk, from, row < rows ? size : 0, aligned, source.first);
     }
   }
