@@ -126,8 +126,7 @@ __device__ void multiply_tile(const Product<typename Shape::T>& product) {
       }
     }
   }
-  ptx::cp_async_wait<0>();
-  __syncthreads();  // nobody reads operands any more
+  __syncthreads();  // nobody reads operands any more, and no copy is on its way
 #pragma unroll
   for (int m = 0; m < 2; ++m) smem.out.store_accumulators(row + 16 * m, column, sums[m], {1.0f, 1.0f});
   __syncthreads();
