@@ -29,9 +29,8 @@ __device__ constexpr int tiles_of(int rows) {
   return (rows + kTile - 1) / kTile;
 }
 
-// The index-th tile when those of `count` segments follow each other. segment(i) gives segment i; a lane looks at one
-// in
-// 32. All lanes of a warp call it alike.
+// The index-th tile when those of `count` segments follow each other. segment(i) gives segment i: each lane looks at
+// one of 32. All lanes of a warp call it alike.
 template <int kTile, typename F>
 __device__ SegmentTile find_segment_tile(int index, int count, const F& segment) {
   const int lane = threadIdx.x % kWarpSize;
