@@ -61,8 +61,6 @@ def pytest_generate_tests(metafunc):
     """Tests that ask for a device run on the CPU, on the emulated GPU and on a GPU."""
     if "device" not in metafunc.fixturenames:
         return
-    if metafunc.definition.get_closest_marker("no_cuda_kernel") is not None:
-        return metafunc.parametrize("device", ["cpu"], indirect=True)
     implementations = ["cpu"]
     if metafunc.definition.get_closest_marker("not_emulated") is None:
         implementations.append("emulated")
@@ -115,6 +113,9 @@ def device(request):
         pytest.skip("needs a GPU")
     if request.param != "cpu" and request.node.callspec.params.get("dtype") == torch.float64:
         pytest.skip("float64 is for the CPU")
+    sixteen_bits = request.node.get_closest_marker("sixteen_bits") is not None
+    if request.param != "cpu" and sixteen_bits and request.node.callspec.params.get("dtype") == torch.float32:
+        pytest.skip("the kernels take 16-bit elements")
     if not request.param.startswith("emulated"):
         with torch.device(request.param):  # where a test makes its tensors
             yield request.param

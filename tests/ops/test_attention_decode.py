@@ -7,7 +7,7 @@ from threads import same_for_any_threads
 
 from arfast.ops import attention, attention_decode, attention_decode_reference
 
-pytestmark = pytest.mark.no_cuda_kernel
+pytestmark = pytest.mark.sixteen_bits
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN = float("nan")
 # seqlens, Tq, H, Hkv, D
@@ -16,7 +16,9 @@ SHAPES = [
     ([31, 0, 32], 1, 4, 2, 32),
     ([33, 64, 65], 1, 2, 2, 33),
     ([257], 2, 8, 1, 80),
+    ([129], 2, 8, 1, 80),
     ([70, 3], 5, 6, 3, 64),
+    ([70, 3], 5, 12, 3, 64),  # more than 16 rows
     ([513, 40], 1, 4, 1, 128),
     ([1100], 3, 2, 1, 96),
     ([17, 130], 1, 7, 1, 256),
@@ -88,7 +90,7 @@ def test_every_layout(name, shape, dtype, device, poisoned):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_beams_share_their_past(dtype):
+def test_beams_share_their_past(dtype, device):
     q, k, v, _ = inputs(([150] * 6, 1, 4, 2, 64), dtype)
     q, seqlens = q[:4], lengths(150, 99, 0, 1)
     slots = torch.randint(6, (4, k.shape[1]), dtype=torch.int32)
@@ -99,10 +101,11 @@ def test_beams_share_their_past(dtype):
     assert_bitwise_equal(attention_decode(q, k, v, seqlens, beam_slots=slots), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("page", [1, 3, 64])
-def test_pages_outside_the_window_are_not_needed(page):
-    q, k, v, seqlens = inputs(([200, 90], 2, 4, 2, 40), torch.float32)
-    pages_k, pages_v, table = paged(k, v, seqlens, page)
+def test_pages_outside_the_window_are_not_needed(page, dtype, device):
+    q, k, v, seqlens = inputs(([200, 90], 2, 4, 2, 40), dtype, device)
+    pages_k, pages_v, table = paged(k, v, seqlens, page, device)
     expected = attention_decode(q, pages_k, pages_v, seqlens, block_table=table, window=30)
     for b, length in enumerate(seqlens.tolist()):
         unused = (length - 2 - 30) // page
@@ -122,29 +125,33 @@ def test_every_head_dim():
         check(*inputs(([70], 1, 3, 1, head_dim), torch.float32), {})
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("scale", [1e4, 0.0])
-def test_extreme_values(scale):
-    q, k, v, seqlens = inputs(([100, 7], 1, 4, 2, 16), torch.float32)
+def test_extreme_values(scale, dtype, device):
+    q, k, v, seqlens = inputs(([100, 7], 1, 4, 2, 16), dtype, device)
     check(q * scale, k, v, seqlens, {})
     k[:, 5] = float("-inf")  # a score of -inf is a weight of 0
     check(q.abs(), k, v, seqlens, {})
 
 
-def test_rows_that_see_nothing(poisoned):
-    q, k, v, seqlens = inputs(([3, 0], 5, 2, 1, 16), torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_rows_that_see_nothing(dtype, device, poisoned):
+    q, k, v, seqlens = inputs(([3, 0], 5, 2, 1, 16), dtype, device)
     out = attention_decode(q, k, v, seqlens, sink=torch.tensor([0.3, float("-inf")]))
     assert (out[0, :2] == 0).all() and (out[0, 2:] != 0).all() and (out[1] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("shape", [([], 1, 2, 1, 8), ([4], 0, 2, 1, 8)], ids=str)
-def test_empty(shape):
+def test_empty(shape, dtype, device):
     seqlens, *_ = shape
-    q, k = torch.zeros(len(seqlens), shape[1], 2, 8), torch.zeros(len(seqlens), 9, 1, 8)
+    q, k = (torch.zeros(size, dtype=dtype) for size in ((len(seqlens), shape[1], 2, 8), (len(seqlens), 9, 1, 8)))
     assert attention_decode(q, k, k, lengths(*seqlens)).shape == q.shape
 
 
-def test_nan_stays_in_its_sequence_and_head():
-    q, k, v, seqlens = inputs(([80, 80, 80], 2, 4, 2, 24), torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_nan_stays_in_its_sequence_and_head(dtype, device):
+    q, k, v, seqlens = inputs(([80, 80, 80], 2, 4, 2, 24), dtype, device)
     expected = attention_decode(q, k, v, seqlens)
     k[1, 30, 0] = NAN
     out = attention_decode(q, k, v, seqlens)
@@ -153,9 +160,13 @@ def test_nan_stays_in_its_sequence_and_head():
     assert_bitwise_equal(out, expected)
 
 
-def test_same_bits_whatever_the_batch_and_the_threads():
-    q, k, v, seqlens = inputs(([1300, 700, 41], 1, 4, 2, 64), torch.bfloat16)
-    same_for_any_threads(lambda: attention_decode(q, k, v, seqlens))
+def test_same_bits_for_every_number_of_threads():
+    arguments = inputs(([1300, 700, 41], 1, 4, 2, 64), torch.bfloat16)
+    same_for_any_threads(lambda: attention_decode(*arguments))
+
+
+def test_same_bits_whatever_the_batch(device):
+    q, k, v, seqlens = inputs(([1300, 700, 41], 1, 4, 2, 64), torch.bfloat16, device)
     for num_splits in (0, 3):
         together = attention_decode(q, k, v, seqlens, num_splits=num_splits)
         for b in range(3):
@@ -163,9 +174,10 @@ def test_same_bits_whatever_the_batch_and_the_threads():
             assert_bitwise_equal(attention_decode(*alone, num_splits=num_splits), together[b : b + 1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("num_splits", [1, 2, 7, 100])
-def test_splits(num_splits):
-    check(*inputs(([700, 30], 2, 4, 2, 64), torch.float32), dict(num_splits=num_splits, window=400))
+def test_splits(num_splits, dtype, device):
+    check(*inputs(([700, 30], 2, 4, 2, 64), dtype, device), dict(num_splits=num_splits, window=400))
 
 
 def test_strided_and_misaligned_inputs_give_the_same_bits(device):

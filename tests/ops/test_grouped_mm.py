@@ -7,18 +7,22 @@ from threads import same_for_any_threads
 
 from arfast.ops import grouped_mm, grouped_mm_reference
 
+pytestmark = pytest.mark.sixteen_bits
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# (sizes of the groups, K, N): edges of the register tile, of the packed blocks (256) and of the groups
+# (sizes of the groups, K, N): edges of the register tile, of the packed blocks (256), of a GPU's tiles (128) and steps
+# (64), and of the groups
 SIZES = [
     ([0, 0], 3, 4),
     ([1], 1, 1),
     ([5, 0, 1, 31], 17, 33),
     ([0, 32, 33, 0], 64, 16),
+    ([129], 65, 130),
     ([257], 31, 15),
     ([3, 260], 257, 96),
     ([16, 8, 4], 600, 32),
     ([5, 40], 20, 300),
     ([40], 0, 8),
+    ([1] * 40, 32, 8),  # more groups than lanes
 ]
 
 
@@ -45,13 +49,13 @@ def check(a, b, offsets, dout):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("groups,inner,columns", SIZES, ids=str)
-def test_forward_and_backward(groups, inner, columns, dtype, poisoned):
+def test_forward_and_backward(groups, inner, columns, dtype, device, poisoned):
     check(*inputs(groups, inner, columns, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_transposed_weights(dtype, poisoned):
-    a, b, offsets, dout = inputs([30, 0, 5], 40, 24, dtype)
+def test_transposed_weights(dtype, device, poisoned):
+    a, b, offsets, dout = inputs([130, 0, 5], 72, 24, dtype)
     weight = b.transpose(1, 2).contiguous()
     *_, db = check(a, weight.transpose(1, 2), offsets, dout)
     assert db.stride() == weight.transpose(1, 2).stride()
@@ -63,8 +67,9 @@ def test_equals_torch():
     torch.testing.assert_close(grouped_mm(a, b, offsets), torch.nn.functional.grouped_mm(a, b, offs=offsets[1:]))
 
 
-def test_infinity_stays_in_its_group():
-    a, b, offsets, dout = inputs([20, 20, 20], 16, 8, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_infinity_stays_in_its_group(dtype, device):
+    a, b, offsets, dout = inputs([20, 20, 20], 16, 8, dtype)
     a[25] = float("inf")
     dout[30] = float("nan")
     out, da, db = run(grouped_mm, a, b, offsets, dout)
@@ -73,15 +78,31 @@ def test_infinity_stays_in_its_group():
     assert not out[25].isfinite().any() and out[20:25].isfinite().all() and not db[1].isfinite().any()
 
 
+@pytest.mark.random_schedules
+@pytest.mark.older_gpu
+def test_schedules(device):
+    check(*inputs([140, 0, 70], 200, 140, torch.bfloat16))
+
+
+@pytest.mark.parametrize("wrong", [[0, 1 << 30, 38], [0, -5, 38], [30, 10, 60]], ids=str)
+def test_offsets_out_of_range_touch_nothing_outside(wrong, device, request):
+    """On a GPU nobody can look at them without waiting: whatever they are, the memory of the matrices is not left."""
+    if request.node.callspec.params["device"] == "cpu":
+        pytest.skip("the CPU refuses them")
+    a, b, _, dout = inputs([20, 18], 48, 40, torch.bfloat16)
+    run(grouped_mm, a, b, torch.tensor(wrong, dtype=torch.int32), dout)
+
+
 def test_gradcheck():
     a, b, offsets, _ = inputs([3, 0, 4], 5, 6, torch.float64)
     assert torch.autograd.gradcheck(lambda x, y: grouped_mm(x, y, offsets), (a.requires_grad_(), b.requires_grad_()))
 
 
-def test_strided_inputs_give_the_same_bits():
-    a, b, offsets, dout = inputs([20, 13, 5], 50, 40, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_strided_inputs_give_the_same_bits(dtype, device):
+    a, b, offsets, dout = inputs([20, 13, 5], 50, 40, dtype)
     expected = run(grouped_mm, a, b, offsets, dout)
-    strided = torch.full((38, 77), float("nan"))[:, 3:53].copy_(a)
+    strided = torch.full((38, 77), float("nan"), dtype=dtype)[:, 3:53].copy_(a)
     for view in (strided, a.t().contiguous().t()):
         for weights in (b, b.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
             for x, y in zip(run(grouped_mm, view, weights, offsets, dout), expected, strict=True):
