@@ -12,7 +12,8 @@ template <typename T>
 struct MatrixRows {
   const T* first;
   int stride;
-  __device__ MatrixRows from(int row) const { return {first + int64_t{row} * stride, stride}; }
+  __device__ const T* at(int row) const { return first + int64_t{row} * stride; }
+  __device__ MatrixRows from(int row) const { return {at(row), stride}; }
 };
 
 // A part of a matrix in shared memory. The chunks of 16 bytes of a row are permuted by its number, within groups of 8,
@@ -20,7 +21,7 @@ struct MatrixRows {
 template <typename T, int kRows, int kColumns>
 struct alignas(1024) MatrixTile {
   using Element = T;
-  static constexpr int kWidth = kColumns;
+  static constexpr int kHeight = kRows, kWidth = kColumns;
   static constexpr int kChunk = 8;                          // elements
   static constexpr int kPitch = (kColumns + 63) / 64 * 64;  // elements
   static constexpr int kChunks = kColumns / kChunk, kRowChunks = kPitch / kChunk;
@@ -105,9 +106,14 @@ struct alignas(1024) MatrixTile {
   }
 
   // Two neighbours of a row; `column` is even.
+  __device__ T* pair(int row, int column) { return elements + place(row, column / kChunk) + column % kChunk; }
+  __device__ float2 load_pair(int row, int column) {
+    const T* from = pair(row, column);
+    return {to_float(from[0]), to_float(from[1])};
+  }
   __device__ void store_pair(int row, int column, float x, float y) {
-    T* to = elements + place(row, column / kChunk) + column % kChunk;
-    *reinterpret_cast<uint32_t*>(to) = std::is_same_v<T, BFloat16> ? ptx::pack_bf16x2(x, y) : ptx::pack_f16x2(x, y);
+    const uint32_t bits = std::is_same_v<T, BFloat16> ? ptx::pack_bf16x2(x, y) : ptx::pack_f16x2(x, y);
+    *reinterpret_cast<uint32_t*>(pair(row, column)) = bits;
   }
 
   // The accumulators of 16 rows, times the factors of rows 0 to 7 and 8 to 15 of a thread, from `row` and `column` on.
