@@ -15,12 +15,15 @@ struct GroupTile {
 
 // Gives the block its tiles of rows [num_rows] x `columns`, one after the other: a launch has as many blocks as the GPU
 // holds, whatever the groups are. The tiles of a group follow each other, so that its matrix is read from the cache by
-// all but the first; those that share rows are neighbours.
+// all but the first; those that share rows are neighbours. The next kernel may begin while the last tiles are
+// multiplied.
 template <typename F>
 __device__ void for_each_group_tile(const int32_t* offsets, int64_t num_groups, int64_t num_rows, int columns,
                                     const F& f) {
   const int column_tiles = tiles_of<kProductTile>(columns), groups = static_cast<int>(num_groups);
   const auto group = [&](int i) { return segment_at(offsets, i, static_cast<int>(num_rows)); };
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   for (int64_t index = blockIdx.x;; index += gridDim.x) {
     const SegmentTile tile = find_segment_tile<kProductTile>(static_cast<int>(index / column_tiles), groups, group);
     if (tile.segment < 0) return;
@@ -65,6 +68,7 @@ const char* launch_group_tiles(void (*kernel)(Params), int64_t rows, int64_t gro
   if (rows == 0 || tiles == 0) return nullptr;
   if (tiles > 0x7fffffff) return "the output must have fewer than 2^31 tiles";
   LaunchShape shape{dim3(1), dim3(kProductThreads), sizeof(typename Shape::Smem)};
+  shape.programmatic = true;
   const int64_t resident = resident_clusters(kernel, shape);
   shape.grid = dim3(static_cast<unsigned>(tiles < resident || resident == 0 ? tiles : resident));
   return launch(kernel, shape, stream, params);
