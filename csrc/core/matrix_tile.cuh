@@ -161,23 +161,31 @@ __device__ inline void fragment_from_accumulators(uint32_t (&a)[4], const float 
   a[3] = pack(high[2], high[3]);
 }
 
-// acc = a b^T: 16 rows of a tile by kColumns rows of another. Addresses: a_address, b_address.
-template <typename A, typename B, int kColumns>
-__device__ inline void multiply_rows(uint32_t a_rows, uint32_t b_rows, float (&acc)[kColumns][4]) {
+// acc = a b^T: kRowTiles times 16 rows of a tile by kColumns times 8 rows of another. Addresses: a_address, b_address.
+template <typename A, typename B, int kRowTiles, int kColumns>
+__device__ inline void multiply_rows(uint32_t a_rows, uint32_t b_rows, float (&acc)[kRowTiles][kColumns][4]) {
 #pragma unroll
-  for (int n = 0; n < kColumns; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+  for (int i = 0; i < kRowTiles * kColumns * 4; ++i) acc[i / 4 / kColumns][i / 4 % kColumns][i % 4] = 0;
 #pragma unroll 2  // more would hold more addresses than there are registers
   for (int k = 0; k < A::kWidth / 16; ++k) {
-    uint32_t a[4];
-    ptx::ldmatrix_x4(a, A::fragment(a_rows, 0, k));
+    uint32_t a[kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) ptx::ldmatrix_x4(a[m], A::fragment(a_rows, 16 * m, k));
 #pragma unroll
     for (int n = 0; n < kColumns / 2; ++n) {
       uint32_t b[4];
       ptx::ldmatrix_x4(b, B::fragment(b_rows, 16 * n, k));
-      ptx::mma_m16n8k16<typename A::Element>(acc[2 * n], a, b[0], b[1]);
-      ptx::mma_m16n8k16<typename A::Element>(acc[2 * n + 1], a, b[2], b[3]);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        ptx::mma_m16n8k16<typename A::Element>(acc[m][2 * n], a[m], b[0], b[1]);
+        ptx::mma_m16n8k16<typename A::Element>(acc[m][2 * n + 1], a[m], b[2], b[3]);
+      }
     }
   }
+}
+template <typename A, typename B, int kColumns>
+__device__ inline void multiply_rows(uint32_t a_rows, uint32_t b_rows, float (&acc)[kColumns][4]) {
+  multiply_rows<A, B>(a_rows, b_rows, reinterpret_cast<float (&)[1][kColumns][4]>(acc));
 }
 
 // acc += weights b: kRowTiles times 16 rows of weights, in registers, by the rows of a tile. Address:
