@@ -45,6 +45,8 @@ def generate(
 ) -> Tensor:
     """Continue prompts: greedily, by sampling or by beam search, with transformers' names and meanings.
 
+    On a GPU, greedy decoding and sampling replay a CUDA graph of the model where `DecodeStep` can capture one.
+
     Args:
         model: a CausalLM.
         input_ids: int64 [B, P], padded on the left.

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from accuracy import assert_bitwise_equal
+from accuracy import assert_accurate, assert_bitwise_equal
 from host_waits import no_host_waits, pretended_gpu
 from recorded_graphs import recorded_graphs
 
@@ -242,6 +242,20 @@ def test_what_is_not_captured(target):
         assert step._can_capture()
         with mock.patch("torch.is_autocast_enabled", lambda device_type: device_type == "cuda"):
             assert not step._can_capture()
+
+
+def test_on_the_emulated_gpu(request):
+    """The bindings as they are on a GPU: they do not look at lengths, which only it knows."""
+    model = make().bfloat16()
+    tokens = tokens_for(4, 2, "cpu")
+    wide = make().bfloat16().double()
+    exact, baseline = (eager(m, with_prompt(m, 2, 6, 12), tokens) for m in (wide, model))
+    request.getfixturevalue("emulator")
+    step = DecodeStep(model, with_prompt(model, 2, 6, 12))
+    with pretended_gpu(), recorded_graphs():
+        actual = torch.stack([step(token).clone() for token in tokens])
+    assert step.graph is not None
+    assert_accurate(actual, exact, baseline)
 
 
 def test_on_the_cpu_nothing_is_captured():
