@@ -34,7 +34,7 @@ def assert_accurate(
     assert actual.dtype == baseline.dtype, f"{name}: dtype {actual.dtype}, baseline {baseline.dtype}"
     if actual.numel() == 0:
         return
-    a, e, b = (t.detach().cpu().double() for t in (actual, exact, baseline))
+    a, e, b = (t.detach().to(actual.device).double() for t in (actual, exact, baseline))
     for kind, mask in (("nan", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
         different = (mask(a) != mask(e)).nonzero()
         assert len(different) == 0, (
