@@ -59,7 +59,9 @@ def transformers_cache(context, device, kind):
 @torch.no_grad()
 def our_step(context, tokens):
     device = tokens.device.type
-    cache = copy.copy(our_cache(context, device))  # shares the memory; what this call adds to the lengths is lost
+    stored = our_cache(context, device)
+    cache = copy.copy(stored)  # shares the keys and values, not the lengths
+    cache.lengths, cache.seqlens = stored.lengths.clone(), stored.seqlens.clone()
     return models(context.config, device)[0](tokens[:, None], cache=cache).logits[:, -1]
 
 
