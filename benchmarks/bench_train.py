@@ -10,7 +10,9 @@ peak" divides by the rate of a large bfloat16 product that torch reaches on this
 """
 
 import copy
+import dataclasses
 import functools
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -29,15 +31,16 @@ def initial_model(config, device):
 
 
 @functools.cache
-def our_engine(config, seqlen, dtype, device):
+def our_engine(config, device, **settings):
     # A learning rate of 1e-6: the models stay so close to their start that the losses of all can be compared.
-    settings = TrainConfig(max_steps=1_000_000, dtype=dtype, seqlen=seqlen, learning_rate=1e-6, warmup_tokens=0)
+    settings = TrainConfig(max_steps=1_000_000, learning_rate=1e-6, warmup_tokens=0, **settings)
     return Engine(copy.deepcopy(initial_model(config, device)), settings)
 
 
-def our_step(config, dtype, ids):
+def our_step(config, dtype, ids, cuda_graph=False):
     batch = SimpleNamespace(input_ids=ids, labels=ids, cu_seqlens=None, num_tokens=ids.numel() - len(ids))
-    return torch.tensor(our_engine(config, ids.shape[1], dtype, ids.device.type).step([batch]).loss)
+    engine = our_engine(config, ids.device.type, dtype=dtype, seqlen=ids.shape[1], cuda_graph=cuda_graph)
+    return torch.tensor(engine.step([batch]).loss)
 
 
 @functools.cache
@@ -58,11 +61,12 @@ def transformers_step(config, dtype, compiled, ids):
     return loss.detach().cpu()
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _memory_is_given_back():
     yield
-    for cached in (initial_model, our_engine, transformers_model):
-        cached.cache_clear()
+    our_engine.cache_clear()
+    transformers_model.cache_clear()
+    gc.collect()
 
 
 def case(size, config, batch, seqlen, dtype, **options):
@@ -90,11 +94,25 @@ def case(size, config, batch, seqlen, dtype, **options):
     )
 
 
+def graph_case(size, config, batch, seqlen, dtype):
+    """What CUDA graphs are worth to a step of ours."""
+    plain = case(size, config, batch, seqlen, dtype)
+    return dataclasses.replace(
+        plain,
+        name=plain.name.replace("step", "graph-step"),
+        ours=functools.partial(our_step, config, dtype, cuda_graph=True),
+        peers={"without graphs": plain.ours},
+        check=lambda outputs, ids: torch.testing.assert_close(outputs[0], plain.ours(ids), rtol=2e-3, atol=0),
+        devices=("cuda",),
+    )
+
+
 CPU_GATES = {"transformers": 1.5, "transformers, compiled": 1.0}
 CASES = [
     case("11M", LLAMA_11M, 4, 512, "bfloat16", devices=("cpu",), gates=CPU_GATES),
     case("11M", LLAMA_11M, 4, 512, "float32", devices=("cpu",)),
     case("1B", LLAMA_1B, 2, 4096, "bfloat16", devices=("cuda",), gates={"transformers, compiled": 1.1}),
+    graph_case("1B", LLAMA_1B, 2, 4096, "bfloat16"),
 ]
 
 

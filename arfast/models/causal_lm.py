@@ -238,7 +238,7 @@ def shift_labels(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     rows = labels if cu_seqlens is None else labels.reshape(1, -1)
     targets = F.pad(rows[:, 1:], (0, 1), value=IGNORE_INDEX)
     if cu_seqlens is not None:
-        targets[0, cu_seqlens[1:].long() - 1] = IGNORE_INDEX
+        targets[0].index_fill_(0, cu_seqlens[1:].long() - 1, IGNORE_INDEX)
     return targets.view(labels.shape)
 
 
