@@ -85,7 +85,7 @@ struct Walk {
   // Whether a query of the step does not see a row of the tile of keys.
   __device__ bool masked(int first_query) const {
     const int last_query = min(first_query + kQueries, tile.seqlen_q) - 1;
-    return tile.first - last_query < visible.first ||
+    return tile.num_rows < kKeys || tile.first - last_query < visible.first ||
            tile.first + kKeys - 1 - first_query > visible.last;
   }
 
