@@ -37,17 +37,19 @@ def test_no_documents(device, poisoned):
 @pytest.mark.random_schedules
 @pytest.mark.older_gpu
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-def test_decode_schedules(head_dim, device):
-    q, k, v, seqlens = decode.inputs(([600, 200], 1, 8, 2, head_dim), torch.bfloat16, device)
+@pytest.mark.parametrize("heads", [4, 8], ids="{}/2".format)
+def test_decode_schedules(heads, head_dim, device):
+    q, k, v, seqlens = decode.inputs(([600, 200], 1, heads, 2, head_dim), torch.bfloat16, device)
     decode.check(q, k, v, seqlens, dict(sink=True))
 
 
 @pytest.mark.parametrize("change", ["seqlens", "block_table", "beam_slots"])
-def test_decode_integers_out_of_range_read_nothing_outside(change, device, request):
+@pytest.mark.parametrize("heads", [4, 8], ids="{}/2".format)
+def test_decode_integers_out_of_range_read_nothing_outside(heads, change, device, request):
     """On a GPU nobody can look at them without waiting: whatever they are, the cache's memory is not left."""
     if request.node.callspec.params["device"] == "cpu":
         pytest.skip("the CPU refuses them")
-    q, k, v, seqlens = decode.inputs(([70, 20], 1, 4, 2, 40), torch.bfloat16, device)
+    q, k, v, seqlens = decode.inputs(([70, 20], 1, heads, 2, 40), torch.bfloat16, device)
     if change == "seqlens":
         attention_decode(q, k, v, decode.lengths(1 << 30, -5, device=device))
     elif change == "block_table":
