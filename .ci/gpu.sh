@@ -73,7 +73,7 @@ fi
 
 if "$python" -c 'import pytest_benchmark' 2>/dev/null; then
   # The sizes that bars are set for; BENCHMARKS="" runs every case, in many minutes.
-  bars="8192 or 32x128256 or H16 or H32 or 2048x4096 or 2048x11008 or 2048x32x128 or 4096x512 or 2048x512x32000 or step"
+  bars="8192 or 32x128256 or H16 or decode or 2048x4096 or 2048x11008 or 2048x32x128 or 4096x512 or 2048x512x32000 or step"
   step benchmarks 170 "$python" -m pytest benchmarks --benchmark-only --save-table --quiet -m gpu \
     -k "${BENCHMARKS-($bars) and not (float32 and (norm or swiglu or rotary or experts or linear))}"
   cp -r benchmarks/results "$logs" 2>/dev/null
