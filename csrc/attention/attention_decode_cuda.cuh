@@ -33,8 +33,8 @@ struct CacheRow {
   }
   template <typename T>
   __device__ const T* of(const AttentionView& view, int kv_head) const {
-    return static_cast<const T*>(view.data) + batch * view.batch_stride + row * view.row_stride +
-           kv_head * view.head_stride;
+    const T* first = static_cast<const T*>(view.data) + kv_head * view.head_stride;  // the same for all rows of a block
+    return first + (batch * view.batch_stride + row * view.row_stride);
   }
 };
 
@@ -55,6 +55,7 @@ struct DecodeBlock {
   DecodeRows rows;
   int sequence, kv_head, first_row, split;
   int seqlen, begin, end;  // the range is [begin, end)
+  int window;              // distance from a query to the last key that it sees
   bool exists;             // also of an empty sequence, whose output somebody has to write
   bool alone;              // the sequence has no other range
 
@@ -70,6 +71,8 @@ struct DecodeBlock {
     block.sequence = static_cast<int>(index / params.num_kv_heads);
     block.seqlen = sequence_length(params, block.sequence);
     const DecodeSplits splits(block.seqlen, params.num_queries, params.window, params.num_splits);
+    block.window =
+        static_cast<int>(params.window >= 0 && params.window < kMaxPositions ? params.window : kMaxPositions);
     block.exists = block.split < (splits.count > 0 ? splits.count : 1);
     block.alone = splits.count <= 1;
     block.begin = splits.count > 0 ? static_cast<int>(splits.begin(block.split)) : 0;
@@ -77,15 +80,13 @@ struct DecodeBlock {
     return block;
   }
 
-  // The keys of the range that a row sees, counted from first_row: [first_key, end_key).
-  __device__ int end_key(const AttentionDecodeParams& params, int row) const {
-    const int newest = seqlen - static_cast<int>(params.num_queries) + rows.query(first_row + row);
-    return first_row + row < rows.count ? min(newest + 1, end) : 0;
+  // The position of a row's query, counted from first_row; negative if there is no such row.
+  __device__ int position(const AttentionDecodeParams& params, int row) const {
+    const int query = rows.query(first_row + row);
+    return first_row + row < rows.count ? seqlen - static_cast<int>(params.num_queries) + query : -1;
   }
-  __device__ int first_key(const AttentionDecodeParams& params, int row) const {
-    const int64_t newest = seqlen - params.num_queries + rows.query(first_row + row);
-    return params.window >= 0 && newest > params.window ? static_cast<int>(newest - params.window) : 0;
-  }
+  // Whether a key of the range, or one past its end, is visible from a position.
+  __device__ bool sees(int position, int key) const { return key < end && key <= position && position - key <= window; }
 
   template <typename T>
   __device__ const T* query(const AttentionDecodeParams& params, int row) const {

@@ -3,7 +3,6 @@
 // take different keys and are merged at the end. Keys and values come through a ring in shared memory in which every
 // thread reads only what it has copied itself: no step waits for another thread.
 #include "attention/attention_decode_cuda.cuh"
-#include "core/rows.cuh"
 
 namespace arfast {
 namespace {
@@ -16,14 +15,13 @@ struct PlainShape {
   using T = Element;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = kRows_;
-  static constexpr int kElements = Vector16<T>::kSize;
-  static constexpr int kChunks = kHeadDim / kElements;  // 16-byte chunks of a key
-  static constexpr int kLanes = kChunks < kWarpSize ? kChunks : kWarpSize;
-  static constexpr int kVectors = kChunks / kLanes;  // chunks of a lane
+  static constexpr int kLanes = kHeadDim <= 128 ? 8 : 16;  // of a group, which shares a key
   static constexpr int kGroups = kThreads / kLanes;
-  static constexpr int kKeys = 4 / kVectors;  // of a group in a step
+  static constexpr int kElements = Vector16<T>::kSize;           // of a chunk of 16 bytes
+  static constexpr int kChunks = kHeadDim / kLanes / kElements;  // of a lane
+  static constexpr int kKeys = kChunks < 4 ? 4 / kChunks : 1;    // of a group in a step
 
-  using Stage = Vector16<T>[kKeys][kVectors][kThreads];
+  using Stage = uint4[kKeys][kChunks][kThreads];
   struct Ring {
     Stage k[kStages], v[kStages];
   };
@@ -33,15 +31,13 @@ struct PlainShape {
   };
 };
 
-// Starts to copy the chunk that begins in column `first` of a row of `columns` elements, zeros beside them.
+// Starts to copy `elements` elements, those of a whole chunk unless they are a row's last.
 template <typename T>
-__device__ void copy_chunk(Vector16<T>* to, const T* row, int first, int columns) {
-  if (is_aligned16(row + first)) {
-    const int elements = max(0, min(columns - first, Vector16<T>::kSize));
-    const T* from = elements > 0 ? row + first : row;
-    ptx::cp_async16(ptx::shared_address(to), from, elements * static_cast<int>(sizeof(T)));
+__device__ void copy_chunk(uint4* to, const T* from, int elements) {
+  if (elements == Vector16<T>::kSize && is_aligned16(from)) {
+    ptx::cp_async16(ptx::shared_address(to), from);
   } else {
-    *to = RowOf<const T>(row, columns).at(first, 0);
+    *to = to_bits(first_elements(from, elements));
   }
 }
 
@@ -53,25 +49,25 @@ __device__ float capped(float score, float cap, float inner) {
 // What a lane keeps of the rows of its group.
 template <typename Shape>
 struct LaneState {
-  static constexpr int kRows = Shape::kRows, kKeys = Shape::kKeys, kVectors = Shape::kVectors,
+  using T = typename Shape::T;
+  static constexpr int kRows = Shape::kRows, kKeys = Shape::kKeys, kChunks = Shape::kChunks,
                        kElements = Shape::kElements;
-  float q[kRows][kVectors][kElements];
-  float output[kRows][kVectors][kElements] = {};
+  float q[kRows][kChunks][kElements];
+  float output[kRows][kChunks][kElements] = {};
   float max[kRows], sum[kRows] = {};
 
-  __device__ static int column(int vector) {
-    return (static_cast<int>(threadIdx.x) % Shape::kLanes + vector * Shape::kLanes) * kElements;
+  __device__ static int column(int chunk) {
+    return (static_cast<int>(threadIdx.x) % Shape::kLanes + chunk * Shape::kLanes) * kElements;
   }
 
   __device__ LaneState(const AttentionDecodeParams& params, const DecodeBlock& block) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const bool there = block.first_row + row < block.rows.count;
-      const RowOf<const typename Shape::T> query(block.query<typename Shape::T>(params, there ? row : 0),
-                                                 params.head_dim);
+      const T* query = block.query<T>(params, there ? row : 0);
 #pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        const auto chunk = query.at(column(j), 0);
+      for (int j = 0; j < kChunks; ++j) {
+        const auto chunk = first_elements(query + column(j), static_cast<int>(params.head_dim) - column(j));
 #pragma unroll
         for (int i = 0; i < kElements; ++i) q[row][j][i] = to_float(chunk.elements[i]);
       }
@@ -86,8 +82,8 @@ struct LaneState {
 #pragma unroll
       for (int row = 0; row < kRows; ++row) scores[row][key] = 0;
 #pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        const auto chunk = keys[key][j][threadIdx.x];
+      for (int j = 0; j < kChunks; ++j) {
+        const auto chunk = from_bits<T>(keys[key][j][threadIdx.x]);
 #pragma unroll
         for (int i = 0; i < kElements; ++i) {
           const float element = to_float(chunk.elements[i]);
@@ -118,15 +114,15 @@ struct LaneState {
       sum[row] += scores[key];
     }
 #pragma unroll
-    for (int i = 0; i < kVectors * kElements; ++i) output[row][i / kElements][i % kElements] *= factor;
+    for (int i = 0; i < kChunks * kElements; ++i) output[row][i / kElements][i % kElements] *= factor;
   }
 
   __device__ void add(const typename Shape::Stage& values, const float (&weights)[kRows][kKeys]) {
 #pragma unroll
     for (int key = 0; key < kKeys; ++key) {
 #pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        const auto chunk = values[key][j][threadIdx.x];
+      for (int j = 0; j < kChunks; ++j) {
+        const auto chunk = from_bits<T>(values[key][j][threadIdx.x]);
 #pragma unroll
         for (int i = 0; i < kElements; ++i) {
           const float element = to_float(chunk.elements[i]);
@@ -140,8 +136,22 @@ struct LaneState {
   }
 };
 
+// Zeros in the chunks past the head dimension, which nothing is copied to.
 template <typename Shape>
-__global__ void __launch_bounds__(kThreads, 3) attention_decode_plain_kernel(AttentionDecodeParams params) {
+__device__ void clear_unused(typename Shape::Ring& ring, int head_dim) {
+#pragma unroll
+  for (int j = 0; j < Shape::kChunks; ++j) {
+    if (LaneState<Shape>::column(j) < head_dim) continue;
+    for (int i = 0; i < kStages * Shape::kKeys; ++i) {
+      ring.k[i / Shape::kKeys][i % Shape::kKeys][j][threadIdx.x] = uint4{};
+      ring.v[i / Shape::kKeys][i % Shape::kKeys][j][threadIdx.x] = uint4{};
+    }
+  }
+}
+
+template <typename Shape>
+__global__ void __launch_bounds__(kThreads, Shape::kRows < 3 ? 3 : 2)
+    attention_decode_plain_kernel(AttentionDecodeParams params) {
   using T = typename Shape::T;
   using State = LaneState<Shape>;
   constexpr int kRows = Shape::kRows, kKeys = Shape::kKeys, kGroups = Shape::kGroups;
@@ -157,27 +167,28 @@ __global__ void __launch_bounds__(kThreads, 3) attention_decode_plain_kernel(Att
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
       if (step >= steps) break;
-      const int key = key_at(step, i), columns = key < block.end ? head_dim : 0;
-      const CacheRow row(params, block.sequence, min(key, block.end - 1));
+      const int stage = step % kStages;
+      // Past the end the last key once more: nobody sees it there.
+      const CacheRow row(params, block.sequence, min(key_at(step, i), block.end - 1));
       const T *k = row.of<T>(params.k, block.kv_head), *v = row.of<T>(params.v, block.kv_head);
 #pragma unroll
-      for (int j = 0; j < Shape::kVectors; ++j) {
-        copy_chunk(&smem.ring.k[step % kStages][i][j][threadIdx.x], k, State::column(j), columns);
-        copy_chunk(&smem.ring.v[step % kStages][i][j][threadIdx.x], v, State::column(j), columns);
+      for (int j = 0; j < Shape::kChunks; ++j) {
+        const int first = State::column(j), elements = min(head_dim - first, Shape::kElements);
+        if (elements <= 0) continue;
+        copy_chunk(&smem.ring.k[stage][i][j][threadIdx.x], k + first, elements);
+        copy_chunk(&smem.ring.v[stage][i][j][threadIdx.x], v + first, elements);
       }
     }
     ptx::cp_async_commit();
   };
+  clear_unused<Shape>(smem.ring, head_dim);
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) load(step);
 
   State state(params, block);
-  int first_key[kRows], end_key[kRows];
+  int position[kRows];
 #pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    first_key[row] = block.first_key(params, row);
-    end_key[row] = block.end_key(params, row);
-  }
+  for (int row = 0; row < kRows; ++row) position[row] = block.position(params, row);
   const float scale = score_scale(params), cap = static_cast<float>(params.softcap);
   const float inner = static_cast<float>(params.softmax_scale / params.softcap);
   for (int step = 0; step < steps; ++step) {
@@ -190,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 3) attention_decode_plain_kernel(Att
 #pragma unroll
       for (int i = 0; i < kKeys; ++i) {
         if (cap > 0) scores[row][i] = capped<T>(scores[row][i], cap, inner);
-        if (key_at(step, i) < first_key[row] || key_at(step, i) >= end_key[row]) scores[row][i] = -INFINITY;
+        if (!block.sees(position[row], key_at(step, i))) scores[row][i] = -INFINITY;
       }
       state.update(row, scale, scores[row]);
     }
@@ -200,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 3) attention_decode_plain_kernel(Att
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
 #pragma unroll
-    for (int j = 0; j < Shape::kVectors; ++j) {
+    for (int j = 0; j < Shape::kChunks; ++j) {
 #pragma unroll
       for (int i = 0; i < Shape::kElements; ++i) {
         smem.parts.sums[group][row][State::column(j) + i] = state.output[row][j][i];
@@ -221,13 +232,13 @@ const char* launch_shape(const AttentionDecodeParams& params, void* stream) {
                                                            stream);
 }
 
-// As many rows at a time as there are, 4 at most.
+// As many rows at a time as there are, 3 at most.
 template <typename T, int kHeadDim>
 const char* launch_rows(const AttentionDecodeParams& params, void* stream) {
   const int64_t rows = params.num_queries * params.num_heads / params.num_kv_heads;
   if (rows == 1) return launch_shape<PlainShape<T, kHeadDim, 1>>(params, stream);
   if (rows == 2) return launch_shape<PlainShape<T, kHeadDim, 2>>(params, stream);
-  return launch_shape<PlainShape<T, kHeadDim, 4>>(params, stream);
+  return launch_shape<PlainShape<T, kHeadDim, 3>>(params, stream);
 }
 
 }  // namespace

@@ -57,12 +57,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kHeadDim <= 128 ? 3 : 2)
   const uint32_t q_address = smem.operands.q.a_address(0);
   AttentionSoftmax<1> softmax(params.softmax_scale, params.softcap, -INFINITY);
   float output[1][kColumns][4] = {};
-  int first_key[2], end_key[2];  // that the rows of the thread see
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    first_key[half] = block.first_key(params, 8 * half + lane / 4);
-    end_key[half] = block.end_key(params, 8 * half + lane / 4);
-  }
+  const int position[2] = {block.position(params, lane / 4), block.position(params, 8 + lane / 4)};
   for (int step = 0; step < steps; ++step) {
     const int stage = step % 2;
     ptx::cp_async_wait<0>();
@@ -78,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kHeadDim <= 128 ? 3 : 2)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int key = first + i / 2 * 8 + 2 * (lane % 4) + i % 2;
-        if (key < first_key[half] || key >= end_key[half]) scores[i / 2][2 * half + i % 2] = -INFINITY;
+        if (!block.sees(position[half], key)) scores[i / 2][2 * half + i % 2] = -INFINITY;
       }
       const float factor = softmax.update(0, half, scores);
 #pragma unroll
