@@ -7,10 +7,7 @@ equation 1: out_t = sum_j w_tj W_down[e] (silu(W_gate[e] x_t) * W_up[e] x_t) wit
 import torch
 
 from arfast.ops._library import in_autocast, needs_grad, register_fake
-from arfast.ops.grouped_mm import grouped_mm
-from arfast.ops.moe_permute import moe_combine, moe_permute
 from arfast.ops.moe_routing import Routing
-from arfast.ops.swiglu import swiglu
 
 _ops = torch.ops.arfast
 
@@ -41,9 +38,8 @@ def moe_experts(hidden: torch.Tensor, routing: Routing, w_gate_up: torch.Tensor,
     if in_autocast(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, w_gate_up, w_down = (t.to(dtype) for t in (hidden, w_gate_up, w_down))
-    if hidden.is_cuda:
-        return _by_ops(hidden, routing, w_gate_up, w_down)
-    arguments = (hidden, routing.expert_weights, routing.position, routing.offsets, w_gate_up, w_down)
+    tables = (routing.position, routing.source_token, routing.offsets)
+    arguments = (hidden, routing.expert_weights, *tables, w_gate_up, w_down)
     if needs_grad(hidden, routing.expert_weights, w_gate_up, w_down):
         return _MoeExperts.apply(*arguments)
     return _ops.moe_experts_forward(*arguments, False)[0]
@@ -60,40 +56,35 @@ def moe_experts_reference(hidden, routing, w_gate_up, w_down):
     return out.to(hidden.dtype)
 
 
-def _by_ops(hidden, routing, w_gate_up, w_down):
-    """On a GPU: one op after the other, none of which waits for the host."""
-    rows = moe_permute(hidden, routing)
-    gate, up = grouped_mm(rows, w_gate_up.transpose(1, 2), routing.offsets).chunk(2, dim=1)
-    return moe_combine(grouped_mm(swiglu(gate, up), w_down.transpose(1, 2), routing.offsets), routing)
-
-
 class _MoeExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, expert_weights, position, offsets, w_gate_up, w_down):
-        out, h = _ops.moe_experts_forward(hidden, expert_weights, position, offsets, w_gate_up, w_down, True)
-        ctx.save_for_backward(hidden, expert_weights, position, offsets, w_gate_up, w_down, h)
+    def forward(ctx, hidden, expert_weights, position, source_token, offsets, w_gate_up, w_down):
+        out, h = _ops.moe_experts_forward(
+            hidden, expert_weights, position, source_token, offsets, w_gate_up, w_down, True
+        )
+        ctx.save_for_backward(hidden, expert_weights, position, source_token, offsets, w_gate_up, w_down, h)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        needs_hidden, _, _, _, *needs_experts = ctx.needs_input_grad
+        needs_hidden, _, _, _, _, *needs_experts = ctx.needs_input_grad
         dhidden, dexpert_weights, dw_gate_up, dw_down = _ops.moe_experts_backward(
             dout, *ctx.saved_tensors, needs_hidden, any(needs_experts)
         )
         if not any(needs_experts):
             dw_gate_up = dw_down = None
-        return dhidden if needs_hidden else None, dexpert_weights, None, None, dw_gate_up, dw_down
+        return dhidden if needs_hidden else None, dexpert_weights, None, None, None, dw_gate_up, dw_down
 
 
 @register_fake("moe_experts_forward")
-def _(hidden, expert_weights, position, offsets, w_gate_up, w_down, save_h):
+def _(hidden, expert_weights, position, source_token, offsets, w_gate_up, w_down, save_h):
     rows = expert_weights.numel() if save_h else 0
     return hidden.new_empty(hidden.shape), hidden.new_empty((rows, w_gate_up.shape[1]))
 
 
 @register_fake("moe_experts_backward")
-def _(dout, hidden, expert_weights, position, offsets, w_gate_up, w_down, h, needs_hidden, needs_experts):
+def _(dout, hidden, expert_weights, position, source_token, offsets, w_gate_up, w_down, h, needs_hidden, needs_experts):
     experts = w_down.shape[0] if needs_experts else 0
     return (
         hidden.new_empty((hidden.shape[0] if needs_hidden else 0, hidden.shape[1])),

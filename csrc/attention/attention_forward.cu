@@ -28,7 +28,7 @@ struct ForwardShape {
 };
 
 template <typename Shape>
-using Scores = float[Shape::kKeys / 8][4];
+using Scores = float[Shape::kRowTiles][Shape::kKeys / 8][4];
 template <typename Shape>
 using Weights = uint32_t[Shape::kRowTiles][Shape::kKeys / 16][4];
 template <typename Shape>
@@ -37,7 +37,7 @@ using Output = float[Shape::kRowTiles][Shape::kHeadDim / 8][4];
 // Applies the softcap and hides what a query does not see. `first_query` is that of the 16.
 template <typename Shape>
 __device__ void finish_scores(const AttentionProblem& problem, const KeyRange& visible, int first_query, int first_key,
-                              bool masked, Scores<Shape>& scores) {
+                              bool masked, float (&scores)[Shape::kKeys / 8][4]) {
   if (problem.softcap > 0) cap_scores(problem.softmax_scale, problem.softcap, scores);
   if (!masked) return;
   const int lane = threadIdx.x % kWarpSize;
@@ -123,17 +123,15 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
     load_tile(smem.v, v, key_tile);
     const int first_key = key_tile * Shape::kKeys;
     const bool masked = first_key < visible.begin(last_query) || first_key + Shape::kKeys > visible.end(tile.first);
-    // 16 queries after the other: their exponentials and the products of the next ones overlap.
+    Scores<Shape> scores;
+    multiply_rows<typename Shape::Queries, typename Shape::Keys>(q_address, k_address, scores);
     Weights<Shape> weights;
 #pragma unroll
     for (int m = 0; m < Shape::kRowTiles; ++m) {
-      Scores<Shape> scores;
-      multiply_rows<typename Shape::Queries, typename Shape::Keys>(Shape::Queries::fragment(q_address, 16 * m, 0),
-                                                                   k_address, scores);
-      finish_scores<Shape>(problem, visible, tile.first + first_row + 16 * m, first_key, masked, scores);
+      finish_scores<Shape>(problem, visible, tile.first + first_row + 16 * m, first_key, masked, scores[m]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float factor = softmax.update(m, half, scores);
+        const float factor = softmax.update(m, half, scores[m]);
 #pragma unroll
         for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
           output[m][n][2 * half] *= factor;
@@ -142,7 +140,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
       }
 #pragma unroll
       for (int k = 0; k < Shape::kKeys / 16; ++k) {
-        fragment_from_accumulators<T>(weights[m][k], scores[2 * k], scores[2 * k + 1]);
+        fragment_from_accumulators<T>(weights[m][k], scores[m][2 * k], scores[m][2 * k + 1]);
       }
     }
     ptx::cp_async_wait<0>();

@@ -12,7 +12,8 @@ template <typename T>
 struct MatrixRows {
   const T* first;
   int stride;
-  __device__ MatrixRows from(int row) const { return {first + int64_t{row} * stride, stride}; }
+  __device__ const T* at(int row) const { return first + int64_t{row} * stride; }
+  __device__ MatrixRows from(int row) const { return {at(row), stride}; }
 };
 
 // A part of a matrix in shared memory. The chunks of 16 bytes of a row are permuted by its number, within groups of 8,
@@ -20,7 +21,7 @@ struct MatrixRows {
 template <typename T, int kRows, int kColumns>
 struct alignas(1024) MatrixTile {
   using Element = T;
-  static constexpr int kWidth = kColumns;
+  static constexpr int kHeight = kRows, kWidth = kColumns;
   static constexpr int kChunk = 8;                          // elements
   static constexpr int kPitch = (kColumns + 63) / 64 * 64;  // elements
   static constexpr int kChunks = kColumns / kChunk, kRowChunks = kPitch / kChunk;
@@ -95,9 +96,14 @@ struct alignas(1024) MatrixTile {
   }
 
   // Two neighbours of a row; `column` is even.
+  __device__ T* pair(int row, int column) { return elements + place(row, column / kChunk) + column % kChunk; }
+  __device__ float2 load_pair(int row, int column) {
+    const T* from = pair(row, column);
+    return {to_float(from[0]), to_float(from[1])};
+  }
   __device__ void store_pair(int row, int column, float x, float y) {
-    T* to = elements + place(row, column / kChunk) + column % kChunk;
-    *reinterpret_cast<uint32_t*>(to) = std::is_same_v<T, BFloat16> ? ptx::pack_bf16x2(x, y) : ptx::pack_f16x2(x, y);
+    const uint32_t bits = std::is_same_v<T, BFloat16> ? ptx::pack_bf16x2(x, y) : ptx::pack_f16x2(x, y);
+    *reinterpret_cast<uint32_t*>(pair(row, column)) = bits;
   }
 
   // The accumulators of 16 rows, times the factors of rows 0 to 7 and 8 to 15 of a thread, from `row` and `column` on.
@@ -145,23 +151,31 @@ __device__ inline void fragment_from_accumulators(uint32_t (&a)[4], const float 
   a[3] = pack(high[2], high[3]);
 }
 
-// acc = a b^T: 16 rows of a tile by kColumns rows of another. Addresses: a_address, b_address.
-template <typename A, typename B, int kColumns>
-__device__ inline void multiply_rows(uint32_t a_rows, uint32_t b_rows, float (&acc)[kColumns][4]) {
+// acc = a b^T: kRowTiles times 16 rows of a tile by kColumns times 8 rows of another. Addresses: a_address, b_address.
+template <typename A, typename B, int kRowTiles, int kColumns>
+__device__ inline void multiply_rows(uint32_t a_rows, uint32_t b_rows, float (&acc)[kRowTiles][kColumns][4]) {
 #pragma unroll
-  for (int n = 0; n < kColumns; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+  for (int i = 0; i < kRowTiles * kColumns * 4; ++i) acc[i / 4 / kColumns][i / 4 % kColumns][i % 4] = 0;
 #pragma unroll 2  // more would hold more addresses than there are registers
   for (int k = 0; k < A::kWidth / 16; ++k) {
-    uint32_t a[4];
-    ptx::ldmatrix_x4(a, A::fragment(a_rows, 0, k));
+    uint32_t a[kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) ptx::ldmatrix_x4(a[m], A::fragment(a_rows, 16 * m, k));
 #pragma unroll
     for (int n = 0; n < kColumns / 2; ++n) {
       uint32_t b[4];
       ptx::ldmatrix_x4(b, B::fragment(b_rows, 16 * n, k));
-      ptx::mma_m16n8k16<typename A::Element>(acc[2 * n], a, b[0], b[1]);
-      ptx::mma_m16n8k16<typename A::Element>(acc[2 * n + 1], a, b[2], b[3]);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        ptx::mma_m16n8k16<typename A::Element>(acc[m][2 * n], a[m], b[0], b[1]);
+        ptx::mma_m16n8k16<typename A::Element>(acc[m][2 * n + 1], a[m], b[2], b[3]);
+      }
     }
   }
+}
+template <typename A, typename B, int kColumns>
+__device__ inline void multiply_rows(uint32_t a_rows, uint32_t b_rows, float (&acc)[kColumns][4]) {
+  multiply_rows<A, B>(a_rows, b_rows, reinterpret_cast<float (&)[1][kColumns][4]>(acc));
 }
 
 // acc += weights b: kRowTiles times 16 rows of weights, in registers, by the rows of a tile. Address:

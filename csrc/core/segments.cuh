@@ -30,22 +30,38 @@ __device__ constexpr int tiles_of(int rows) {
 }
 
 // The index-th tile when those of `count` segments follow each other. segment(i) gives segment i: each lane looks at
-// one of 32. All lanes of a warp call it alike.
+// four of 128, whose loads are on their way together. All lanes of a warp call it alike.
 template <int kTile, typename F>
 __device__ SegmentTile find_segment_tile(int index, int count, const F& segment) {
+  constexpr int kOfLane = 4;
   const int lane = threadIdx.x % kWarpSize;
-  for (int first = 0; first < count; first += kWarpSize) {
-    const Segment mine = segment(min(first + lane, count - 1));
-    const int tiles = first + lane < count ? tiles_of<kTile>(mine.size()) : 0, up_to = warp_inclusive_sum(tiles);
+  for (int first = 0; first < count; first += kOfLane * kWarpSize) {
+    const int mine = first + kOfLane * lane;
+    int sizes[kOfLane], tiles = 0;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      sizes[i] = tiles_of<kTile>(segment(min(mine + i, count - 1)).size());
+      if (mine + i >= count) sizes[i] = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) tiles += sizes[i];
+    const int up_to = warp_inclusive_sum(tiles);
     const unsigned after = __ballot_sync(0xffffffffu, up_to > index);
     if (after == 0) {
       index -= __shfl_sync(0xffffffffu, up_to, kWarpSize - 1);
       continue;
     }
+    int number = index - (up_to - tiles), found = mine;  // as the lane that owns the tile sees it
+#pragma unroll
+    for (int i = 0; i < kOfLane - 1; ++i) {
+      if (found == mine + i && number >= sizes[i]) {
+        number -= sizes[i];
+        ++found;
+      }
+    }
     const int owner = __ffs(static_cast<int>(after)) - 1;
-    const int before = __shfl_sync(0xffffffffu, up_to - tiles, owner);
-    const Segment rows{__shfl_sync(0xffffffffu, mine.begin, owner), __shfl_sync(0xffffffffu, mine.end, owner)};
-    return {first + owner, rows, index - before};
+    found = __shfl_sync(0xffffffffu, found, owner);
+    return {found, segment(found), __shfl_sync(0xffffffffu, number, owner)};
   }
   return {-1, {}, 0};
 }

@@ -50,6 +50,7 @@ __device__ Vector16<T> rounded(const float (&values)[Vector16<T>::kSize]) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads) moe_combine_kernel(MoeCombineParams params) {
   constexpr int kSize = Vector16<T>::kSize;
+  ptx::grid_dependency_wait();
   const int64_t token = warp_index();
   if (token >= params.num_tokens) return;
   const int64_t size = params.hidden_size, num_rows = params.num_tokens * params.top_k;
@@ -105,10 +106,12 @@ __global__ void __launch_bounds__(kThreads) moe_combine_backward_kernel(MoeCombi
 
 // A warp per item. Nothing to do without items or without elements, but for the weights' gradients.
 template <typename T, typename Params>
-const char* launch_warps(void (*kernel)(Params), int64_t items, const Params& params, void* stream) {
+const char* launch_warps(void (*kernel)(Params), int64_t items, const Params& params, void* stream,
+                         bool programmatic = false) {
   if (items == 0) return nullptr;
-  const dim3 grid(static_cast<unsigned>((items + kWarps - 1) / kWarps));
-  return launch(kernel, LaunchShape{grid, dim3(kThreads), 0}, stream, params);
+  LaunchShape shape{dim3(static_cast<unsigned>((items + kWarps - 1) / kWarps)), dim3(kThreads)};
+  shape.programmatic = programmatic;
+  return launch(kernel, shape, stream, params);
 }
 
 }  // namespace
@@ -123,7 +126,7 @@ const char* moe_permute_cuda(const MoePermuteParams& params, void* stream) {
 const char* moe_combine_forward_cuda(const MoeCombineParams& params, void* stream) {
   return dispatch_gpu_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    return launch_warps<T>(moe_combine_kernel<T>, params.num_tokens, params, stream);
+    return launch_warps<T>(moe_combine_kernel<T>, params.num_tokens, params, stream, true);
   });
 }
 

@@ -22,7 +22,7 @@ SIZES = [
     ([16, 8, 4], 600, 32),
     ([5, 40], 20, 300),
     ([40], 0, 8),
-    ([1] * 40, 32, 8),  # more groups than lanes
+    ([1] * 140, 32, 8),  # more groups than a warp looks at together
 ]
 
 
