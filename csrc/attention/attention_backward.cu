@@ -100,14 +100,11 @@ __global__ void __launch_bounds__(kThreads) attention_key_gradient_kernel(Attent
   if (tile.num_rows <= 0) return;
   const KeyRange visible(problem, tile);
   const int group = static_cast<int>(problem.num_heads / problem.num_kv_heads);
-  // The queries that see a key of the tile, in steps.
-  const int last_key = tile.first + tile.num_rows - 1;
-  const int first_step = max(tile.first - visible.last, 0) / kStep;
-  const int end_query = min(last_key - visible.first + 1, tile.seqlen_q);
-  const int steps = max((end_query + kStep - 1) / kStep - first_step, 0), iterations = steps * group;
+  const TileRange range = visible.query_tiles(kStep, tile.first, tile.first + tile.num_rows - 1);
+  const int steps = max(range.end - range.first, 0), iterations = steps * group;
 
   const auto load = [&](int iteration) {
-    const int head = kv_head * group + iteration / steps, first = (first_step + iteration % steps) * kStep;
+    const int head = kv_head * group + iteration / steps, first = (range.first + iteration % steps) * kStep;
     const int stage = iteration % 2, left = tile.seqlen_q - first;
     smem.q[stage].template load<kThreads>(tile.queries<T>(problem.q, head).from(first), left, head_dim);
     smem.dout[stage].template load<kThreads>(tile.queries<T>(params.dout, head).from(first), left, head_dim);
@@ -127,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) attention_key_gradient_kernel(Attent
   const ScoreGradient score_gradient(problem);
   typename Shape::Gradient dk = {}, dv = {};
   for (int iteration = 0; iteration < iterations; ++iteration) {
-    const int stage = iteration % 2, first_query = (first_step + iteration % steps) * kStep;
+    const int stage = iteration % 2, first_query = (range.first + iteration % steps) * kStep;
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step is there, and nobody reads the one before any more
     if (iteration + 1 < iterations) load(iteration + 1);
@@ -140,8 +137,8 @@ __global__ void __launch_bounds__(kThreads) attention_key_gradient_kernel(Attent
 #pragma unroll
     for (int i = 0; i < kStep / 2; ++i) {
       const int column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-      const int distance = tile.first + first_row + i % 4 / 2 * 8 + lane / 4 - (first_query + column);
-      const bool sees = distance >= visible.first && distance <= visible.last;
+      const int key = tile.first + first_row + i % 4 / 2 * 8 + lane / 4;
+      const bool sees = visible.sees(first_query + column, key);
       float ignored = 0;
       float& gradient = kPart == Part::kValues ? ignored : dp[i / 4][i % 4];
       score_gradient.apply(smem.rows[stage][column], sees, scores[i / 4][i % 4], gradient);
@@ -202,8 +199,7 @@ __global__ void __launch_bounds__(kThreads) attention_query_gradient_kernel(Atte
   const int kv_head = head / static_cast<int>(problem.num_heads / problem.num_kv_heads);
   const MatrixRows<T> k = tile.keys<T>(problem.k, kv_head), v = tile.keys<T>(problem.v, kv_head);
   const KeyRange visible(problem, tile);
-  const int first_step = visible.begin(tile.first) / kStep;
-  const int end_step = (visible.end(tile.first + tile.num_rows - 1) + kStep - 1) / kStep;
+  const TileRange steps = visible.key_tiles(kStep, tile.first, tile.first + tile.num_rows - 1);
 
   const auto load = [&](int step) {
     const int left = tile.seqlen_k - step * kStep;
@@ -211,10 +207,10 @@ __global__ void __launch_bounds__(kThreads) attention_query_gradient_kernel(Atte
     smem.v[step % 2].template load<kThreads>(v.from(step * kStep), left, head_dim);
     ptx::cp_async_commit();
   };
-  if (first_step < end_step) {
+  if (steps.first < steps.end) {
     smem.q.template load<kThreads>(tile.queries<T>(problem.q, head).from(tile.first), tile.num_rows, head_dim);
     smem.dout.template load<kThreads>(tile.queries<T>(params.dout, head).from(tile.first), tile.num_rows, head_dim);
-    load(first_step);
+    load(steps.first);
   }
   const int lane = threadIdx.x % kWarpSize, first_row = static_cast<int>(threadIdx.x) / kWarpSize * 16;
   const uint32_t q_address = smem.q.a_address(first_row), dout_address = smem.dout.a_address(first_row);
@@ -229,11 +225,11 @@ __global__ void __launch_bounds__(kThreads) attention_query_gradient_kernel(Atte
     rows[half] = row < tile.num_rows ? row_terms[row] : RowTerms{INFINITY, 0};
   }
   typename Shape::Gradient dq = {};
-  for (int step = first_step; step < end_step; ++step) {
+  for (int step = steps.first; step < steps.end; ++step) {
     const int stage = step % 2;
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step is there, and nobody reads the one before any more
-    if (step + 1 < end_step) load(step + 1);
+    if (step + 1 < steps.end) load(step + 1);
     typename Shape::Scores scores, dp;
     multiply_rows<typename Shape::Own, typename Shape::Walked>(q_address, smem.k[stage].b_address(0), scores);
     multiply_rows<typename Shape::Own, typename Shape::Walked>(dout_address, smem.v[stage].b_address(0), dp);

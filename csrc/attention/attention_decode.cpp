@@ -81,14 +81,6 @@ void check_values(AttentionDecodeParams& params) {
   }
 }
 
-// A bound on the ranges of a sequence, whatever its length.
-int64_t most_splits(const AttentionDecodeParams& params) {
-  if (params.num_splits > 0) return std::min(params.num_splits, params.capacity / kDecodeTile + 1);
-  int64_t keys = params.capacity;
-  if (params.window >= 0) keys = std::min(keys, params.window + params.num_queries);  // they may begin anywhere
-  return keys / kDecodeSplit + 2;
-}
-
 // -> out [B, Tq, H, D]
 Tensor attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens, OptionalTensor block_table,
                         std::optional<double> softmax_scale, std::optional<int64_t> window,
@@ -144,7 +136,7 @@ Tensor attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens
   if (on_cpu(q)) {
     check_values(params);
   } else {  // whose lengths only it knows
-    params.max_splits = most_splits(params);
+    params.max_splits = most_decode_splits(params.capacity, params.num_queries, params.window, num_splits);
   }
   if (out.numel() == 0) return out;
   const int64_t rows = q.size(0) * q.size(1) * q.size(2) * params.max_splits;

@@ -72,6 +72,14 @@ struct DecodeSplits {
   }
 };
 
+// A bound on the ranges of a sequence of at most `capacity` keys, whatever its length.
+constexpr int64_t most_decode_splits(int64_t capacity, int64_t num_queries, int64_t window, int64_t num_splits) {
+  if (num_splits > 0) return num_splits < capacity / kDecodeTile + 1 ? num_splits : capacity / kDecodeTile + 1;
+  int64_t keys = capacity;
+  if (window >= 0 && window < keys - num_queries) keys = window + num_queries;  // they may begin anywhere
+  return keys / kDecodeSplit + 2;
+}
+
 ARFAST_CPU_FUNCTION(attention_decode, AttentionDecodeParams)
 ARFAST_CUDA_FUNCTION(attention_decode, AttentionDecodeParams)
 

@@ -175,11 +175,16 @@ __device__ void write_rows(const AttentionDecodeParams& params, const DecodeBloc
   }
 }
 
-// A block for each range and kRows rows.
+// The blocks of a launch: one for each range, were all as many as they can be, and kRows rows.
+template <int kRows>
+int64_t num_decode_blocks(const AttentionDecodeParams& params) {
+  const int64_t rows = params.num_queries * params.num_heads / params.num_kv_heads;
+  return params.batch * params.num_kv_heads * ((rows + kRows - 1) / kRows) * params.max_splits;
+}
+
 template <int kRows, typename Smem, typename Kernel>
 const char* launch_ranges(Kernel* kernel, int threads, const AttentionDecodeParams& params, void* stream) {
-  const int64_t rows = params.num_queries * params.num_heads / params.num_kv_heads;
-  const int64_t blocks = params.batch * params.num_kv_heads * ((rows + kRows - 1) / kRows) * params.max_splits;
+  const int64_t blocks = num_decode_blocks<kRows>(params);
   if (blocks > 0x7fffffff) return "batch, heads and splits must make fewer than 2^31 blocks";
   const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), sizeof(Smem)};
   return launch(kernel, shape, stream, params);

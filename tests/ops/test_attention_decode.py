@@ -215,7 +215,7 @@ def test_tensor_cores_refuse_float32(dtype, device, implementation):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("num_splits", [1, 2, 7, 100])
 def test_splits(num_splits, dtype, device, decode):
-    check(*inputs(([700, 30], 2, 4, 2, 64), dtype, device), dict(num_splits=num_splits, window=400), decode=decode)
+    check(*inputs(([1500, 30], 2, 4, 2, 64), dtype, device), dict(num_splits=num_splits, window=1000), decode=decode)
 
 
 def test_strided_and_misaligned_inputs_give_the_same_bits(device, decode):
