@@ -41,8 +41,9 @@ constexpr int64_t kDecodeTile = 64;    // keys that are packed and multiplied at
 constexpr int64_t kDecodeSplit = 512;  // keys of a task, unless the caller asks for a number of splits
 
 // Both kernels read a key once for all query rows that share it. Tensor cores multiply 16 rows at a time, as many as
-// there are or not, and every step of theirs waits at a barrier of the block; plain arithmetic grows with the rows, and
-// from 4 on would no longer hide behind the reading. The batch has no say: it must not change a sequence's result.
+// there are or not, and every step of theirs waits for the whole block. Plain arithmetic grows with the rows: by count
+// of its instructions, not by measurement, up to 3 rows hide behind the reading on an H200. The batch has no say: it
+// must not change a sequence's result.
 constexpr DecodeKernel choose_decode_kernel(DType dtype, int64_t num_queries, int64_t group) {
   constexpr int64_t kTensorCoreRows = 4;
   const bool sixteen_bits = dtype == DType::kBFloat16 || dtype == DType::kFloat16;

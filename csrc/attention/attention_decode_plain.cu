@@ -1,21 +1,21 @@
 // Decoding attention of few query rows per key-value head, whose arithmetic hides behind the reading of the cache. A
-// group of lanes shares a key: each lane has 16 bytes of it, of the queries and of the outputs. The groups of a block
-// take different keys and are merged at the end. Keys and values come through a ring in shared memory in which every
-// thread reads only what it has copied itself: no step waits for another thread.
+// group of lanes shares a key: each lane has some chunks of 16 bytes of it, and the same columns of the queries and the
+// outputs. The groups of a block take different keys and are merged at the end. Keys and values come through a ring in
+// shared memory in which every thread reads only what it has copied itself: no step waits for another thread.
 #include "attention/attention_decode_cuda.cuh"
 
 namespace arfast {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kStages = 3;  // steps of 16 KiB: one is computed while two arrive, 32 KiB of a block at any time
+constexpr int kStages = 3;  // of 16 KiB: while one is computed two arrive, of three blocks 96 KiB
 
 template <typename Element, int kHeadDim_, int kRows_>
 struct PlainShape {
   using T = Element;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = kRows_;
-  static constexpr int kLanes = kHeadDim <= 128 ? 8 : 16;  // of a group, which shares a key
+  static constexpr int kLanes = kHeadDim <= 128 ? 8 : 16;  // of a group: the fewer, the fewer sums across lanes
   static constexpr int kGroups = kThreads / kLanes;
   static constexpr int kElements = Vector16<T>::kSize;           // of a chunk of 16 bytes
   static constexpr int kChunks = kHeadDim / kLanes / kElements;  // of a lane
@@ -31,7 +31,7 @@ struct PlainShape {
   };
 };
 
-// Starts to copy `elements` elements, those of a whole chunk unless they are a row's last.
+// Starts to copy the first `elements` elements of a chunk, zeros after them. All but the last one of a row are whole.
 template <typename T>
 __device__ void copy_chunk(uint4* to, const T* from, int elements) {
   if (elements == Vector16<T>::kSize && is_aligned16(from)) {
@@ -168,13 +168,15 @@ __global__ void __launch_bounds__(kThreads, Shape::kRows < 3 ? 3 : 2)
     for (int i = 0; i < kKeys; ++i) {
       if (step >= steps) break;
       const int stage = step % kStages;
-      // Past the end the last key once more: nobody sees it there.
-      const CacheRow row(params, block.sequence, min(key_at(step, i), block.end - 1));
+      const int key = key_at(step, i);
+      const CacheRow row(params, block.sequence, min(key, block.end - 1));
       const T *k = row.of<T>(params.k, block.kv_head), *v = row.of<T>(params.v, block.kv_head);
 #pragma unroll
       for (int j = 0; j < Shape::kChunks; ++j) {
-        const int first = State::column(j), elements = min(head_dim - first, Shape::kElements);
-        if (elements <= 0) continue;
+        const int first = State::column(j);
+        if (first >= head_dim) continue;
+        // Zeros past the end: weights of 0 do not protect from infinities.
+        const int elements = key < block.end ? min(head_dim - first, Shape::kElements) : 0;
         copy_chunk(&smem.ring.k[stage][i][j][threadIdx.x], k + first, elements);
         copy_chunk(&smem.ring.v[stage][i][j][threadIdx.x], v + first, elements);
       }

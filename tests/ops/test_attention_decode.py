@@ -142,6 +142,9 @@ def test_every_head_dim():
 def test_extreme_values(scale, dtype, device, decode):
     q, k, v, seqlens = inputs(([100, 7], 1, 4, 2, 16), dtype, device)
     check(q * scale, k, v, seqlens, {}, decode=decode)
+    infinite = v.clone()
+    infinite[1, 6] = float("inf")  # the last key
+    check(q, k, infinite, seqlens, {}, decode=decode)
     k[:, 5] = float("-inf")  # a score of -inf is a weight of 0
     check(q.abs(), k, v, seqlens, {}, decode=decode)
 
