@@ -54,7 +54,8 @@ const char* batched() {
     std::vector<int> owners(3 * rows);
     int before = kOverKeys ? 0 : rows;
     for (const SequenceTile& tile : find_tiles<kOverKeys>(problem, &error)) {
-      if (tile.num_rows > kTile || tile.first + tile.num_rows > rows) return "a tile has too many rows";
+      if (tile.first < 0 || tile.first + tile.num_rows > rows) return "a tile is outside the matrix";
+      if (tile.num_rows > kTile) return "a tile has too many rows";
       if (tile.seqlen_q != problem.num_queries || tile.seqlen_k != problem.num_keys)
         return "a sequence has another size";
       if (tile.q_row != 0 || tile.k_row != 0 || tile.padding) return "a sequence begins in the middle";
@@ -95,7 +96,8 @@ const char* check_packed(const Packed& documents) {
   int before = 0, document_before = -1;
   for (const SequenceTile& tile : find_tiles<kOverKeys>(problem, &error)) {
     const int begin = (kOverKeys ? tile.k_row : tile.q_row) + tile.first;
-    if (tile.num_rows > kTile || begin + tile.num_rows > static_cast<int>(owners.size())) return "too many rows";
+    if (begin < 0 || begin + tile.num_rows > static_cast<int>(owners.size())) return "a tile is outside the matrix";
+    if (tile.num_rows > kTile) return "a tile has too many rows";
     for (int i = 0; i < tile.num_rows; ++i) ++owners[begin + i];
     const int document = static_cast<int>(std::upper_bound(own.begin(), own.end(), begin) - own.begin()) - 1;
     if (tile.padding != (document == count)) return "padding is taken for a document";
@@ -192,6 +194,7 @@ const char* groups() {
       const GroupTile& tile = tiles[i];
       if (tile.rows <= 0 || tile.rows > kProductTile || tile.column % kProductTile != 0)
         return "a tile has another size";
+      if (tile.group < 0 || tile.group >= count) return "a tile has no group";
       if (tile.row < ends[tile.group] || tile.row + tile.rows > ends[tile.group + 1]) return "a tile leaves its group";
       for (int row = tile.row; row < tile.row + tile.rows; ++row) ++owners[2 * row + tile.column / kProductTile];
     }
