@@ -67,7 +67,7 @@ def pytest_generate_tests(metafunc):
         if metafunc.definition.get_closest_marker("random_schedules") is not None:
             implementations.append("emulated-random")
         if metafunc.definition.get_closest_marker("older_gpu") is not None:
-            implementations.append("emulated-sm80")
+            implementations += ["emulated-sm80", "emulated-sm89"]
     implementations.append(pytest.param("cuda", marks=pytest.mark.gpu))
     metafunc.parametrize("device", implementations, indirect=True)
 
@@ -124,14 +124,14 @@ def device(request):
     if request.param == "emulated-random":
         seed = request.config.getoption("--emulator-seed") ^ zlib.crc32(request.node.nodeid.encode())
         emulator.configure(schedule="random", asynchrony="mixed", seed=seed, jitter=20)
-    elif request.param == "emulated-sm80":
-        emulator.configure(capability=80)
+    elif request.param.startswith("emulated-sm"):
+        emulator.configure(capability=int(request.param.removeprefix("emulated-sm")))
     yield "cpu"
 
 
 @pytest.fixture
 def implementation(request):
-    """cpu, emulated, emulated-random, emulated-sm80 or cuda: for a test that asks for `device` too."""
+    """cpu, emulated, emulated-random, emulated-sm80, emulated-sm89 or cuda: for a test that asks for `device` too."""
     return request.node.callspec.params["device"]
 
 

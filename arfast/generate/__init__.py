@@ -1,6 +1,7 @@
 """Decoding: greedy, sampling and beam search with a key-value cache, and scoring of given text."""
 
+from arfast.generate.decode import DecodeStep
 from arfast.generate.loop import generate
 from arfast.generate.score import SequenceScores, score
 
-__all__ = ["SequenceScores", "generate", "score"]
+__all__ = ["DecodeStep", "SequenceScores", "generate", "score"]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arfast.generate.beam import BeamSearch
+from arfast.generate.decode import DecodeStep, decode_one_token
 from arfast.generate.options import GenerationOptions, describe, is_integer, require, special_tokens
 from arfast.generate.sampling import Sampler
 from arfast.nn import StaticKVCache
@@ -43,6 +44,8 @@ def generate(
     streamer: Streamer | None = None,
 ) -> Tensor:
     """Continue prompts: greedily, by sampling or by beam search, with transformers' names and meanings.
+
+    On a GPU, greedy decoding and sampling replay a CUDA graph of the model where `DecodeStep` can capture one.
 
     Args:
         model: a CausalLM.
@@ -120,11 +123,6 @@ def prefill(model: Any, input_ids: Tensor, mask: Tensor, cache: StaticKVCache) -
     return model(packed, cu_seqlens=offsets.int(), cache=cache, logits_to_keep=offsets[1:] - 1).logits[0]
 
 
-def decode_one_token(model: Any, tokens: Tensor, cache: StaticKVCache) -> Tensor:
-    """Store one token per sequence [B]; the logits [B, V] that follow."""
-    return model(tokens[:, None], cache=cache).logits[:, -1]
-
-
 def _extend(
     model: Any,
     logits: Tensor,
@@ -141,10 +139,11 @@ def _extend(
     choose = _chooser(options, [(seed, sample) for seed in seeds for sample in range(copies)], logits.device)
     eos = torch.tensor(options.eos_token_id, dtype=torch.int64, device=logits.device)
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    decode = DecodeStep(model, cache)
     steps: list[Tensor] = []
     for step in range(options.max_new_tokens):
         if step > 0:
-            logits = decode_one_token(model, steps[-1], cache)
+            logits = decode(steps[-1])
         _check_finite(logits, step)
         tokens = choose(logits).masked_fill(finished, options.pad_token_id)
         finished |= torch.isin(tokens, eos)

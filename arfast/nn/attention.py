@@ -51,15 +51,16 @@ class Attention(nn.Module):
         v = self.v_proj(hidden).view(*layout.shape, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = ops.rotary(q, layout.cos, layout.sin), ops.rotary(k, layout.cos, layout.sin)
         return self.o_proj(self._attend(q, k, v, layout).reshape(hidden.shape[0], -1))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-        cache = layout.cache
+        cache, cos, sin = layout.cache, layout.cos, layout.sin
+        if cache is not None and cache.extends:
+            q = cache.append(self.layer, q, k, v, cos, sin)
+            k_cache, v_cache = cache.k[self.layer], cache.v[self.layer]
+            return ops.attention_decode(q, k_cache, v_cache, cache.seqlens, window=self.window)
+        q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
         if cache is not None:
             cache.update(self.layer, k, v)
-            if cache.extends:
-                k_cache, v_cache = cache.k[self.layer], cache.v[self.layer]
-                return ops.attention_decode(q, k_cache, v_cache, cache.seqlens, window=self.window)
         offsets = layout.cu_seqlens
         return ops.attention(q, k, v, window=self.window, cu_seqlens_q=offsets, cu_seqlens_k=offsets)

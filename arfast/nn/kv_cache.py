@@ -3,12 +3,17 @@
 import torch
 from torch import Tensor
 
+from arfast import ops
+
 
 class StaticKVCache:
     """Keys and values of `batch_size` sequences of at most `max_length` tokens; every sequence starts at slot 0.
 
-    A forward pass calls `begin` once, then `update` in every layer, then `commit`. If it fails in between, `lengths`
-    are unchanged and the slots past them are garbage that nobody reads.
+    A forward pass calls `begin` once, then `append` in every layer (`update` in a pass that does not extend), then
+    `commit`. If it fails in between, `lengths` are unchanged and the slots past them are garbage that nobody reads.
+
+    A pass that extends changes its state in place and never waits for the device, so a CUDA graph of it can be replayed
+    for the tokens that follow: see `advance`. What the host knows is a bound on the lengths.
 
     Args:
         config: a CausalLMConfig (num_hidden_layers, num_key_value_heads and head_dim are read).
@@ -47,7 +52,7 @@ class StaticKVCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        self.seqlens = self.lengths
+        self.seqlens = torch.zeros_like(self.lengths)
         self.extends = False
         self._longest = 0  # bound on lengths that the host knows without waiting for the device
         self._next_longest = 0
@@ -65,10 +70,11 @@ class StaticKVCache:
         """Reserve the next `seqlen` slots of every sequence; returns their positions, int64 [batch, seqlen]."""
         self._reserve(self._longest + seqlen)
         self.extends = self._longest > 0
+        torch.add(self.lengths, seqlen, out=self.seqlens)
         positions = self.lengths[:, None] + torch.arange(seqlen, device=self.lengths.device)
-        first = torch.arange(self.batch_size, device=self.lengths.device) * self.max_length
-        self._slots = (first[:, None] + positions).view(-1)
-        self.seqlens = self.lengths + seqlen
+        if not self.extends:
+            first = torch.arange(self.batch_size, device=self.lengths.device) * self.max_length
+            self._slots = (first[:, None] + positions).view(-1)
         return positions
 
     def begin_packed(self, cu_seqlens: Tensor, positions: Tensor, document: Tensor) -> None:
@@ -80,7 +86,7 @@ class StaticKVCache:
             )
         if self._longest > 0:
             raise ValueError(f"StaticKVCache: a packed batch must come first, got a cache of length {self._longest}")
-        self.seqlens = cu_seqlens.diff()
+        self.seqlens.copy_(cu_seqlens.diff())
         self._reserve(int(self.seqlens.max()))
         self.extends = False
         self._slots = document * self.max_length + positions
@@ -91,27 +97,43 @@ class StaticKVCache:
         self._next_longest = longest
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store keys and values [..., Hkv, D] of the reserved slots of one layer."""
-        if k.dtype != self.k.dtype:
-            raise TypeError(f"StaticKVCache: dtype must be the model's, {k.dtype}, got {self.k.dtype}")
+        """Store keys and values [..., Hkv, D] of the reserved slots of one layer, in a pass that does not extend."""
+        self._check_dtype(k)
         self.k[layer].view(-1, *k.shape[-2:]).index_copy_(0, self._slots, k.reshape(-1, *k.shape[-2:]))
         self.v[layer].view(-1, *v.shape[-2:]).index_copy_(0, self._slots, v.reshape(-1, *v.shape[-2:]))
 
+    def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Store keys, rotated, and values of one layer in a pass that extends; q, rotated: see `ops.kv_append`."""
+        self._check_dtype(k)
+        return ops.kv_append(q, k, v, cos, sin, self.k[layer], self.v[layer], self.seqlens)
+
+    def _check_dtype(self, k: Tensor) -> None:
+        if k.dtype != self.k.dtype:
+            raise TypeError(f"StaticKVCache: dtype must be the model's, {k.dtype}, got {self.k.dtype}")
+
     def commit(self) -> None:
         """Count the tokens of this pass as stored."""
-        self.lengths = self.seqlens
+        self.lengths.copy_(self.seqlens)
+        self._longest = self._next_longest
+
+    def advance(self, seqlen: int = 1) -> None:
+        """Before a CUDA graph of a pass with `seqlen` tokens is replayed: what `begin` does on the host alone.
+
+        The replay itself changes `lengths`. Raises ValueError when there is no room for the tokens.
+        """
+        self._reserve(self._longest + seqlen)
         self._longest = self._next_longest
 
     def set_lengths(self, lengths: Tensor) -> None:
         """Forget the tokens past `lengths` [batch], which must not exceed the present lengths."""
         if lengths.shape != self.lengths.shape or bool(((lengths < 0) | (lengths > self.lengths)).any()):
             raise ValueError(f"StaticKVCache: lengths must be in [0, {self.lengths.tolist()}], got {lengths.tolist()}")
-        self.lengths = lengths.to(self.lengths)
+        self.lengths.copy_(lengths)
         self._longest = int(self.lengths.max())
 
     def reset(self) -> None:
         """Forget everything."""
-        self.lengths = torch.zeros_like(self.lengths)
+        self.lengths.zero_()
         self._longest = 0
 
     def select(self, parents: Tensor) -> None:
@@ -124,6 +146,7 @@ class StaticKVCache:
             used = slice(0, self._longest)
             self.k[:, :, used] = self.k[:, parents, used]
             self.v[:, :, used] = self.v[:, parents, used]
+            self.lengths.copy_(self.lengths[parents])
         else:
             self.k, self.v = self.k[:, parents], self.v[:, parents]
-        self.lengths = self.lengths[parents]
+            self.lengths, self.seqlens = self.lengths[parents], self.seqlens[parents]

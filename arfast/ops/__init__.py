@@ -6,6 +6,7 @@ from arfast.ops.beam_prune import beam_prune, beam_prune_reference
 from arfast.ops.beam_step import BeamState, beam_step, beam_step_reference
 from arfast.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from arfast.ops.grouped_mm import grouped_mm, grouped_mm_reference
+from arfast.ops.kv_append import kv_append, kv_append_reference
 from arfast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from arfast.ops.moe_experts import moe_experts, moe_experts_reference
 from arfast.ops.moe_permute import moe_combine, moe_combine_reference, moe_permute, moe_permute_reference
@@ -37,6 +38,8 @@ __all__ = [
     "cross_entropy_reference",
     "grouped_mm",
     "grouped_mm_reference",
+    "kv_append",
+    "kv_append_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "load_balancing_loss",

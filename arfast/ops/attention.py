@@ -137,8 +137,9 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, sink, *cu_seqlens = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        gradients = _ops.attention_backward(dout, dlse, q, k, v, out, lse, sink, *cu_seqlens, *ctx.options)
-        dq, dk, dv, dsink = gradients
+        dq, dk, dv, dsink = _ops.attention_backward(
+            dout, dlse, q, k, v, out, lse, sink, *cu_seqlens, *ctx.options, torch.are_deterministic_algorithms_enabled()
+        )
         return dq, dk, dv, dsink if sink is not None else None, *[None] * 9
 
 

@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor sink,
     OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> max_seqlen_k, std::optional<double> softmax_scale, bool causal,
-    std::optional<int64_t> window, std::optional<double> softcap) {
+    std::optional<int64_t> window, std::optional<double> softcap, bool deterministic) {
   const Arguments arguments(q, k, v, sink, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
                             causal, window, softcap);
   arguments.check_like_q("dout", dout);
@@ -201,7 +201,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor dq = new_like(arguments.q), dk = new_like(arguments.k), dv = new_like(arguments.v);
   Tensor dsink = new_empty(q, {sink ? problem.num_heads : 0}, wide);
   Tensor dq_partial = new_empty(q, {splits > 1 ? splits * q.numel() : 0}, wide);
-  Tensor row_terms = new_empty(q, {cpu ? 0 : 2 * lse.numel()}, wide);
+  const int64_t rows = cpu ? 0 : lse.numel(), size = attention_padded_head_dim(problem.head_dim);
+  Tensor row_terms = new_empty(q, {rows, 2}, wide), dq_sums = new_zeros(q, {rows, size}, wide);
+  Tensor dp_sums = new_zeros(q, {sink ? rows : 0}, wide);
+  Tensor turns = new_zeros(q, {deterministic && !cpu ? 1 + attention_turns(problem) : 0}, ScalarType::Int);
   const AttentionBackwardParams params{
       .problem = problem,
       .out = view_of(out),
@@ -210,7 +213,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
       .dlse = pointer_or_null(dlse),
       .key_splits = splits,
       .dq_partial = splits > 1 ? dq_partial.data_ptr() : nullptr,
-      .row_terms = row_terms.data_ptr(),
+      .on_gpu = {.row_terms = static_cast<float*>(row_terms.data_ptr()),
+                 .dq_sums = static_cast<float*>(dq_sums.data_ptr()),
+                 .dp_sums = sink ? static_cast<float*>(dp_sums.data_ptr()) : nullptr,
+                 .turns = deterministic ? static_cast<uint32_t*>(turns.data_ptr()) : nullptr},
       .dq = dq.data_ptr(),
       .dk = dk.data_ptr(),
       .dv = dv.data_ptr(),
@@ -229,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
   m.def("attention_forward(Tensor q, Tensor k, Tensor v, " ARFAST_ATTENTION_ARGUMENTS ") -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "  //
-        ARFAST_ATTENTION_ARGUMENTS ") -> (Tensor, Tensor, Tensor, Tensor)");
+        ARFAST_ATTENTION_ARGUMENTS ", bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));

@@ -48,6 +48,28 @@ struct AttentionForwardParams {
   void* lse;
 };
 
+// The head dimension that the kernels of a GPU work with, the channels beyond D being zero.
+inline int64_t attention_padded_head_dim(int64_t head_dim) {
+  return head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : head_dim <= 128 ? 128 : 256;
+}
+
+// Memory of the backward pass on a GPU. All but row_terms begins with zeros.
+struct AttentionBackwardWorkspace {
+  float* row_terms;  // two for each element of lse
+  float* dq_sums;    // [elements of lse, attention_padded_head_dim(D)]
+  float* dp_sums;    // like lse, or nullptr without a sink
+  uint32_t* turns;   // [1 + attention_turns()], or nullptr when the order of sums may change from run to run
+};
+
+// Tiles of queries of all heads, at least.
+inline int64_t attention_turns(const AttentionProblem& problem) {
+  constexpr int64_t kFewest = 32;  // queries of a tile
+  const bool packed = problem.cu_seqlens_q != nullptr;
+  const int64_t tiles = packed ? problem.num_queries / kFewest + problem.batch
+                               : problem.batch * ((problem.num_queries + kFewest - 1) / kFewest);
+  return problem.num_heads * tiles;
+}
+
 struct AttentionBackwardParams {
   AttentionProblem problem;
   AttentionView out;
@@ -56,8 +78,8 @@ struct AttentionBackwardParams {
   const void* dlse;    // or nullptr
   int64_t key_splits;  // attention_key_splits()
   void* dq_partial;    // [key_splits, rows of q, H, D] in the dtype of lse, or nullptr when key_splits is 1
-  void* row_terms;     // on a GPU: two floats for each element of lse, workspace
-  void* dq;            // like q, k, v, dense
+  AttentionBackwardWorkspace on_gpu;
+  void* dq;  // like q, k, v, dense
   void* dk;
   void* dv;
   void* dsink;  // [H] or nullptr

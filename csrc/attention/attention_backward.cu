@@ -1,39 +1,45 @@
-// Gradients of attention on the tensor cores of any GPU from sm_80 on (Dao 2023, arXiv 2307.08691, algorithm 2), by two
-// kernels: one whose blocks have keys and walk over the queries that see them, one whose blocks have queries and walk
-// over keys. Each sum has one owner that adds in a fixed order, so the bits are the same in every run; the price is
-// that the scores and dp = dout v^T are computed twice, 7 products in place of 5.
-#include "attention/attention_cuda.cuh"
+// Gradients of attention on the tensor cores of any GPU from sm_80 on (Dao 2023, arXiv 2307.08691, algorithm 2). A
+// block has a tile of keys and walks over the tiles of queries that see them, of all heads that share the keys. dk and
+// dv stay in its registers; its parts of dq it adds to sums in memory. These additions happen as they come; or, for the
+// same bits in every run, in the order of the keys, from the last to the first: blocks begin in this order and wait for
+// their turn at every tile of queries. The block before them had its turn there some tiles earlier.
+#include "attention/attention_backward.cuh"
 #include "core/runtime.cuh"
 
 namespace arfast {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kRows = kWarps * 16;  // of a block: 16 for each warp
-
-// Tiles of kRows rows that a block has and of kStep rows that it walks over, two of the latter: one is multiplied while
-// the next one arrives.
-template <typename Element, int kHeadDim_, int kStep_>
+// Tiles, how many steps of queries are in shared memory, and how the warps divide the products: kRowTiles times 16 keys
+// and kQueryTiles times 16 queries for each, and a share of the columns, pairs of 8 in turn.
+template <typename Element, int kHeadDim_, int kKeys_, int kQueries_, int kStages_, int kWarps_, int kRowTiles_,
+          int kQueryTiles_>
 struct BackwardShape {
   using T = Element;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kStep = kStep_;
-  using Own = MatrixTile<T, kRows, kHeadDim>;
-  using Walked = MatrixTile<T, kStep, kHeadDim>;
-  using Scores = float[kStep / 8][4];
-  using Weights = uint32_t[1][kStep / 16][4];
-  using Gradient = float[1][kHeadDim / 8][4];
+  static constexpr int kHeadDim = kHeadDim_, kKeys = kKeys_, kQueries = kQueries_, kStages = kStages_;
+  static constexpr int kWarps = kWarps_, kThreads = kWarps * kWarpSize;
+  static constexpr int kRowTiles = kRowTiles_, kQueryTiles = kQueryTiles_;
+  static constexpr int kKeyWarps = kKeys / (16 * kRowTiles), kAcross = kWarps / kKeyWarps;
+  static constexpr int kQueryWarps = kQueries / (16 * kQueryTiles), kQueryAcross = kWarps / kQueryWarps;
+  static constexpr int kScoreColumns = kQueries / kAcross;  // of a warp, side by side
+
+  using OfKeys = MatrixTile<T, kKeys, kHeadDim>;
+  using OfQueries = MatrixTile<T, kQueries, kHeadDim>;
+  using Weights = MatrixTile<T, kKeys, kQueries>;
+  using Scores = float[kRowTiles][kScoreColumns / 8][4];
+  using KeyGradient = float[kRowTiles][kHeadDim / kAcross / 8][4];
+  using QueryGradient = float[kQueryTiles][kHeadDim / kQueryAcross / 8][4];
+
+  struct Smem {
+    OfKeys k, v;
+    OfQueries q[kStages], dout[kStages];
+    Weights p, ds;
+    RowTerms rows[kStages][kQueries];
+    float dp_sums[kKeyWarps][kQueries];
+    uint32_t ticket;
+  };
 };
 
-// What a score's gradient needs of its query.
-struct RowTerms {
-  float lse;    // in units of log 2; inf for a row that saw nothing: its weights are 0
-  float delta;  // dout . out - dlse
-};
-
-// From a score and the gradient dp of its weight p to p and the gradient of the score before scale and softcap. Gives
-// p dp.
+// From a score and the gradient dp of its weight p to p and the gradient of the score before scale and softcap.
 struct ScoreGradient {
   float scale;  // from a score to an exponent of 2
   float cap, inner;
@@ -44,73 +50,182 @@ struct ScoreGradient {
     inner = cap > 0 ? softmax_scale / cap : 0.0f;
     scale = (cap > 0 ? cap : softmax_scale) * kLog2E;
   }
-  __device__ float apply(const RowTerms& row, bool visible, float& score, float& dp) const {
+  // What is hidden has no gradient, even where dout or v is NaN. Gives p dp.
+  __device__ float apply(float lse, float delta, bool hidden, float& score, float& dp) const {
     const float slope = cap > 0 ? tanh_approx(score * inner) : 0.0f;
-    const float exponent = fmaf(cap > 0 ? slope : score, scale, -row.lse);
-    const float p = visible ? ptx::exp2_approx(exponent) : 0.0f;
-    // What is hidden has no gradient, even where dout or v is NaN.
-    const float weighted = visible ? p * dp : 0.0f;
-    dp = visible ? p * (dp - row.delta) * (1 - slope * slope) : 0.0f;
+    const float p = hidden ? 0.0f : ptx::exp2_approx(fmaf(cap > 0 ? slope : score, scale, -lse));
+    const float weighted = hidden ? 0.0f : p * dp;
+    dp = hidden ? 0.0f : p * (dp - delta) * (1 - slope * slope);
     score = p;
     return weighted;
   }
 };
 
-template <int kTiles, int kDepth, typename T>
-__device__ void pack_weights(const float (&values)[2 * kDepth][4], uint32_t (&weights)[kTiles][kDepth][4]) {
+// A tile of keys of one head, and the queries that see them.
+template <typename Shape>
+struct Walk {
+  const AttentionProblem& problem;
+  SequenceTile tile;
+  KeyRange visible;
+  TileRange query_tiles;  // the same of each head
+  int kv_head, group;     // query heads that share the keys
+  int steps;              // of a head
+  static constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys;
+
+  __device__ Walk(const AttentionProblem& problem_, const SequenceTile& tile_, int kv_head_)
+      : problem(problem_),
+        tile(tile_),
+        visible(problem_, tile_),
+        query_tiles(visible.query_tiles(kQueries, tile.first, tile.first + tile.num_rows - 1)),
+        kv_head(kv_head_) {
+    group = static_cast<int>(problem.num_heads / problem.num_kv_heads);
+    steps = max(query_tiles.end - query_tiles.first, 0);
+  }
+  __device__ int head(int iteration) const { return kv_head * group + iteration / steps; }
+  __device__ int first_query(int iteration) const { return (query_tiles.first + iteration % steps) * kQueries; }
+
+  // Whether a query of the step does not see a row of the tile of keys.
+  __device__ bool masked(int first_query) const {
+    const int last_query = min(first_query + kQueries, tile.seqlen_q) - 1;
+    return visible.hides(first_query, last_query, tile.first, tile.first + kKeys - 1);
+  }
+
+  // Of a step's sums: how many blocks, with later keys, add to them before, and where they are counted.
+  __device__ uint32_t turn(int first_query) const {
+    const int last_query = min(first_query + kQueries, tile.seqlen_q) - 1;
+    return visible.key_tiles(kKeys, first_query, last_query).end - 1 - tile.first / kKeys;
+  }
+  __device__ int64_t turn_index(int head, int first_query) const {
+    const int64_t number = first_query / kQueries;
+    if (problem.cu_seqlens_q != nullptr) {
+      const int64_t tiles = problem.num_queries / kQueries + problem.batch;
+      return head * tiles + tile.q_row / kQueries + tile.sequence + number;
+    }
+    const int64_t tiles = (problem.num_queries + kQueries - 1) / kQueries;
+    return (tile.batch * problem.num_heads + head) * tiles + number;
+  }
+};
+
+// From the scores and dp of the calling warp to p and ds. `dp_sums` [kQueries]: the sums of p dp over its keys.
+template <typename Shape, bool kMasked>
+__device__ void weigh(const Walk<Shape>& walk, const RowTerms* row_terms, int first_query, int first_row,
+                      int first_column, float* dp_sums, typename Shape::Scores& scores, typename Shape::Scores& dp) {
+  const ScoreGradient score_gradient(walk.problem);
+  const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
-  for (int k = 0; k < kDepth; ++k) {
-    fragment_from_accumulators<T>(weights[0][k], values[2 * k], values[2 * k + 1]);
+  for (int n = 0; n < Shape::kScoreColumns / 8; ++n) {
+    const int column = first_column + 8 * n + 2 * (lane % 4);
+    const float4 rows = *reinterpret_cast<const float4*>(row_terms + column);
+    const float lse[2] = {rows.x, rows.z}, delta[2] = {rows.y, rows.w};
+    float sums[2] = {};
+#pragma unroll
+    for (int i = 0; i < 4 * Shape::kRowTiles; ++i) {
+      const int m = i / 4, j = i % 4;
+      const int row = first_row + 16 * m + 8 * (j / 2) + lane / 4;
+      const int key = row < walk.tile.num_rows ? walk.tile.first + row : 2 * kMaxPositions;
+      const int query = first_query + column + j % 2;
+      const bool hidden = kMasked && walk.visible.hides(query, query, key, key);
+      sums[j % 2] += score_gradient.apply(lse[j % 2], delta[j % 2], hidden, scores[m][n][j], dp[m][n][j]);
+    }
+    if (walk.problem.sink == nullptr) continue;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      for (int offset = 4; offset < kWarpSize; offset *= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], offset);
+      if (lane < 4) dp_sums[column + i] = sums[i];
+    }
   }
 }
 
-// The 16 rows of a warp, times `factor`, through the rows of `tile` that are its own.
-template <typename Tile, typename T, int kColumns>
-__device__ void write_gradient(Tile& tile, const float (&gradient)[1][kColumns][4], float factor,
-                               const MatrixRows<T>& target, int first_row, int rows, int head_dim) {
-  __syncwarp();  // all lanes have read their fragments of these rows
-  tile.store_accumulators(first_row, 0, gradient[0], {factor, factor});
-  __syncwarp();
-  tile.write_rows(target.from(first_row), first_row, min(rows - first_row, 16), head_dim);
+// Adds what a step gives to dq, and to the sums of p dp, to the sums in memory.
+template <typename Shape>
+__device__ void add_to_queries(const AttentionBackwardWorkspace& sums, const typename Shape::Smem& smem, int64_t row,
+                               int rows, int first_row, int column_block,
+                               const typename Shape::QueryGradient& gradient) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < 2 * Shape::kQueryTiles; ++i) {
+    const int m = i / 2, half = i % 2, query = first_row + 16 * m + 8 * half + lane / 4;
+    if (query >= rows) continue;
+    float* to = sums.dq_sums + (row + query) * Shape::kHeadDim + 16 * column_block + 2 * (lane % 4);
+#pragma unroll
+    for (int n = 0; n < Shape::kHeadDim / Shape::kQueryAcross / 8; ++n) {
+      ptx::add_relaxed(to + 16 * Shape::kQueryAcross * (n / 2) + 8 * (n % 2), gradient[m][n][2 * half],
+                       gradient[m][n][2 * half + 1]);
+    }
+  }
+  const int query = threadIdx.x;
+  if (sums.dp_sums == nullptr || query >= min(rows, Shape::kQueries)) return;
+  float sum = 0;
+#pragma unroll
+  for (int warp = 0; warp < Shape::kKeyWarps; ++warp) sum += smem.dp_sums[warp][query];
+  atomicAdd(sums.dp_sums + row + query, sum);
+}
+
+// The rows of a warp and its share of the columns to `tile`, then all rows to memory.
+template <typename Shape>
+__device__ void write_key_gradient(typename Shape::OfKeys& tile, const typename Shape::KeyGradient& gradient,
+                                   float factor, int first_row, int column_block,
+                                   const MatrixRows<typename Shape::T>& target, int rows, int head_dim) {
+  __syncthreads();  // nobody reads the tile any more
+#pragma unroll
+  for (int m = 0; m < Shape::kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < Shape::kHeadDim / Shape::kAcross / 8; n += 2) {
+      tile.store_accumulators(first_row + 16 * m, 16 * (column_block + Shape::kAcross * (n / 2)),
+                              reinterpret_cast<const float (&)[2][4]>(gradient[m][n]), {factor, factor});
+    }
+  }
+  __syncthreads();
+  constexpr int kOfWarp = Shape::kKeys / Shape::kWarps;
+  const int first = static_cast<int>(threadIdx.x) / kWarpSize * kOfWarp;
+  tile.write_rows(target.from(first), first, min(rows - first, kOfWarp), head_dim);
+}
+
+// Waits until the blocks before this one have added to a step's sums. By all threads.
+__device__ void wait_for_turn(const uint32_t* counter, uint32_t turn) {
+  if (threadIdx.x == 0) {
+    while (ptx::load_acquire(counter) != turn) {
+    }
+  }
+  __syncthreads();
+}
+__device__ void end_turn(uint32_t* counter, uint32_t turn) {
+  __syncthreads();  // everybody has added
+  if (threadIdx.x == 0) {
+    __threadfence();
+    ptx::store_release(counter, turn + 1);
+  }
 }
 
 template <typename Shape>
-struct KeySmem {
-  typename Shape::Own k, v;
-  typename Shape::Walked q[2], dout[2];
-  RowTerms rows[2][Shape::kStep];
-};
-
-enum class Part {
-  kBoth,
-  kKeys,
-  kValues
-};  // the gradients of a launch: both need more registers than there are if D > 128
-
-// dk and dv of a tile of keys, summed over the query heads that share them.
-template <typename Shape, Part kPart>
-__global__ void __launch_bounds__(kThreads) attention_key_gradient_kernel(AttentionBackwardParams params) {
+__global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward_kernel(AttentionBackwardParams params) {
   using T = typename Shape::T;
-  constexpr int kStep = Shape::kStep;
-  KeySmem<Shape>& smem = shared_storage<KeySmem<Shape>>();
+  constexpr int kQueries = Shape::kQueries, kThreads = Shape::kThreads;
+  auto& smem = shared_storage<typename Shape::Smem>();
   const AttentionProblem& problem = params.problem;
-  const int kv_head = static_cast<int>(blockIdx.x % problem.num_kv_heads),
-            head_dim = static_cast<int>(problem.head_dim);
-  const SequenceTile tile = find_tile<kRows, true>(problem, blockIdx.x / problem.num_kv_heads);
+  const AttentionBackwardWorkspace& sums = params.on_gpu;
+  const bool in_turns = sums.turns != nullptr;
+  int64_t block = blockIdx.x;
+  if (in_turns) {  // nothing says in which order a GPU begins blocks
+    if (threadIdx.x == 0) smem.ticket = ptx::add_acquire_release(sums.turns, 1);
+    __syncthreads();
+    block = smem.ticket;
+  }
+  const int kv_head = static_cast<int>(block % problem.num_kv_heads), head_dim = static_cast<int>(problem.head_dim);
+  const SequenceTile tile = find_tile<Shape::kKeys, true>(problem, block / problem.num_kv_heads, in_turns);
   if (tile.num_rows <= 0) return;
-  const KeyRange visible(problem, tile);
-  const int group = static_cast<int>(problem.num_heads / problem.num_kv_heads);
-  const TileRange range = visible.query_tiles(kStep, tile.first, tile.first + tile.num_rows - 1);
-  const int steps = max(range.end - range.first, 0), iterations = steps * group;
+  const Walk<Shape> walk(problem, tile, kv_head);
+  const int iterations = walk.steps * walk.group;
 
   const auto load = [&](int iteration) {
-    const int head = kv_head * group + iteration / steps, first = (range.first + iteration % steps) * kStep;
-    const int stage = iteration % 2, left = tile.seqlen_q - first;
+    const int head = walk.head(iteration), first = walk.first_query(iteration), stage = iteration % Shape::kStages;
+    const int left = tile.seqlen_q - first;
     smem.q[stage].template load<kThreads>(tile.queries<T>(problem.q, head).from(first), left, head_dim);
     smem.dout[stage].template load<kThreads>(tile.queries<T>(params.dout, head).from(first), left, head_dim);
     ptx::cp_async_commit();
-    const RowTerms* rows = static_cast<const RowTerms*>(params.row_terms) + tile.statistic_index(problem, head) + first;
-    for (int i = threadIdx.x; i < kStep; i += kThreads) {
+    const RowTerms* rows =
+        reinterpret_cast<const RowTerms*>(sums.row_terms) + tile.statistic_index(problem, head) + first;
+    for (int i = threadIdx.x; i < kQueries; i += kThreads) {
       smem.rows[stage][i] = i < left ? rows[i] : RowTerms{INFINITY, 0};
     }
   };
@@ -119,246 +234,87 @@ __global__ void __launch_bounds__(kThreads) attention_key_gradient_kernel(Attent
     smem.v.template load<kThreads>(tile.keys<T>(problem.v, kv_head).from(tile.first), tile.num_rows, head_dim);
     load(0);
   }
-  const int lane = threadIdx.x % kWarpSize, first_row = static_cast<int>(threadIdx.x) / kWarpSize * 16;
-  const uint32_t k_address = smem.k.a_address(first_row), v_address = smem.v.a_address(first_row);
-  const ScoreGradient score_gradient(problem);
-  typename Shape::Gradient dk = {}, dv = {};
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int key_warp = warp / Shape::kAcross, across = warp % Shape::kAcross,
+            first_row = key_warp * 16 * Shape::kRowTiles;
+  const int first_column = across * Shape::kScoreColumns;
+  const int query_row = warp / Shape::kQueryAcross * 16 * Shape::kQueryTiles, query_across = warp % Shape::kQueryAcross;
+  using OfKeys = typename Shape::OfKeys;
+  using OfQueries = typename Shape::OfQueries;
+  using Weights = typename Shape::Weights;
+  typename Shape::KeyGradient dk = {}, dv = {};
   for (int iteration = 0; iteration < iterations; ++iteration) {
-    const int stage = iteration % 2, first_query = (range.first + iteration % steps) * kStep;
+    const int stage = iteration % Shape::kStages, head = walk.head(iteration), first = walk.first_query(iteration);
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step is there, and nobody reads the one before any more
-    if (iteration + 1 < iterations) load(iteration + 1);
+    if (Shape::kStages > 1 && iteration + 1 < iterations) load(iteration + 1);
     // Rows of the accumulators are keys, columns queries.
     typename Shape::Scores scores, dp;
-    multiply_rows<typename Shape::Own, typename Shape::Walked>(k_address, smem.q[stage].b_address(0), scores);
-    if (kPart != Part::kValues) {
-      multiply_rows<typename Shape::Own, typename Shape::Walked>(v_address, smem.dout[stage].b_address(0), dp);
+    multiply_rows<OfKeys, OfQueries>(smem.k.a_address(first_row), smem.q[stage].b_address(first_column), scores);
+    multiply_rows<OfKeys, OfQueries>(smem.v.a_address(first_row), smem.dout[stage].b_address(first_column), dp);
+    if (walk.masked(first)) {
+      weigh<Shape, true>(walk, smem.rows[stage], first, first_row, first_column, smem.dp_sums[key_warp], scores, dp);
+    } else {
+      weigh<Shape, false>(walk, smem.rows[stage], first, first_row, first_column, smem.dp_sums[key_warp], scores, dp);
     }
 #pragma unroll
-    for (int i = 0; i < kStep / 2; ++i) {
-      const int column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-      const int key = tile.first + first_row + i % 4 / 2 * 8 + lane / 4;
-      const bool sees = visible.sees(first_query + column, key);
-      float ignored = 0;
-      float& gradient = kPart == Part::kValues ? ignored : dp[i / 4][i % 4];
-      score_gradient.apply(smem.rows[stage][column], sees, scores[i / 4][i % 4], gradient);
+    for (int m = 0; m < Shape::kRowTiles; ++m) {
+      smem.p.store_accumulators(first_row + 16 * m, first_column, scores[m], {1.0f, 1.0f});
+      smem.ds.store_accumulators(first_row + 16 * m, first_column, dp[m], {1.0f, 1.0f});
     }
-    typename Shape::Weights weights;
-    if (kPart != Part::kKeys) {
-      pack_weights<1, kStep / 16, T>(scores, weights);
-      multiply_columns<typename Shape::Walked>(weights, smem.dout[stage].transposed_b_address(0), dv);
-    }
-    if (kPart != Part::kValues) {
-      pack_weights<1, kStep / 16, T>(dp, weights);
-      multiply_columns<typename Shape::Walked>(weights, smem.q[stage].transposed_b_address(0), dk);
+    __syncthreads();  // p and ds of all warps are there
+    multiply_add<Weights, false, OfQueries, Shape::kAcross>(
+        smem.p.a_address(first_row), OfQueries::fragment(smem.dout[stage].transposed_b_address(0), 0, across), dv);
+    multiply_add<Weights, false, OfQueries, Shape::kAcross>(
+        smem.ds.a_address(first_row), OfQueries::fragment(smem.q[stage].transposed_b_address(0), 0, across), dk);
+    typename Shape::QueryGradient dq = {};
+    multiply_add<Weights, true, OfKeys, Shape::kQueryAcross>(
+        Weights::fragment(smem.ds.transposed_a_address(0), 0, query_row / 16),
+        OfKeys::fragment(smem.k.transposed_b_address(0), 0, query_across), dq);
+    uint32_t* counter = in_turns ? sums.turns + 1 + walk.turn_index(head, first) : nullptr;
+    if (in_turns) wait_for_turn(counter, walk.turn(first));
+    add_to_queries<Shape>(sums, smem, tile.statistic_index(problem, head) + first, tile.seqlen_q - first, query_row,
+                          query_across, dq);
+    if (in_turns) end_turn(counter, walk.turn(first));
+    if (Shape::kStages == 1 && iteration + 1 < iterations) {
+      __syncthreads();  // nobody reads this step any more
+      load(iteration + 1);
     }
   }
-  const auto write = [&](auto& own, const auto& gradient, float factor, void* to) {
+  const auto write = [&](OfKeys& own, const typename Shape::KeyGradient& gradient, float factor, void* to) {
     const AttentionView view = dense_view(problem, to, problem.num_keys, problem.num_kv_heads);
-    write_gradient(own, gradient, factor, tile.keys<T>(view, kv_head).from(tile.first), first_row, tile.num_rows,
-                   head_dim);
+    write_key_gradient<Shape>(own, gradient, factor, first_row, across, tile.keys<T>(view, kv_head).from(tile.first),
+                              tile.num_rows, head_dim);
   };
-  if (kPart != Part::kKeys) write(smem.v, dv, 1.0f, params.dv);
-  if (kPart != Part::kValues) write(smem.k, dk, static_cast<float>(problem.softmax_scale), params.dk);
+  write(smem.v, dv, 1.0f, params.dv);
+  write(smem.k, dk, static_cast<float>(problem.softmax_scale), params.dk);
 }
 
-// The gradient of the sink is a sum of p delta alone, without the differences that hide how out was rounded: for it
-// delta becomes the sum of p dp.
-__device__ void write_exact_deltas(const AttentionBackwardParams& params, const SequenceTile& tile, int head,
-                                   int first_row, const float (&weighted)[2], const RowTerms (&rows)[2],
-                                   RowTerms* row_terms) {
-  const int lane = threadIdx.x % kWarpSize;
-  const auto* dlse = static_cast<const float*>(params.dlse);
-  __syncwarp();  // all lanes have read these rows' terms
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = first_row + 8 * half + lane / 4;
-    float delta = quad_sum(weighted[half]);
-    if (lane % 4 != 0 || row >= tile.num_rows || rows[half].lse == INFINITY) continue;
-    if (dlse != nullptr) delta -= dlse[tile.statistic_index(params.problem, head) + tile.first + row];
-    row_terms[row].delta = delta;
-  }
-}
-
-template <typename Shape>
-struct QuerySmem {
-  typename Shape::Own q, dout;
-  typename Shape::Walked k[2], v[2];
-};
-
-// dq of a tile of queries.
-template <typename Shape>
-__global__ void __launch_bounds__(kThreads) attention_query_gradient_kernel(AttentionBackwardParams params) {
-  using T = typename Shape::T;
-  constexpr int kStep = Shape::kStep;
-  QuerySmem<Shape>& smem = shared_storage<QuerySmem<Shape>>();
-  const AttentionProblem& problem = params.problem;
-  const int head = static_cast<int>(blockIdx.x % problem.num_heads), head_dim = static_cast<int>(problem.head_dim);
-  const SequenceTile tile = find_tile<kRows, false>(problem, blockIdx.x / problem.num_heads);
-  if (tile.num_rows <= 0) return;
-  const int kv_head = head / static_cast<int>(problem.num_heads / problem.num_kv_heads);
-  const MatrixRows<T> k = tile.keys<T>(problem.k, kv_head), v = tile.keys<T>(problem.v, kv_head);
-  const KeyRange visible(problem, tile);
-  const TileRange steps = visible.key_tiles(kStep, tile.first, tile.first + tile.num_rows - 1);
-
-  const auto load = [&](int step) {
-    const int left = tile.seqlen_k - step * kStep;
-    smem.k[step % 2].template load<kThreads>(k.from(step * kStep), left, head_dim);
-    smem.v[step % 2].template load<kThreads>(v.from(step * kStep), left, head_dim);
-    ptx::cp_async_commit();
+// The last shape of each head dimension fits the 99 KB of sm_86 and sm_89.
+template <typename T>
+const char* launch_products(const AttentionBackwardParams& params, void* stream) {
+  const auto launch_shape = [&](auto type) -> const char* {
+    using Shape = typename decltype(type)::type;
+    const AttentionProblem& problem = params.problem;
+    const int64_t blocks = num_tiles<Shape::kKeys>(problem, problem.num_keys) * problem.num_kv_heads;
+    if (blocks > 0x7fffffff) return "the number of key tiles times heads must be below 2^31";
+    if (blocks == 0) return nullptr;
+    const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(Shape::kThreads), sizeof(typename Shape::Smem)};
+    return launch(attention_backward_kernel<Shape>, shape, stream, params);
   };
-  if (steps.first < steps.end) {
-    smem.q.template load<kThreads>(tile.queries<T>(problem.q, head).from(tile.first), tile.num_rows, head_dim);
-    smem.dout.template load<kThreads>(tile.queries<T>(params.dout, head).from(tile.first), tile.num_rows, head_dim);
-    load(steps.first);
+  switch (attention_padded_head_dim(params.problem.head_dim)) {
+    case 64:
+      return launch_shape(TypeOf<BackwardShape<T, 64, 128, 64, 2, 8, 2, 2>>{});
+    case 96:
+      return with_first_that_fits<BackwardShape<T, 96, 128, 64, 2, 8, 2, 1>, BackwardShape<T, 96, 64, 64, 1, 8, 1, 1>>(
+          launch_shape);
+    case 128:
+      return with_first_that_fits<BackwardShape<T, 128, 128, 64, 2, 8, 2, 2>,
+                                  BackwardShape<T, 128, 64, 64, 1, 8, 1, 1>>(launch_shape);
+    default:
+      return with_first_that_fits<BackwardShape<T, 256, 64, 64, 2, 8, 2, 2>, BackwardShape<T, 256, 64, 32, 2, 8, 1, 1>,
+                                  BackwardShape<T, 256, 32, 32, 1, 4, 1, 1>>(launch_shape);
   }
-  const int lane = threadIdx.x % kWarpSize, first_row = static_cast<int>(threadIdx.x) / kWarpSize * 16;
-  const uint32_t q_address = smem.q.a_address(first_row), dout_address = smem.dout.a_address(first_row);
-  const ScoreGradient score_gradient(problem);
-  RowTerms* const row_terms =
-      static_cast<RowTerms*>(params.row_terms) + tile.statistic_index(problem, head) + tile.first;
-  RowTerms rows[2];
-  float weighted[2] = {};  // sums of p dp
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = first_row + 8 * half + lane / 4;
-    rows[half] = row < tile.num_rows ? row_terms[row] : RowTerms{INFINITY, 0};
-  }
-  typename Shape::Gradient dq = {};
-  for (int step = steps.first; step < steps.end; ++step) {
-    const int stage = step % 2;
-    ptx::cp_async_wait<0>();
-    __syncthreads();  // this step is there, and nobody reads the one before any more
-    if (step + 1 < steps.end) load(step + 1);
-    typename Shape::Scores scores, dp;
-    multiply_rows<typename Shape::Own, typename Shape::Walked>(q_address, smem.k[stage].b_address(0), scores);
-    multiply_rows<typename Shape::Own, typename Shape::Walked>(dout_address, smem.v[stage].b_address(0), dp);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int query = tile.first + first_row + 8 * half + lane / 4;
-      const int first = visible.begin(query) - step * kStep, end = visible.end(query) - step * kStep;
-#pragma unroll
-      for (int i = 0; i < kStep / 4; ++i) {
-        const int column = i / 2 * 8 + 2 * (lane % 4) + i % 2, j = 2 * half + i % 2;
-        const bool sees = column >= first && column < end;
-        weighted[half] += score_gradient.apply(rows[half], sees, scores[i / 2][j], dp[i / 2][j]);
-      }
-    }
-    typename Shape::Weights weights;
-    pack_weights<1, kStep / 16, T>(dp, weights);
-    multiply_columns<typename Shape::Walked>(weights, smem.k[stage].transposed_b_address(0), dq);
-  }
-  if (params.dsink != nullptr) write_exact_deltas(params, tile, head, first_row, weighted, rows, row_terms);
-  const AttentionView view = dense_view(problem, params.dq, problem.num_queries, problem.num_heads);
-  write_gradient(smem.q, dq, static_cast<float>(problem.softmax_scale), tile.queries<T>(view, head).from(tile.first),
-                 first_row, tile.num_rows, head_dim);
-}
-
-// The terms of every query and head, one warp for each.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) attention_row_terms_kernel(AttentionBackwardParams params) {
-  const AttentionProblem& problem = params.problem;
-  const int64_t index = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarpSize;  // in [B, H, T] or [H, N]
-  const bool packed = problem.cu_seqlens_q != nullptr;
-  if (index >= (packed ? 1 : problem.batch) * problem.num_heads * problem.num_queries) return;
-  const int64_t row = index % problem.num_queries, head = index / problem.num_queries % problem.num_heads;
-  const int64_t batch = index / (problem.num_queries * problem.num_heads);
-  const auto at = [&](const AttentionView& view) {
-    return static_cast<const T*>(view.data) + batch * view.batch_stride + row * view.row_stride +
-           head * view.head_stride;
-  };
-  const T *out = at(params.out), *dout = at(params.dout);
-  float delta = 0;
-  for (int i = threadIdx.x % kWarpSize; i < problem.head_dim; i += kWarpSize) {
-    delta += to_float(out[i]) * to_float(dout[i]);
-  }
-  delta = warp_sum(delta);
-  if (threadIdx.x % kWarpSize != 0) return;
-  const float lse = static_cast<const float*>(params.lse)[index];
-  if (params.dlse != nullptr) delta -= static_cast<const float*>(params.dlse)[index];
-  static_cast<RowTerms*>(params.row_terms)[index] =
-      lse == -INFINITY ? RowTerms{INFINITY, 0} : RowTerms{lse * kLog2E, delta};
-}
-
-struct SinkSmem {
-  float scratch[kWarps];
-};
-
-// dsink of one head: - sum over all rows of exp(sink - lse) delta.
-__global__ void __launch_bounds__(kThreads) attention_sink_gradient_kernel(AttentionBackwardParams params) {
-  SinkSmem& smem = shared_storage<SinkSmem>();
-  const AttentionProblem& problem = params.problem;
-  const int64_t head = blockIdx.x, batches = problem.cu_seqlens_q != nullptr ? 1 : problem.batch;
-  const float sink = static_cast<const float*>(problem.sink)[head] * kLog2E;
-  float sum = 0;
-  for (int64_t batch = 0; batch < batches; ++batch) {
-    const RowTerms* rows =
-        static_cast<const RowTerms*>(params.row_terms) + (batch * problem.num_heads + head) * problem.num_queries;
-    for (int64_t i = threadIdx.x; i < problem.num_queries; i += kThreads) {
-      sum -= ptx::exp2_approx(sink - rows[i].lse) * rows[i].delta;
-    }
-  }
-  sum = block_sum<kThreads>(sum, smem.scratch);
-  if (threadIdx.x == 0) static_cast<float*>(params.dsink)[head] = sum;
-}
-
-template <typename Smem, typename Kernel>
-const char* launch_tiles(Kernel* kernel, int64_t tiles, int64_t heads, const AttentionBackwardParams& params,
-                         void* stream) {
-  if (tiles * heads > 0x7fffffff) return "the number of tiles times heads must be below 2^31";
-  if (tiles == 0) return nullptr;
-  const LaunchShape shape{dim3(static_cast<unsigned>(tiles * heads)), dim3(kThreads), sizeof(Smem)};
-  return launch(kernel, shape, stream, params);
-}
-
-template <typename Shape, Part kPart>
-const char* launch_keys(const AttentionBackwardParams& params, void* stream) {
-  const AttentionProblem& problem = params.problem;
-  return launch_tiles<KeySmem<Shape>>(attention_key_gradient_kernel<Shape, kPart>,
-                                      num_tiles<kRows>(problem, problem.num_keys), problem.num_kv_heads, params,
-                                      stream);
-}
-
-template <typename Shape>
-const char* launch_shape(const AttentionBackwardParams& params, void* stream) {
-  const AttentionProblem& problem = params.problem;
-  const char* error = nullptr;
-  if constexpr (Shape::kHeadDim <= 128) {
-    error = launch_keys<Shape, Part::kBoth>(params, stream);
-  } else {
-    error = launch_keys<Shape, Part::kKeys>(params, stream);
-    if (error == nullptr) error = launch_keys<Shape, Part::kValues>(params, stream);
-  }
-  if (error != nullptr) return error;
-  return launch_tiles<QuerySmem<Shape>>(attention_query_gradient_kernel<Shape>,
-                                        num_tiles<kRows>(problem, problem.num_queries), problem.num_heads, params,
-                                        stream);
-}
-
-template <typename T>
-const char* launch_gradients(const AttentionBackwardParams& params, void* stream) {
-  const int64_t head_dim = params.problem.head_dim;
-  if (head_dim <= 64) return launch_shape<BackwardShape<T, 64, 64>>(params, stream);
-  if (head_dim <= 96) return launch_shape<BackwardShape<T, 96, 32>>(params, stream);
-  if (head_dim <= 128) return launch_shape<BackwardShape<T, 128, 32>>(params, stream);
-  return launch_shape<BackwardShape<T, 256, 32>>(params, stream);
-}
-
-template <typename T>
-const char* launch_backward(const AttentionBackwardParams& params, void* stream) {
-  const AttentionProblem& problem = params.problem;
-  const int64_t batches = problem.cu_seqlens_q != nullptr ? 1 : problem.batch;
-  const int64_t blocks = (batches * problem.num_heads * problem.num_queries + kWarps - 1) / kWarps;
-  if (blocks > 0x7fffffff) return "the number of rows times heads must be below 2^33";
-  const char* error = nullptr;
-  if (blocks > 0) {
-    const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(kThreads)};
-    error = launch(attention_row_terms_kernel<T>, shape, stream, params);
-  }
-  if (error == nullptr) error = launch_gradients<T>(params, stream);
-  if (error != nullptr || params.dsink == nullptr) return error;
-  const LaunchShape shape{dim3(static_cast<unsigned>(problem.num_heads)), dim3(kThreads), sizeof(SinkSmem)};
-  return launch(attention_sink_gradient_kernel, shape, stream, params);
 }
 
 }  // namespace
@@ -366,8 +322,14 @@ const char* launch_backward(const AttentionBackwardParams& params, void* stream)
 const char* attention_backward_cuda(const AttentionBackwardParams& params, void* stream) {
   if (const char* error = refused(params.problem)) return error;
   if (params.dout.row_stride > 0x7fffffff) return "dout must have rows less than 2^31 elements apart";
-  return dispatch_tensor_core_dtype(
-      params.problem.dtype, [&](auto tag) { return launch_backward<typename decltype(tag)::type>(params, stream); });
+  const char* error = launch_attention_row_terms(params, stream);
+  if (error == nullptr) {
+    error = dispatch_tensor_core_dtype(
+        params.problem.dtype, [&](auto tag) { return launch_products<typename decltype(tag)::type>(params, stream); });
+  }
+  if (error == nullptr) error = launch_attention_query_gradient(params, stream);
+  if (error != nullptr || params.dsink == nullptr) return error;
+  return launch_attention_sink_gradient(params, stream);
 }
 
 }  // namespace arfast

@@ -5,6 +5,7 @@
 
 #include "attention/attention.h"
 #include "core/matrix_tile.cuh"
+#include "core/runtime.cuh"
 #include "core/segments.cuh"
 
 namespace arfast {
@@ -33,6 +34,7 @@ struct SequenceTile {
   int first;     // the tile's first row, counted from the start of the sequence
   int num_rows;  // not above 0: there is no such tile
   bool padding;  // rows past the last document, which see nothing, not even the sink
+  int sequence;  // batch, or document
 
   // All rows of a head that belong to the sequence.
   template <typename T>
@@ -71,15 +73,16 @@ inline int64_t num_tiles(const AttentionProblem& problem, int64_t rows) {
 }
 
 // The index-th tile of a launch over queries (kOverKeys: over keys). In a sequence the tiles with the most work come
-// first, so that the last blocks to run are short. All lanes of a warp call it alike.
+// first, so that the last blocks to run are short; or, of keys, the last tiles. All lanes of a warp call it alike.
 template <int kRows, bool kOverKeys>
-__device__ SequenceTile find_tile(const AttentionProblem& problem, int64_t index) {
+__device__ SequenceTile find_tile(const AttentionProblem& problem, int64_t index, bool last_first = !kOverKeys) {
   const int queries = static_cast<int>(problem.num_queries), keys = static_cast<int>(problem.num_keys);
   const int rows = kOverKeys ? keys : queries;
   if (problem.cu_seqlens_q == nullptr) {
     const int tiles = (rows + kRows - 1) / kRows, number = static_cast<int>(index / problem.batch);
-    const int first = (kOverKeys ? number : tiles - 1 - number) * kRows;
-    return {static_cast<int>(index % problem.batch), 0, 0, queries, keys, first, min(rows - first, kRows), false};
+    const int first = (last_first ? tiles - 1 - number : number) * kRows;
+    const int batch = static_cast<int>(index % problem.batch);
+    return {batch, 0, 0, queries, keys, first, min(rows - first, kRows), false, batch};
   }
   const int documents = static_cast<int>(problem.batch);
   const auto document = [&](const int32_t* ends, int index, int num_rows) {
@@ -90,13 +93,14 @@ __device__ SequenceTile find_tile(const AttentionProblem& problem, int64_t index
   const SegmentTile found =
       find_segment_tile<kRows>(static_cast<int>(index), documents + 1, [&](int i) { return document(ends, i, rows); });
   if (found.segment < 0) return {};
-  const int number = kOverKeys ? found.number : tiles_of<kRows>(found.rows.size()) - 1 - found.number;
+  const int number = last_first ? tiles_of<kRows>(found.rows.size()) - 1 - found.number : found.number;
   const bool padding = found.segment == documents;
   Segment q = document(problem.cu_seqlens_q, found.segment, queries),
           k = document(problem.cu_seqlens_k, found.segment, keys);
   if (padding) (kOverKeys ? q : k) = {};
   const int first = number * kRows;
-  return {0, q.begin, k.begin, q.size(), k.size(), first, min(found.rows.size() - first, kRows), padding};
+  return {0,       q.begin,      k.begin, q.size(), k.size(), first, min(found.rows.size() - first, kRows),
+          padding, found.segment};
 }
 
 // Tiles [first, end) of a sequence; none if end is not above first.
@@ -118,8 +122,10 @@ struct KeyRange {
   }
   __host__ __device__ int begin(int query) const { return max(query + first, 0); }
   __host__ __device__ int end(int query) const { return min(query + last + 1, seqlen_k); }
-  // The same for a query and a key that exist.
-  __host__ __device__ bool sees(int query, int key) const { return key - query >= first && key - query <= last; }
+  // Whether one of these queries does not see one of these keys, all of which exist.
+  __host__ __device__ bool hides(int first_query, int last_query, int first_key, int last_key) const {
+    return first_key - last_query < first || last_key - first_query > last;
+  }
 
   // The tiles of keys of which queries first_query to last_query see any.
   __host__ __device__ TileRange key_tiles(int tile, int first_query, int last_query) const {
@@ -129,10 +135,6 @@ struct KeyRange {
   __host__ __device__ TileRange query_tiles(int tile, int first_key, int last_key) const {
     const int end_query = min(last_key - first + 1, seqlen_q);
     return {max(first_key - last, 0) / tile, (end_query + tile - 1) / tile};
-  }
-  // Whether any of these queries does not see all of `count` keys.
-  __host__ __device__ bool hides(int first_query, int last_query, int first_key, int count) const {
-    return first_key < begin(last_query) || first_key + count > end(first_query);
   }
 };
 
@@ -197,6 +199,21 @@ inline const char* refused(const AttentionProblem& problem) {
     if (view.row_stride > 0x7fffffff) return "q, k and v must have rows less than 2^31 elements apart";
   }
   return nullptr;
+}
+
+// A type as a value.
+template <typename Type>
+struct TypeOf {
+  using type = Type;
+};
+
+// f of the first of the shapes whose shared memory a block may have.
+template <typename Shape, typename... Smaller, typename F>
+const char* with_first_that_fits(const F& f) {
+  if constexpr (sizeof...(Smaller) > 0) {
+    if (sizeof(typename Shape::Smem) > device_shared_bytes()) return with_first_that_fits<Smaller...>(f);
+  }
+  return f(TypeOf<Shape>{});
 }
 
 }  // namespace arfast

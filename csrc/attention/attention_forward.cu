@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
     __syncthreads();  // the keys are there, and nobody reads the last values any more
     load_tile(smem.v, v, key_tile);
     const int first_key = key_tile * Shape::kKeys;
-    const bool masked = visible.hides(tile.first, last_query, first_key, Shape::kKeys);
+    const int end_key = first_key + Shape::kKeys;
+    const bool masked = end_key > tile.seqlen_k || visible.hides(tile.first, last_query, first_key, end_key - 1);
     Scores<Shape> scores;
     multiply_rows<typename Shape::Queries, typename Shape::Keys>(q_address, k_address, scores);
     Weights<Shape> weights;
@@ -150,22 +151,27 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
   write_rows<Shape>(params, tile, head, first_row, softmax, output, smem);
 }
 
-template <typename Shape>
-const char* launch_shape(const AttentionForwardParams& params, void* stream) {
-  const int64_t blocks =
-      num_tiles<Shape::kQueries>(params.problem, params.problem.num_queries) * params.problem.num_heads;
-  if (blocks > 0x7fffffff) return "the number of query tiles times heads must be below 2^31";
-  const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(Shape::kThreads), sizeof(typename Shape::Smem)};
-  return launch(attention_forward_kernel<Shape>, shape, stream, params);
-}
-
+// The last shape of each head dimension fits the 99 KB of sm_86 and sm_89.
 template <typename T>
 const char* launch_forward(const AttentionForwardParams& params, void* stream) {
-  const int64_t head_dim = params.problem.head_dim;
-  if (head_dim <= 64) return launch_shape<ForwardShape<T, 64, 64, 4, 2>>(params, stream);
-  if (head_dim <= 96) return launch_shape<ForwardShape<T, 96, 64, 4, 2>>(params, stream);
-  if (head_dim <= 128) return launch_shape<ForwardShape<T, 128, 64, 4, 2>>(params, stream);
-  return launch_shape<ForwardShape<T, 256, 64, 8, 1>>(params, stream);
+  const auto launch_shape = [&](auto type) -> const char* {
+    using Shape = typename decltype(type)::type;
+    const AttentionProblem& problem = params.problem;
+    const int64_t blocks = num_tiles<Shape::kQueries>(problem, problem.num_queries) * problem.num_heads;
+    if (blocks > 0x7fffffff) return "the number of query tiles times heads must be below 2^31";
+    const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(Shape::kThreads), sizeof(typename Shape::Smem)};
+    return launch(attention_forward_kernel<Shape>, shape, stream, params);
+  };
+  switch (attention_padded_head_dim(params.problem.head_dim)) {
+    case 64:
+      return launch_shape(TypeOf<ForwardShape<T, 64, 64, 4, 2>>{});
+    case 96:
+      return launch_shape(TypeOf<ForwardShape<T, 96, 64, 4, 2>>{});
+    case 128:
+      return launch_shape(TypeOf<ForwardShape<T, 128, 64, 4, 2>>{});
+    default:
+      return with_first_that_fits<ForwardShape<T, 256, 64, 8, 1>, ForwardShape<T, 256, 32, 4, 1>>(launch_shape);
+  }
 }
 
 }  // namespace

@@ -39,9 +39,11 @@ struct ProductShape {
     Operand<kAlongA, kRows> a;
     Operand<kAlongB, kProductTile> b;
   };
+  // Across the depth a flat tile of a would be mostly padding; nobody multiplies one.
+  static constexpr int kFlatStages = kAlongA ? ProductTiling<kProductFewRows>::kStages : 1;
   union Smem {
     Stage<kProductTile> stages[ProductTiling<kProductTile>::kStages];
-    Stage<kProductFewRows> flat_stages[ProductTiling<kProductFewRows>::kStages];
+    Stage<kProductFewRows> flat_stages[kFlatStages];
     typename Epilogue::Smem epilogue;
 
     template <int kRows>
@@ -156,6 +158,7 @@ __device__ void multiply_tile(const RowsA& rows_of_a, const RowsB& columns_of_b,
   using B = decltype(Stage::b);
   constexpr int kWarpsAcross = kProductTile / Tiling::kWarpColumns;
   constexpr int kM = Tiling::kWarpRows / 16, kN = Tiling::kWarpColumns / 16;
+  static_assert(Shape::kAlongA || kRows == kProductTile);
   auto& smem = shared_storage<typename Shape::Smem>();
   const int warp = threadIdx.x / kWarpSize;
   const int row = warp / kWarpsAcross * Tiling::kWarpRows, column = warp % kWarpsAcross * Tiling::kWarpColumns;

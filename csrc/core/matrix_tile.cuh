@@ -198,4 +198,34 @@ __device__ inline void multiply_columns(const uint32_t (&weights)[kRowTiles][kDe
   }
 }
 
+// acc += a b: kRowTiles times 16 rows of a tile, or columns of a transposed one, by columns of another. Those of the
+// accumulators are pairs of 8, the next pair 16 * kColumnStep to the right (a power of 2). Addresses: a_address or
+// transposed_a_address, transposed_b_address.
+template <typename A, bool kTransposeA, typename B, int kColumnStep, int kRowTiles, int kColumns>
+__device__ inline void multiply_add(uint32_t a_address, uint32_t b_address, float (&acc)[kRowTiles][kColumns][4]) {
+  constexpr int kUnroll = kRowTiles * kColumns < 16 ? 2 : 1;  // more would hold more addresses than there are registers
+#pragma unroll kUnroll
+  for (int k = 0; k < B::kHeight / 16; ++k) {
+    uint32_t a[kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      if constexpr (kTransposeA) {
+        ptx::ldmatrix_x4_trans(a[m], A::fragment(a_address, 16 * k, m));
+      } else {
+        ptx::ldmatrix_x4(a[m], A::fragment(a_address, 16 * m, k));
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kColumns / 2; ++n) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4_trans(b, B::fragment(b_address, 16 * k, kColumnStep * n));
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        ptx::mma_m16n8k16<typename B::Element>(acc[m][2 * n], a[m], b[0], b[1]);
+        ptx::mma_m16n8k16<typename B::Element>(acc[m][2 * n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
 }  // namespace arfast

@@ -69,6 +69,16 @@ ARFAST_PTX uint32_t add_acquire_release(uint32_t* address, uint32_t value) {
   return old;
 }
 
+// Adds to two neighbours, aligned to 8 bytes, in any order with other threads' additions.
+ARFAST_PTX void add_relaxed(float* address, float x, float y) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(x), "f"(y) : "memory");
+#else
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(x) : "memory");
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address + 1), "f"(y) : "memory");
+#endif
+}
+
 // Arithmetic. Subnormal numbers count as zero.
 
 ARFAST_PTX float exp2_approx(float x) {

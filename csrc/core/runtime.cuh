@@ -57,7 +57,7 @@ int kernel_capability(void (*)(Parameters...)) {
   return emulator::capability();
 }
 
-inline size_t device_shared_bytes() { return (emulator::capability() >= 90 ? 227 : 163) << 10; }
+inline size_t device_shared_bytes() { return emulator::shared_bytes(); }
 
 // One block per multiprocessor, but at least a cluster.
 template <typename Kernel>

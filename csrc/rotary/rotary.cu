@@ -5,6 +5,7 @@
 // all heads share and the L2 cache holds. As torch operations in the dtype of x, four products of halves, a difference,
 // a sum and a concatenation, 9. The backward pass is the same kernel.
 #include "core/elementwise.cuh"
+#include "core/rotation.cuh"
 #include "core/rows.cuh"
 #include "rotary/rotary.h"
 
@@ -15,18 +16,6 @@ constexpr int kHeads = 4;  // whose loads a thread has in flight at once
 
 __host__ __device__ inline int64_t groups_of_heads(const RotaryParams& params) {
   return (params.num_heads + kHeads - 1) / kHeads;
-}
-
-// (a, b) -> (a cos - b sin, b cos + a sin)
-template <typename T>
-__device__ void rotate(Vector16<T>& a, Vector16<T>& b, const float (&cos)[Vector16<T>::kSize],
-                       const float (&sin)[Vector16<T>::kSize]) {
-#pragma unroll
-  for (int i = 0; i < Vector16<T>::kSize; ++i) {
-    const float x = to_float(a.elements[i]), y = to_float(b.elements[i]);
-    a.elements[i] = from_float<T>(x * cos[i] - y * sin[i]);
-    b.elements[i] = from_float<T>(y * cos[i] + x * sin[i]);
-  }
 }
 
 template <typename T>

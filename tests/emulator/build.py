@@ -199,7 +199,7 @@ class Emulator:
             jitter: one plain access in `jitter` gives way to another thread; 0: none.
             check: whether accesses are checked.
             strict_acquire: an atomic operation acquires only together with a __threadfence() after it.
-            capability: the compute capability that launchers see, 80 or 90.
+            capability: that launchers see, 80, 86, 89 or 90; the shared memory of a block goes with it.
             multiprocessors: their number that launchers see.
             largest_cluster: the blocks of the largest cluster that the GPU holds.
         """

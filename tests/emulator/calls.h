@@ -25,6 +25,7 @@ const char* run(const Launch& launch, void (*body)(void*), void* context, size_t
 int multiprocessors();
 int largest_cluster();
 int capability();
+size_t shared_bytes();  // that a block may have
 
 // The thread's own coordinates do not change while it runs: the compiler may keep them.
 __attribute__((const)) uint3 thread_index();

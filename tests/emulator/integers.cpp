@@ -95,7 +95,6 @@ PYBIND11_MODULE(_integers, module) {
       .def(py::init(&key_range))
       .def("begin", &KeyRange::begin)
       .def("end", &KeyRange::end)
-      .def("sees", &KeyRange::sees)
       .def("hides", &KeyRange::hides)
       .def("key_tiles",
            [](const KeyRange& range, int tile, int a, int b) { return pair_of(range.key_tiles(tile, a, b)); })

@@ -17,6 +17,10 @@ __forceinline__ void store_release(uint32_t* address, uint32_t value) { emulator
 __forceinline__ uint32_t add_acquire_release(uint32_t* address, uint32_t value) {
   return emulator::add_acquire_release(address, value);
 }
+__forceinline__ void add_relaxed(float* address, float x, float y) {
+  emulator::atomic<float>(emulator::AtomicOp::kAdd, address, x);
+  emulator::atomic<float>(emulator::AtomicOp::kAdd, address + 1, y);
+}
 __forceinline__ void prefetch_l2(const void*) {}
 
 // Flushes subnormal numbers, as .ftz does.

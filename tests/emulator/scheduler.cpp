@@ -187,7 +187,7 @@ std::string problem_of(const Launch& launch) {
   if (threads == 0 || threads > kMaxThreads) return format("a block must have 1 to 1024 threads, got %zu", threads);
   if (launch.grid.x == 0 || launch.grid.y == 0 || launch.grid.z == 0) return "the grid is empty";
   if (launch.grid.y > 65535 || launch.grid.z > 65535) return "the grid's y and z must be below 65536";
-  if (launch.shared_bytes > (machine.config.capability >= 90 ? kSharedBytes : 163u << 10)) {
+  if (launch.shared_bytes > shared_bytes()) {
     return format("%zu bytes of shared memory are more than a block may have", launch.shared_bytes);
   }
   if (launch.cluster > 1 && machine.config.capability < 90) return "clusters need compute capability 9.0";
@@ -297,6 +297,10 @@ void trap() { fail("__trap()", EMULATOR_CALLER); }
 int multiprocessors() { return machine.config.multiprocessors; }
 int largest_cluster() { return machine.config.largest_cluster; }
 int capability() { return machine.config.capability; }
+size_t shared_bytes() {
+  if (machine.config.capability >= 90) return kSharedBytes;
+  return (machine.config.capability > 80 ? 99u : 163u) << 10;
+}
 
 uint3 thread_index() { return current->index; }
 uint3 block_index() { return current->block->index; }

@@ -42,7 +42,7 @@ def test_a_query_sees_what_the_definition_says(integers):
     for visible, expected, num_queries, num_keys in problems(integers):
         for query in range(num_queries):
             assert list(range(visible.begin(query), visible.end(query))) == expected[query]
-            assert [key for key in range(num_keys) if visible.sees(query, key)] == expected[query]
+            assert [key for key in range(num_keys) if not visible.hides(query, query, key, key)] == expected[query]
 
 
 @pytest.mark.parametrize("query_tile,key_tile", [(2, 2), (2, 3), (4, 2), (1, 1), (8, 8)])
@@ -60,15 +60,29 @@ def test_tiles_that_are_left_out_have_nothing_visible(integers, query_tile, key_
                 assert query // query_tile in visited or not set(expected[query]) & set(range(first, last + 1))
 
 
-@pytest.mark.parametrize("query_tile,key_tile", [(2, 2), (2, 3), (4, 2), (1, 1)])
+@pytest.mark.parametrize("query_tile,key_tile", [(2, 2), (2, 3), (4, 2), (1, 1), (8, 8)])
 def test_tiles_are_masked_exactly_where_something_is_hidden(integers, query_tile, key_tile):
-    """Keys past the end of the sequence are hidden too: the last tile has them."""
-    for visible, expected, num_queries, _ in problems(integers):
+    for visible, expected, num_queries, num_keys in problems(integers):
         for first, last in tiles(num_queries, query_tile):
-            for tile in range(*visible.key_tiles(key_tile, first, last)):
-                keys = set(range(tile * key_tile, (tile + 1) * key_tile))
+            for first_key, last_key in tiles(num_keys, key_tile):
+                keys = set(range(first_key, last_key + 1))
                 hidden = any(keys - set(expected[query]) for query in range(first, last + 1))
-                assert visible.hides(first, last, tile * key_tile, key_tile) == hidden
+                assert visible.hides(first, last, first_key, last_key) == hidden
+                assert hidden <= visible.hides(first, last, first_key, first_key + key_tile - 1)
+
+
+@pytest.mark.parametrize("query_tile,key_tile", [(2, 2), (2, 3), (4, 2), (1, 1), (8, 8)])
+def test_blocks_of_keys_add_to_a_tile_of_queries_in_turns(integers, query_tile, key_tile):
+    """The one with the last keys begins, and none waits for a block that does not come."""
+    for visible, _, num_queries, num_keys in problems(integers):
+        for first, last in tiles(num_queries, query_tile):
+            end = visible.key_tiles(key_tile, first, last)[1]
+            visitors = [
+                first_key // key_tile
+                for first_key, last_key in tiles(num_keys, key_tile)
+                if first // query_tile in range(*visible.query_tiles(query_tile, first_key, last_key))
+            ]
+            assert [end - 1 - tile for tile in reversed(visitors)] == list(range(len(visitors)))
 
 
 @pytest.mark.parametrize("num_splits", [0, 1, 2, 3, 7, 100])

@@ -32,8 +32,8 @@ class Tensor:
     """An argument with its shape by the names of its sizes, such as "B*K V".
 
     The dtype is the call's own, or by `kind` float32, bool, "below V" (int64 in [0, V)), "partition N" (int32, one more
-    entry than the shape says, from 0 to N without decreasing), "up to N" and "index N" (int32, in [0, N] or [0, N)),
-    "grid" (the call's own dtype, multiples of 1/4).
+    entry than the shape says, from 0 to N without decreasing), "up to N", "T up to N" and "index N" (int32, in [0, N],
+    [T, N] or [0, N)), "grid" (the call's own dtype, multiples of 1/4).
     """
 
     shape: str
@@ -48,8 +48,10 @@ class Tensor:
             return torch.rand(shape) < 0.3
         if kind == "below":
             return torch.randint(sizes[bound], shape)
-        if kind in ("up to", "index"):
-            return torch.randint(max(1, sizes[bound] + (kind == "up to")), shape, dtype=torch.int32)
+        if kind == "index":
+            return torch.randint(max(1, sizes[bound]), shape, dtype=torch.int32)
+        if kind.endswith("up to"):
+            return torch.randint(sizes.get(kind[0], 0), sizes[bound] + 1, shape, dtype=torch.int32)
         if kind == "partition":
             inner = torch.randint(sizes[bound] + 1, (shape[0] - 1,)).sort().values
             return torch.cat([torch.tensor([0]), inner, torch.tensor([sizes[bound]])]).int()

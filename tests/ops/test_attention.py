@@ -368,7 +368,7 @@ def test_opcheck(packed):
         torch.library.opcheck(torch.ops.arfast.attention_forward, (q, k, v, *arguments))
         out, lse = torch.ops.arfast.attention_forward(q, k, v, *arguments)
         for upstream in (None, dlse):
-            backward = (dout, upstream, q, k, v, out, lse, *arguments)
+            backward = (dout, upstream, q, k, v, out, lse, *arguments, False)
             torch.library.opcheck(torch.ops.arfast.attention_backward, backward)
 
 

@@ -84,4 +84,4 @@ def test_backward_errors(change, message):
     q, k = Z(2, 5, 4, 8), Z(2, 5, 2, 8)
     arguments = dict(dout=q, dlse=None, q=q, k=k, v=k, out=q, lse=Z(2, 4, 5)) | change
     with pytest.raises(RuntimeError, match="attention: " + message):
-        torch.ops.arfast.attention_backward(*arguments.values(), None, None, None, None, None, None, True, None, None)
+        torch.ops.arfast.attention_backward(*arguments.values(), *[None] * 6, True, None, None, False)

@@ -3,17 +3,55 @@
 import pytest
 import test_attention_decode as decode
 import torch
+from accuracy import assert_bitwise_equal
 from test_attention import check, inputs, packed_inputs, run, upstream_of, with_sink
 
 from arfast.ops import attention, attention_decode
 
 
+@pytest.fixture(params=[True])
+def deterministic(request):
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.random_schedules
 @pytest.mark.older_gpu
+@pytest.mark.parametrize("deterministic", [False, True], indirect=True)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-def test_schedules(head_dim, device):
+def test_schedules(head_dim, device, deterministic):
     q, k, v = inputs((1, 140, 140, 2, 1, head_dim), torch.bfloat16, device)
     check([q, k, v], with_sink(dict(window=100, sink=True), q), upstream_of(q))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_same_bits_in_any_order_of_blocks(causal, packed, device, implementation, request, deterministic):
+    """Where dq is summed in turns. Without them, the sums of this test do depend on the order (last lines)."""
+    if implementation == "cpu":
+        pytest.skip("the order of its sums is fixed")
+    lengths = [150, 1, 0, 290] if packed else [300]
+    (q, k, v), documents = packed_inputs(lengths, lengths, torch.bfloat16, heads=(4, 2), head_dim=64)
+    options = with_sink(dict(causal=causal, sink=True), q) | documents
+    if not packed:
+        q, k, v, options = q[None], k[None], v[None], with_sink(dict(causal=causal, sink=True), q[None])
+    upstream = upstream_of(q, packed=packed)
+
+    def results():
+        for seed in range(8):
+            if implementation.startswith("emulated"):
+                schedule = ("fifo", "lifo")[seed] if seed < 2 else "random"
+                request.getfixturevalue("emulator").configure(schedule, seed=seed, jitter=20)
+            yield run(attention, [q, k, v], options, upstream)
+
+    first, *others = results()
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert_bitwise_equal(a, b)
+    torch.use_deterministic_algorithms(False)
+    if implementation.startswith("emulated") and not causal:  # causal: too few keys for a difference beyond rounding
+        assert any(not torch.equal(a, b) for other in results() for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("wrong", [[0, 1 << 30, 90], [0, -5, 60], [50, 20, 200]], ids=str)

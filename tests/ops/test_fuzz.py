@@ -43,6 +43,16 @@ def same_tokens(outputs, arguments):
     assert_accurate(logprobs, exact, baseline, name="logprobs", ulps=16)
 
 
+def appended(append):
+    """kv_append on copies of the caches: what it returns, and the caches."""
+
+    def run(k_cache, v_cache, **arguments):
+        k_cache, v_cache = (x.clone(memory_format=torch.contiguous_format) for x in (k_cache, v_cache))
+        return append(k_cache=k_cache, v_cache=v_cache, **arguments), k_cache, v_cache
+
+    return run
+
+
 LOSS = {
     "ignore_index": Option((-100, 0, 2)),
     "label_smoothing": Option((0.0, 0.1, 1.0), (-0.1, 1.5, NAN)),
@@ -136,6 +146,21 @@ OPS = {
         },
         sizes=HEADS | {"T": (1, 2, 5), "P": (1, 2, 5), "S": SIZES[1:]},
         errors=("attention_decode",),
+    ),
+    "kv_append": Op(
+        appended(ops.kv_append),
+        appended(ops.kv_append_reference),
+        {
+            "q": Tensor("B T H*G 2*D"),
+            "k": Tensor("B T H 2*D"),
+            "v": Tensor("B T H 2*D"),
+            "cos": Tensor("T D", "float32"),
+            "sin": Tensor("T D", "float32"),
+            "k_cache": Tensor("B S H 2*D"),
+            "v_cache": Tensor("B S H 2*D"),
+            "seqlens": Tensor("B", "T up to S"),
+        },
+        sizes=HEADS | {"T": (1, 2, 5), "S": (5, 8, 33)},
     ),
     "cross_entropy": Op(
         ops.cross_entropy,

@@ -24,18 +24,19 @@ void fill(Memory<T>& memory, const std::vector<T>& values) {
 }
 
 // One warp for each tile that a launch may have.
-template <bool kOverKeys>
+template <bool kOverKeys, bool kLastFirst>
 __global__ void find_tile_kernel(AttentionProblem problem, SequenceTile* tiles) {
-  const SequenceTile tile = find_tile<kTile, kOverKeys>(problem, blockIdx.x);
+  const SequenceTile tile = find_tile<kTile, kOverKeys>(problem, blockIdx.x, kLastFirst);
   if (threadIdx.x == 0) tiles[blockIdx.x] = tile;
 }
 
-template <bool kOverKeys>
+template <bool kOverKeys, bool kLastFirst>
 std::vector<SequenceTile> find_tiles(const AttentionProblem& problem, const char** error) {
   const int64_t count = num_tiles<kTile>(problem, kOverKeys ? problem.num_keys : problem.num_queries);
   Memory<SequenceTile> tiles(count, "tiles");
   const LaunchShape shape{dim3(static_cast<unsigned>(count)), dim3(32)};
-  *error = count == 0 ? nullptr : finish(launch(find_tile_kernel<kOverKeys>, shape, nullptr, problem, tiles.get()));
+  *error = count == 0 ? nullptr
+                      : finish(launch(find_tile_kernel<kOverKeys, kLastFirst>, shape, nullptr, problem, tiles.get()));
   std::vector<SequenceTile> found;
   for (int64_t i = 0; i < count && *error == nullptr; ++i) {
     if (tiles[i].num_rows > 0) found.push_back(tiles[i]);
@@ -43,7 +44,7 @@ std::vector<SequenceTile> find_tiles(const AttentionProblem& problem, const char
   return found;
 }
 
-template <bool kOverKeys>
+template <bool kOverKeys, bool kLastFirst>
 const char* batched() {
   for (const int rows : {0, 1, kTile - 1, kTile, kTile + 1, 3 * kTile + 7}) {
     AttentionProblem problem{};
@@ -52,16 +53,17 @@ const char* batched() {
     problem.num_keys = kOverKeys ? rows : 20;
     const char* error = nullptr;
     std::vector<int> owners(3 * rows);
-    int before = kOverKeys ? 0 : rows;
-    for (const SequenceTile& tile : find_tiles<kOverKeys>(problem, &error)) {
+    int before = kLastFirst ? rows : 0;
+    for (const SequenceTile& tile : find_tiles<kOverKeys, kLastFirst>(problem, &error)) {
       if (tile.first < 0 || tile.first + tile.num_rows > rows) return "a tile is outside the matrix";
       if (tile.num_rows > kTile) return "a tile has too many rows";
       if (tile.seqlen_q != problem.num_queries || tile.seqlen_k != problem.num_keys)
         return "a sequence has another size";
-      if (tile.q_row != 0 || tile.k_row != 0 || tile.padding) return "a sequence begins in the middle";
+      if (tile.q_row != 0 || tile.k_row != 0 || tile.padding || tile.sequence != tile.batch)
+        return "a sequence begins in the middle";
       for (int i = 0; i < tile.num_rows; ++i) ++owners[tile.batch * rows + tile.first + i];
       // The later a query the more keys it sees, the earlier a key the more queries see it.
-      if (kOverKeys ? tile.first < before : tile.first > before) return "a tile with more work comes later";
+      if (kLastFirst ? tile.first > before : tile.first < before) return "a tile comes out of order";
       before = tile.first;
     }
     if (error != nullptr) return error;
@@ -78,7 +80,7 @@ struct Packed {
   int q_padding, k_padding;
 };
 
-template <bool kOverKeys>
+template <bool kOverKeys, bool kLastFirst>
 const char* check_packed(const Packed& documents) {
   Memory<int32_t> q(documents.q.size(), "cu_seqlens_q"), k(documents.k.size(), "cu_seqlens_k");
   fill(q, documents.q);
@@ -94,12 +96,13 @@ const char* check_packed(const Packed& documents) {
   const char* error = nullptr;
   std::vector<int> owners(kOverKeys ? problem.num_keys : problem.num_queries);
   int before = 0, document_before = -1;
-  for (const SequenceTile& tile : find_tiles<kOverKeys>(problem, &error)) {
+  for (const SequenceTile& tile : find_tiles<kOverKeys, kLastFirst>(problem, &error)) {
     const int begin = (kOverKeys ? tile.k_row : tile.q_row) + tile.first;
     if (begin < 0 || begin + tile.num_rows > static_cast<int>(owners.size())) return "a tile is outside the matrix";
     if (tile.num_rows > kTile) return "a tile has too many rows";
     for (int i = 0; i < tile.num_rows; ++i) ++owners[begin + i];
     const int document = static_cast<int>(std::upper_bound(own.begin(), own.end(), begin) - own.begin()) - 1;
+    if (tile.sequence != document) return "a tile has another document's number";
     if (tile.padding != (document == count)) return "padding is taken for a document";
     if (tile.padding) {
       if ((kOverKeys ? tile.seqlen_q : tile.seqlen_k) != 0) return "padding sees something";
@@ -110,8 +113,8 @@ const char* check_packed(const Packed& documents) {
       if (!is(documents.q, tile.q_row, tile.seqlen_q)) return "a tile has another document's queries";
       if (!is(documents.k, tile.k_row, tile.seqlen_k)) return "a tile has another document's keys";
     }
-    if (document == document_before && (kOverKeys ? tile.first < before : tile.first > before)) {
-      return "a tile with more work comes later";
+    if (document == document_before && (kLastFirst ? tile.first > before : tile.first < before)) {
+      return "a tile comes out of order";
     }
     before = tile.first;
     document_before = document;
@@ -123,20 +126,20 @@ const char* check_packed(const Packed& documents) {
   return nullptr;
 }
 
-template <bool kOverKeys>
+template <bool kOverKeys, bool kLastFirst>
 const char* packed() {
   std::mt19937 random(7);
   for (const int count : {0, 1, 2, 31, 130, 270}) {
     const int paddings[] = {0, 1, kTile, 2 * kTile + 3};
     const Packed documents{random_offsets(random, count, kTile), random_offsets(random, count, kTile),
                            paddings[random() % 4], paddings[random() % 4]};
-    if (const char* error = check_packed<kOverKeys>(documents)) return error;
+    if (const char* error = check_packed<kOverKeys, kLastFirst>(documents)) return error;
   }
   return nullptr;
 }
 
 // Offsets that nobody has checked: whatever they are, no tile reaches a row outside q and k.
-template <bool kOverKeys>
+template <bool kOverKeys, bool kLastFirst>
 const char* unchecked() {
   std::mt19937 random(9);
   constexpr int kDocuments = 40, kQueries = 300, kKeys = 500;
@@ -154,7 +157,7 @@ const char* unchecked() {
     problem.cu_seqlens_q = q.get();
     problem.cu_seqlens_k = k.get();
     const char* error = nullptr;
-    for (const SequenceTile& tile : find_tiles<kOverKeys>(problem, &error)) {
+    for (const SequenceTile& tile : find_tiles<kOverKeys, kLastFirst>(problem, &error)) {
       const auto inside = [](int row, int seqlen, int rows) { return row >= 0 && seqlen >= 0 && row + seqlen <= rows; };
       if (!inside(tile.q_row, tile.seqlen_q, kQueries)) return "queries outside q";
       if (!inside(tile.k_row, tile.seqlen_k, kKeys)) return "keys outside k";
@@ -206,12 +209,14 @@ const char* groups() {
 }
 
 const Register all{
-    {"map: tiles of queries, batched", nullptr, batched<false>},
-    {"map: tiles of keys, batched", nullptr, batched<true>},
-    {"map: tiles of queries, packed", nullptr, packed<false>},
-    {"map: tiles of keys, packed", nullptr, packed<true>},
-    {"map: tiles of queries, unchecked offsets", nullptr, unchecked<false>},
-    {"map: tiles of keys, unchecked offsets", nullptr, unchecked<true>},
+    {"map: tiles of queries, batched", nullptr, batched<false, true>},
+    {"map: tiles of keys, batched", nullptr, batched<true, false>},
+    {"map: tiles of keys, batched, the last first", nullptr, batched<true, true>},
+    {"map: tiles of queries, packed", nullptr, packed<false, true>},
+    {"map: tiles of keys, packed", nullptr, packed<true, false>},
+    {"map: tiles of keys, packed, the last first", nullptr, packed<true, true>},
+    {"map: tiles of queries, unchecked offsets", nullptr, unchecked<false, true>},
+    {"map: tiles of keys, unchecked offsets", nullptr, unchecked<true, false>},
     {"map: tiles of groups", nullptr, groups},
 };
 

@@ -1,0 +1,85 @@
+"""One decode step of a model: a token per sequence in, the logits that follow out; on a GPU as one CUDA graph."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arfast.models import CausalLM
+from arfast.nn import StaticKVCache
+
+
+def decode_one_token(model: Any, tokens: Tensor, cache: StaticKVCache) -> Tensor:
+    """Store one token per sequence [B]; the logits [B, V] that follow."""
+    return model(tokens[:, None], cache=cache).logits[:, -1]
+
+
+class DecodeStep:
+    """`decode_one_token`, again and again, launched as a whole.
+
+    A step of a small batch is hundreds of kernels of a few microseconds, and the host cannot launch them that fast. On
+    a GPU the first call runs like any forward pass, the second is captured as a CUDA graph, and from then on a call
+    replays it. What a replay would not do as the code says is not captured: models other than CausalLM, hooks,
+    autocast (its casts of the weights end with it). On the CPU every call is a forward pass.
+
+    The graph reads the memory that it was captured with: changes in place of parameters and cache (an optimizer's step,
+    `set_lengths`, `reset`, another prompt) are seen, parameters moved elsewhere are not.
+
+    Args:
+        model: a CausalLM.
+        cache: the sequences to continue, at least one token each.
+
+    Example:
+        >>> model = CausalLM(CausalLMConfig.preset("tiny"))
+        >>> cache = StaticKVCache(model.config, batch_size=1, max_length=64)
+        >>> with torch.no_grad():
+        ...     logits = model(torch.tensor([[1, 2, 3]]), cache=cache).logits[:, -1]
+        >>> step = DecodeStep(model, cache)
+        >>> for _ in range(10):
+        ...     logits = step(logits.argmax(-1))
+        >>> cache.lengths.tolist()
+        [13]
+    """
+
+    def __init__(self, model: Any, cache: StaticKVCache):
+        self.model, self.cache = model, cache
+        self.tokens = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.k.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None  # the graph's
+        self._memory: list[Tensor] = []  # what the graph reads and writes lives as long as the graph
+        self._warm = False
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Store tokens, int64 [B]; the logits [B, V] that follow, which the next call overwrites."""
+        if tokens.shape != self.tokens.shape:
+            expected = f"one per sequence of the cache, {list(self.tokens.shape)}"
+            raise ValueError(f"DecodeStep: tokens must be {expected}, got {list(tokens.shape)}")
+        self.tokens.copy_(tokens)
+        if self.graph is None:
+            if not self._warm or not self._can_capture():
+                self._warm = True
+                return decode_one_token(self.model, self.tokens, self.cache)
+            self._capture()
+        else:
+            if self.cache.k is not self._memory[0]:
+                raise ValueError("DecodeStep: cache must keep its memory, got another one (select with another number)")
+            self.cache.advance()
+        self.graph.replay()
+        return self._logits
+
+    def _can_capture(self) -> bool:
+        if not (self.cache.k.is_cuda and isinstance(self.model, CausalLM)) or torch.is_autocast_enabled("cuda"):
+            return False
+        return not any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
+
+    def _capture(self) -> None:
+        """Records a forward pass, which counts its tokens on the host but does nothing on the GPU."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on with their work
+            self._logits = decode_one_token(self.model, self.tokens, self.cache)
+        cache = self.cache
+        # Detached: the memory of today, also if a parameter moves or the rotary tables grow.
+        state = [*self.model.parameters(), *self.model.buffers(), cache.v, cache.lengths, cache.seqlens]
+        self._memory = [cache.k, *(tensor.detach() for tensor in state)]
+        self.graph = graph
