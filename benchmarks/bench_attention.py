@@ -5,6 +5,8 @@ the peak is one of bandwidth."""
 import dataclasses
 import functools
 
+import functools
+
 import pytest
 import torch
 from harness import Case, accurate, compiled, leaves, with_gradients
@@ -13,6 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from arfast.ops import attention, attention_decode, attention_decode_reference, attention_reference
+from arfast.ops.attention_decode import PLAIN, TENSOR_CORES
 
 
 def sdpa(q, k, v, **options):
@@ -190,6 +193,10 @@ def decode_case(batch, seqlen, heads, head_dim, dtype, devices=("cpu",)):
         make_inputs=make_inputs,
         ours=attention_decode,
         peers={"torch": lambda q, k, v, seqlens: sdpa(q, k, v)},
+        gpu_peers={
+            "plain": functools.partial(attention_decode, _kernel=PLAIN),
+            "tensor cores": functools.partial(attention_decode, _kernel=TENSOR_CORES),
+        },
         check=accurate(attention_decode_reference),
         bytes=2 * batch * seqlen * num_kv_heads * head_dim * dtype.itemsize,
         devices=devices,
@@ -200,7 +207,10 @@ def decode_cases():
     for dtype in (torch.float32, torch.bfloat16):
         for batch, seqlen, heads, head_dim in ((1, 1024, (8, 2), 64), (1, 4096, (8, 2), 64), (8, 1024, (32, 8), 128)):
             yield decode_case(batch, seqlen, heads, head_dim, dtype)
-    for batch, seqlen, heads in ((1, 4096, (32, 4)), (1, 32768, (32, 4)), (1, 131072, (32, 4)), (32, 4096, (32, 8))):
+    shapes = [(1, seqlen, (32, 4)) for seqlen in (4096, 32768, 131072)]
+    shapes += [(batch, seqlen, (32, 8)) for batch, seqlen in ((8, 4096), (32, 4096), (64, 2048))]
+    shapes += [(batch, 4096, heads) for batch in (1, 8) for heads in ((8, 8), (16, 8), (24, 8))]  # a few rows per key
+    for batch, seqlen, heads in shapes:
         yield decode_case(batch, seqlen, heads, 128, torch.bfloat16, devices=("cuda",))
 
 

@@ -11,6 +11,7 @@ from arfast.ops._library import in_autocast, needs_grad, register_fake
 from arfast.ops.attention import attention_reference, statistics_dtype
 
 _ops = torch.ops.arfast
+PLAIN, TENSOR_CORES = 1, 2  # for tests and benchmarks, which compare the kernels of the GPU; 0 chooses one
 
 
 def attention_decode(
@@ -26,6 +27,7 @@ def attention_decode(
     sink: torch.Tensor | None = None,
     beam_slots: torch.Tensor | None = None,
     num_splits: int = 0,
+    _kernel: int = 0,
 ) -> torch.Tensor:
     """Causal attention of the last Tq tokens of every sequence to all its tokens, read from a cache.
 
@@ -68,9 +70,8 @@ def attention_decode(
         q = q.to(k_cache.dtype)
     if sink is not None and sink.is_floating_point():
         sink = sink.to(statistics_dtype(q))
-    return _ops.attention_decode(
-        q, k_cache, v_cache, seqlens, block_table, softmax_scale, window, softcap, sink, beam_slots, num_splits
-    )
+    options = (softmax_scale, window, softcap, sink, beam_slots, num_splits, _kernel)
+    return _ops.attention_decode(q, k_cache, v_cache, seqlens, block_table, *options)
 
 
 def attention_decode_reference(

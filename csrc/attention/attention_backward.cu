@@ -67,32 +67,33 @@ struct Walk {
   const AttentionProblem& problem;
   SequenceTile tile;
   KeyRange visible;
+  TileRange query_tiles;  // the same of each head
   int kv_head, group;     // query heads that share the keys
-  int first_step, steps;  // tiles of queries, the same of each head
+  int steps;              // of a head
   static constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys;
 
   __device__ Walk(const AttentionProblem& problem_, const SequenceTile& tile_, int kv_head_)
-      : problem(problem_), tile(tile_), visible(problem_, tile_), kv_head(kv_head_) {
+      : problem(problem_),
+        tile(tile_),
+        visible(problem_, tile_),
+        query_tiles(visible.query_tiles(kQueries, tile.first, tile.first + tile.num_rows - 1)),
+        kv_head(kv_head_) {
     group = static_cast<int>(problem.num_heads / problem.num_kv_heads);
-    const int last_key = tile.first + tile.num_rows - 1;
-    first_step = max(tile.first - visible.last, 0) / kQueries;
-    const int end_query = min(last_key - visible.first + 1, tile.seqlen_q);
-    steps = max((end_query + kQueries - 1) / kQueries - first_step, 0);
+    steps = max(query_tiles.end - query_tiles.first, 0);
   }
   __device__ int head(int iteration) const { return kv_head * group + iteration / steps; }
-  __device__ int first_query(int iteration) const { return (first_step + iteration % steps) * kQueries; }
+  __device__ int first_query(int iteration) const { return (query_tiles.first + iteration % steps) * kQueries; }
 
   // Whether a query of the step does not see a row of the tile of keys.
   __device__ bool masked(int first_query) const {
     const int last_query = min(first_query + kQueries, tile.seqlen_q) - 1;
-    return tile.num_rows < kKeys || tile.first - last_query < visible.first ||
-           tile.first + kKeys - 1 - first_query > visible.last;
+    return tile.num_rows < kKeys || visible.hides(first_query, last_query, tile.first, tile.first + kKeys - 1);
   }
 
   // Of a step's sums: how many blocks, with later keys, add to them before, and where they are counted.
   __device__ uint32_t turn(int first_query) const {
     const int last_query = min(first_query + kQueries, tile.seqlen_q) - 1;
-    return (visible.end(last_query) - 1) / kKeys - tile.first / kKeys;
+    return visible.key_tiles(kKeys, first_query, last_query).end - 1 - tile.first / kKeys;
   }
   __device__ int64_t turn_index(int head, int first_query) const {
     const int64_t number = first_query / kQueries;
@@ -122,8 +123,8 @@ __device__ void weigh(const Walk<Shape>& walk, const RowTerms* row_terms, int fi
       const int m = i / 4, j = i % 4;
       const int row = first_row + 16 * m + 8 * (j / 2) + lane / 4;
       const int key = row < walk.tile.num_rows ? walk.tile.first + row : 2 * kMaxPositions;
-      const int distance = key - (first_query + column + j % 2);
-      const bool hidden = kMasked && (distance < walk.visible.first || distance > walk.visible.last);
+      const int query = first_query + column + j % 2;
+      const bool hidden = kMasked && walk.visible.hides(query, query, key, key);
       sums[j % 2] += score_gradient.apply(lse[j % 2], delta[j % 2], hidden, scores[m][n][j], dp[m][n][j]);
     }
     if (walk.problem.sink == nullptr) continue;

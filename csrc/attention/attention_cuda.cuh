@@ -103,18 +103,39 @@ __device__ SequenceTile find_tile(const AttentionProblem& problem, int64_t index
           padding, found.segment};
 }
 
+// Tiles [first, end) of a sequence; none if end is not above first.
+struct TileRange {
+  int first, end;
+};
+
 // The keys that a query of the sequence sees: begin(query) <= key < end(query).
 struct KeyRange {
-  int first, last, seqlen_k;
+  int first, last;  // from a query to the first and the last key that it sees, whatever the lengths are
+  int seqlen_q, seqlen_k;
 
-  __device__ KeyRange(const AttentionProblem& problem, const SequenceTile& tile) : seqlen_k(tile.seqlen_k) {
-    const int aligned = tile.seqlen_k - tile.seqlen_q;  // the last query sees the last key
+  __host__ __device__ KeyRange(const AttentionProblem& problem, const SequenceTile& tile)
+      : seqlen_q(tile.seqlen_q), seqlen_k(tile.seqlen_k) {
+    const int aligned = seqlen_k - seqlen_q;  // the last query sees the last key
     last = problem.causal ? aligned : kMaxPositions;
     const int64_t window = problem.window >= 0 && problem.window < kMaxPositions ? problem.window : kMaxPositions;
     first = aligned - static_cast<int>(window);
   }
-  __device__ int begin(int query) const { return max(query + first, 0); }
-  __device__ int end(int query) const { return min(query + last + 1, seqlen_k); }
+  __host__ __device__ int begin(int query) const { return max(query + first, 0); }
+  __host__ __device__ int end(int query) const { return min(query + last + 1, seqlen_k); }
+  // Whether one of these queries does not see one of these keys, all of which exist.
+  __host__ __device__ bool hides(int first_query, int last_query, int first_key, int last_key) const {
+    return first_key - last_query < first || last_key - first_query > last;
+  }
+
+  // The tiles of keys of which queries first_query to last_query see any.
+  __host__ __device__ TileRange key_tiles(int tile, int first_query, int last_query) const {
+    return {begin(first_query) / tile, (end(last_query) + tile - 1) / tile};
+  }
+  // The tiles of queries of which any sees one of the keys first_key to last_key.
+  __host__ __device__ TileRange query_tiles(int tile, int first_key, int last_key) const {
+    const int end_query = min(last_key - first + 1, seqlen_q);
+    return {max(first_key - last, 0) / tile, (end_query + tile - 1) / tile};
+  }
 };
 
 // With an absolute error of some 1e-7, which is what matters to a score.

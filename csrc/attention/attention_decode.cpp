@@ -81,19 +81,11 @@ void check_values(AttentionDecodeParams& params) {
   }
 }
 
-// A bound on the ranges of a sequence, whatever its length.
-int64_t most_splits(const AttentionDecodeParams& params) {
-  if (params.num_splits > 0) return std::min(params.num_splits, params.capacity / kDecodeTile + 1);
-  int64_t keys = params.capacity;
-  if (params.window >= 0) keys = std::min(keys, params.window + params.num_queries);  // they may begin anywhere
-  return keys / kDecodeSplit + 2;
-}
-
 // -> out [B, Tq, H, D]
 Tensor attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens, OptionalTensor block_table,
                         std::optional<double> softmax_scale, std::optional<int64_t> window,
                         std::optional<double> softcap, OptionalTensor sink, OptionalTensor beam_slots,
-                        int64_t num_splits) {
+                        int64_t num_splits, int64_t kernel) {
   check_tensors(q, k_cache, v_cache, block_table, beam_slots, sink);
   seqlens = check_integers("seqlens", seqlens, "[B]", {q.size(0)}, q);
   if (block_table) block_table = check_integers("block_table", *block_table, "[B, pages]", {q.size(0), kAny}, q);
@@ -106,6 +98,8 @@ Tensor attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens
   check_range(kOp, "softcap", cap, cap > 0 && std::isfinite(cap), "be finite and positive");
   check(window.value_or(0) >= 0, kOp, "window", "be at least 0", std::to_string(window.value_or(0)));
   check(num_splits >= 0, kOp, "num_splits", "be at least 0", std::to_string(num_splits));
+  check(kernel >= 0 && kernel <= static_cast<int64_t>(DecodeKernel::kTensorCores), kOp, "kernel", "be in [0, 2]",
+        std::to_string(kernel));
   q = with_dense_rows(q);
   k_cache = with_dense_rows(k_cache);
   v_cache = with_dense_rows(v_cache);
@@ -133,6 +127,7 @@ Tensor attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens
       .page_size = k_cache.size(1),
       .num_splits = num_splits,
       .max_splits = 1,
+      .kernel = static_cast<DecodeKernel>(kernel),
       .partial = nullptr,
       .out = out.data_ptr(),
   };
@@ -141,7 +136,7 @@ Tensor attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens
   if (on_cpu(q)) {
     check_values(params);
   } else {  // whose lengths only it knows
-    params.max_splits = most_splits(params);
+    params.max_splits = most_decode_splits(params.capacity, params.num_queries, params.window, num_splits);
   }
   if (out.numel() == 0) return out;
   const int64_t rows = q.size(0) * q.size(1) * q.size(2) * params.max_splits;
@@ -156,7 +151,9 @@ Tensor attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens
 STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
   m.def(
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens, Tensor? block_table, "
-      "float? softmax_scale, int? window, float? softcap, Tensor? sink, Tensor? beam_slots, int num_splits) -> Tensor");
+      "float? softmax_scale, int? window, float? softcap, Tensor? sink, Tensor? beam_slots, int num_splits, int "
+      "kernel) "
+      "-> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) { m.impl("attention_decode", TORCH_BOX(&attention_decode)); }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CUDA, m) { m.impl("attention_decode", TORCH_BOX(&attention_decode)); }

@@ -97,8 +97,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
   const int head_dim = static_cast<int>(problem.head_dim);
   const KeyRange visible(problem, tile);
   const int last_query = tile.first + tile.num_rows - 1;
-  const int first_tile = visible.begin(tile.first) / Shape::kKeys;
-  const int end_tile = (visible.end(last_query) + Shape::kKeys - 1) / Shape::kKeys;
+  const TileRange tiles = visible.key_tiles(Shape::kKeys, tile.first, last_query);
   const int first_row = static_cast<int>(threadIdx.x) / kWarpSize * Shape::kWarpQueries;
 
   const uint32_t q_address = smem.q.a_address(first_row), k_address = smem.k.b_address(0),
@@ -113,16 +112,17 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
     shared.template load<Shape::kThreads>(rows.from(first_key), tile.seqlen_k - first_key, head_dim);
     ptx::cp_async_commit();
   };
-  if (first_tile < end_tile) {
+  if (tiles.first < tiles.end) {
     smem.q.template load<Shape::kThreads>(q, tile.num_rows, head_dim);
-    load_tile(smem.k, k, end_tile - 1);
+    load_tile(smem.k, k, tiles.end - 1);
   }
-  for (int key_tile = end_tile - 1; key_tile >= first_tile; --key_tile) {
+  for (int key_tile = tiles.end - 1; key_tile >= tiles.first; --key_tile) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // the keys are there, and nobody reads the last values any more
     load_tile(smem.v, v, key_tile);
     const int first_key = key_tile * Shape::kKeys;
-    const bool masked = first_key < visible.begin(last_query) || first_key + Shape::kKeys > visible.end(tile.first);
+    const int end_key = first_key + Shape::kKeys;
+    const bool masked = end_key > tile.seqlen_k || visible.hides(tile.first, last_query, first_key, end_key - 1);
     Scores<Shape> scores;
     multiply_rows<typename Shape::Queries, typename Shape::Keys>(q_address, k_address, scores);
     Weights<Shape> weights;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
     }
     ptx::cp_async_wait<0>();
     __syncthreads();  // the values are there, and nobody reads these keys any more
-    if (key_tile > first_tile) load_tile(smem.k, k, key_tile - 1);
+    if (key_tile > tiles.first) load_tile(smem.k, k, key_tile - 1);
     multiply_columns<typename Shape::Keys>(weights, v_address, output);
   }
   write_rows<Shape>(params, tile, head, first_row, softmax, output, smem);

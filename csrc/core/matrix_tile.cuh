@@ -71,16 +71,6 @@ struct alignas(1024) MatrixTile {
     }
   }
 
-  // The first `count` elements of a chunk, then zeros.
-  __device__ static Vector16<T> first_elements(const T* from, int count) {
-    Vector16<T> chunk = filled_with<T>(0.0f);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if (i < count) chunk.elements[i] = from[i];
-    }
-    return chunk;
-  }
-
   // Where the calling lane reads its row of each fragment of 16 x 16 elements that begins in `row` and column 0.
   // Another one lies `rows` rows below and `k` times 16 columns to the right at fragment(address, rows, k).
   __device__ uint32_t lane_address(int row, int chunk) const {

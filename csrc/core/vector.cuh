@@ -56,6 +56,17 @@ __device__ inline Vector16<T> filled_with(float value) {
   return vector;
 }
 
+// The first `count` elements at `from`, aligned or not, then zeros.
+template <typename T>
+__device__ inline Vector16<T> first_elements(const T* from, int count) {
+  Vector16<T> vector = filled_with<T>(0.0f);
+#pragma unroll
+  for (int i = 0; i < Vector16<T>::kSize; ++i) {
+    if (i < count) vector.elements[i] = from[i];
+  }
+  return vector;
+}
+
 // A vector as the load instruction leaves it. What waits in registers waits like this: two elements of 16 bits share a
 // register, and no thread waits for the memory before it takes elements out.
 template <typename T>

@@ -1,13 +1,15 @@
 """attention_decode against its reference in float64, over contiguous, paged and indirect caches."""
 
+import functools
+
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
 from threads import same_for_any_threads
 
 from arfast.ops import attention, attention_decode, attention_decode_reference
+from arfast.ops.attention_decode import PLAIN, TENSOR_CORES
 
-pytestmark = pytest.mark.sixteen_bits
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN = float("nan")
 # seqlens, Tq, H, Hkv, D
@@ -17,6 +19,7 @@ SHAPES = [
     ([33, 64, 65], 1, 2, 2, 33),
     ([257], 2, 8, 1, 80),
     ([129], 2, 8, 1, 80),
+    ([300, 2], 3, 2, 2, 72),
     ([70, 3], 5, 6, 3, 64),
     ([70, 3], 5, 12, 3, 64),  # more than 16 rows
     ([513, 40], 1, 4, 1, 128),
@@ -31,6 +34,15 @@ OPTIONS = {
     "sink": dict(sink=True),
     "all": dict(window=90, softcap=5.0, sink=True, num_splits=3),
 }
+
+
+@pytest.fixture(params=[PLAIN, TENSOR_CORES], ids=["plain", "tensor cores"])
+def decode(request, device, implementation):
+    """attention_decode by each kernel of a GPU."""
+    float32 = request.node.callspec.params.get("dtype") == torch.float32
+    if request.param == TENSOR_CORES and (implementation == "cpu" or float32):
+        pytest.skip("the CPU has one implementation, float32 one kernel")
+    return functools.partial(attention_decode, _kernel=request.param)
 
 
 def lengths(*values, device="cpu"):
@@ -62,11 +74,11 @@ def paged(k, v, seqlens, page, device="cpu"):
     return pages[0], pages[1], table
 
 
-def check(q, k, v, seqlens, options, **layout):
+def check(q, k, v, seqlens, options, *, decode=attention_decode, **layout):
     if options.get("sink") is True:
         options = options | dict(sink=torch.randn(q.shape[2], device=q.device))
     wide = {name: x.double() if name == "sink" else x for name, x in options.items()}
-    actual = attention_decode(q, k, v, seqlens, **options, **layout)
+    actual = decode(q, k, v, seqlens, **options, **layout)
     exact = attention_decode_reference(q.double(), k.double(), v.double(), seqlens, **wide, **layout)
     assert_accurate(actual, exact, attention_decode_reference(q, k, v, seqlens, **options, **layout))
     return actual
@@ -75,43 +87,43 @@ def check(q, k, v, seqlens, options, **layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_layout(name, shape, dtype, device, poisoned):
+def test_every_layout(name, shape, dtype, device, decode, poisoned):
     q, k, v, seqlens = inputs(shape, dtype, device)
     options = OPTIONS[name]
     if options.get("sink"):
         options = options | dict(sink=torch.randn(q.shape[2], device=device))
-    expected = check(q, k, v, seqlens, options)
+    expected = check(q, k, v, seqlens, options, decode=decode)
     pages_k, pages_v, table = paged(k, v, seqlens, 16, device)
-    out = attention_decode(q, pages_k, pages_v, seqlens, block_table=table, **options)
+    out = decode(q, pages_k, pages_v, seqlens, block_table=table, **options)
     assert_bitwise_equal(out, expected, name="paged")
     slots = torch.arange(len(seqlens), dtype=torch.int32)[:, None].expand(k.shape[:2]).to(device)
-    out = attention_decode(q, k, v, seqlens, beam_slots=slots, **options)
+    out = decode(q, k, v, seqlens, beam_slots=slots, **options)
     assert_bitwise_equal(out, expected, name="beam_slots")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_beams_share_their_past(dtype, device):
+def test_beams_share_their_past(dtype, device, decode):
     q, k, v, _ = inputs(([150] * 6, 1, 4, 2, 64), dtype)
     q, seqlens = q[:4], lengths(150, 99, 0, 1)
     slots = torch.randint(6, (4, k.shape[1]), dtype=torch.int32)
     slots[:, 150:] = 1_000_000  # nobody looks there
-    check(q, k, v, seqlens, dict(window=60), beam_slots=slots)
+    check(q, k, v, seqlens, dict(window=60), beam_slots=slots, decode=decode)
     moved = [x[slots.clamp(max=5).long(), torch.arange(x.shape[1])] for x in (k, v)]
-    expected = attention_decode(q, *moved, seqlens)
-    assert_bitwise_equal(attention_decode(q, k, v, seqlens, beam_slots=slots), expected)
+    expected = decode(q, *moved, seqlens)
+    assert_bitwise_equal(decode(q, k, v, seqlens, beam_slots=slots), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("page", [1, 3, 64])
-def test_pages_outside_the_window_are_not_needed(page, dtype, device):
+def test_pages_outside_the_window_are_not_needed(page, dtype, device, decode):
     q, k, v, seqlens = inputs(([200, 90], 2, 4, 2, 40), dtype, device)
     pages_k, pages_v, table = paged(k, v, seqlens, page, device)
-    expected = attention_decode(q, pages_k, pages_v, seqlens, block_table=table, window=30)
+    expected = decode(q, pages_k, pages_v, seqlens, block_table=table, window=30)
     for b, length in enumerate(seqlens.tolist()):
         unused = (length - 2 - 30) // page
         pages_k[table[b, :unused].long()] = NAN
         table[b, :unused] = 2**30
-    assert_bitwise_equal(attention_decode(q, pages_k, pages_v, seqlens, block_table=table, window=30), expected)
+    assert_bitwise_equal(decode(q, pages_k, pages_v, seqlens, block_table=table, window=30), expected)
 
 
 def test_equals_attention():
@@ -127,34 +139,37 @@ def test_every_head_dim():
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("scale", [1e4, 0.0])
-def test_extreme_values(scale, dtype, device):
+def test_extreme_values(scale, dtype, device, decode):
     q, k, v, seqlens = inputs(([100, 7], 1, 4, 2, 16), dtype, device)
-    check(q * scale, k, v, seqlens, {})
+    check(q * scale, k, v, seqlens, {}, decode=decode)
+    infinite = v.clone()
+    infinite[1, 6] = float("inf")  # the last key
+    check(q, k, infinite, seqlens, {}, decode=decode)
     k[:, 5] = float("-inf")  # a score of -inf is a weight of 0
-    check(q.abs(), k, v, seqlens, {})
+    check(q.abs(), k, v, seqlens, {}, decode=decode)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_rows_that_see_nothing(dtype, device, poisoned):
+def test_rows_that_see_nothing(dtype, device, decode, poisoned):
     q, k, v, seqlens = inputs(([3, 0], 5, 2, 1, 16), dtype, device)
-    out = attention_decode(q, k, v, seqlens, sink=torch.tensor([0.3, float("-inf")]))
+    out = decode(q, k, v, seqlens, sink=torch.tensor([0.3, float("-inf")]))
     assert (out[0, :2] == 0).all() and (out[0, 2:] != 0).all() and (out[1] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("shape", [([], 1, 2, 1, 8), ([4], 0, 2, 1, 8)], ids=str)
-def test_empty(shape, dtype, device):
+def test_empty(shape, dtype, device, decode):
     seqlens, *_ = shape
     q, k = (torch.zeros(size, dtype=dtype) for size in ((len(seqlens), shape[1], 2, 8), (len(seqlens), 9, 1, 8)))
-    assert attention_decode(q, k, k, lengths(*seqlens)).shape == q.shape
+    assert decode(q, k, k, lengths(*seqlens)).shape == q.shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_nan_stays_in_its_sequence_and_head(dtype, device):
+def test_nan_stays_in_its_sequence_and_head(dtype, device, decode):
     q, k, v, seqlens = inputs(([80, 80, 80], 2, 4, 2, 24), dtype, device)
-    expected = attention_decode(q, k, v, seqlens)
+    expected = decode(q, k, v, seqlens)
     k[1, 30, 0] = NAN
-    out = attention_decode(q, k, v, seqlens)
+    out = decode(q, k, v, seqlens)
     assert out[1, :, :2].isnan().all()
     out[1, :, :2] = expected[1, :, :2]
     assert_bitwise_equal(out, expected)
@@ -165,32 +180,58 @@ def test_same_bits_for_every_number_of_threads():
     same_for_any_threads(lambda: attention_decode(*arguments))
 
 
-def test_same_bits_whatever_the_batch(device):
+def test_same_bits_whatever_the_batch(device, decode):
     q, k, v, seqlens = inputs(([1300, 700, 41], 1, 4, 2, 64), torch.bfloat16, device)
     for num_splits in (0, 3):
-        together = attention_decode(q, k, v, seqlens, num_splits=num_splits)
+        together = decode(q, k, v, seqlens, num_splits=num_splits)
         for b in range(3):
             alone = [x[b : b + 1] for x in (q, k, v, seqlens)]
-            assert_bitwise_equal(attention_decode(*alone, num_splits=num_splits), together[b : b + 1])
+            assert_bitwise_equal(decode(*alone, num_splits=num_splits), together[b : b + 1])
+
+
+@pytest.mark.parametrize(
+    "num_queries,group,dtype,kernel",
+    [
+        (1, 1, torch.bfloat16, PLAIN),
+        (1, 3, torch.float16, PLAIN),
+        (3, 1, torch.bfloat16, PLAIN),
+        (1, 4, torch.bfloat16, TENSOR_CORES),
+        (2, 2, torch.float16, TENSOR_CORES),
+        (1, 4, torch.float32, PLAIN),
+    ],
+    ids=str,
+)
+def test_the_kernel_is_chosen_by_rows_alone(num_queries, group, dtype, kernel, device):
+    for seqlens in ([200], [200, 1, 30] * 2):
+        arguments = inputs((seqlens, num_queries, 2 * group, 2, 64), dtype, device)
+        assert_bitwise_equal(attention_decode(*arguments), attention_decode(*arguments, _kernel=kernel))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32], ids=str)
+def test_tensor_cores_refuse_float32(dtype, device, implementation):
+    if implementation == "cpu":
+        pytest.skip("the CPU has one implementation")
+    with pytest.raises(RuntimeError, match="attention_decode: dtype must be bfloat16 or float16"):
+        attention_decode(*inputs(([20], 1, 2, 2, 8), dtype, device), _kernel=TENSOR_CORES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("num_splits", [1, 2, 7, 100])
-def test_splits(num_splits, dtype, device):
-    check(*inputs(([700, 30], 2, 4, 2, 64), dtype, device), dict(num_splits=num_splits, window=400))
+def test_splits(num_splits, dtype, device, decode):
+    check(*inputs(([1500, 30], 2, 4, 2, 64), dtype, device), dict(num_splits=num_splits, window=1000), decode=decode)
 
 
-def test_strided_and_misaligned_inputs_give_the_same_bits(device):
+def test_strided_and_misaligned_inputs_give_the_same_bits(device, decode):
     q, k, v, seqlens = inputs(([70, 20], 1, 4, 2, 40), torch.bfloat16, device)
-    expected = attention_decode(q, k, v, seqlens)
+    expected = decode(q, k, v, seqlens)
     layers = torch.stack([k, v, k])  # a layer of a larger cache
     by_head = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     misaligned = [torch.empty(x.numel() + 1, dtype=x.dtype, device=device)[1:].view_as(x).copy_(x) for x in (q, k, v)]
     columns_first = [x.mT.contiguous().mT for x in (q, k, v)]
     for views in ([q, layers[2], layers[1]], by_head, misaligned, columns_first):
-        assert_bitwise_equal(attention_decode(*views, seqlens), expected)
+        assert_bitwise_equal(decode(*views, seqlens), expected)
     wide = torch.stack([seqlens, seqlens], 1)[:, 0]
-    assert_bitwise_equal(attention_decode(q, k, v, wide), expected)
+    assert_bitwise_equal(decode(q, k, v, wide), expected)
 
 
 def test_offsets_beyond_32_bits():
@@ -208,9 +249,9 @@ def test_opcheck():
     pages_k, pages_v, table = paged(k, v, seqlens, 4)
     slots = torch.zeros(2, k.shape[1], dtype=torch.int32)
     op = torch.ops.arfast.attention_decode
-    torch.library.opcheck(op, (q, k, v, seqlens, None, None, None, None, None, None, 0))
-    torch.library.opcheck(op, (q, k, v, seqlens, None, 0.3, 4, 5.0, torch.randn(4), slots, 2))
-    torch.library.opcheck(op, (q, pages_k, pages_v, seqlens, table, None, None, None, None, None, 0))
+    torch.library.opcheck(op, (q, k, v, seqlens, None, None, None, None, None, None, 0, 0))
+    torch.library.opcheck(op, (q, k, v, seqlens, None, 0.3, 4, 5.0, torch.randn(4), slots, 2, 0))
+    torch.library.opcheck(op, (q, pages_k, pages_v, seqlens, table, None, None, None, None, None, 0, 0))
 
 
 def test_compile():
@@ -274,6 +315,8 @@ INT = torch.int32
         (dict(softcap=0.0), "softcap must be finite and positive, got 0"),
         (dict(window=-2), "window must be at least 0, got -2"),
         (dict(num_splits=-1), "num_splits must be at least 0, got -1"),
+        (dict(_kernel=3), r"kernel must be in \[0, 2\], got 3"),
+        (dict(_kernel=-1), r"kernel must be in \[0, 2\], got -1"),
         (dict(q=Z(2, 1, 4, 8, requires_grad=True)), "inputs must not require a gradient"),
     ],
 )
