@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
     load_tile(smem.v, v, key_tile);
     const int first_key = key_tile * Shape::kKeys;
     const int end_key = first_key + Shape::kKeys;
-    const bool masked = end_key > tile.seqlen_k || visible.hides(tile.first, last_query, first_key, end_key - 1);
+    const bool masked = end_key > tile.seqlen_k || visible.hides(tile.first, tile.first + Shape::kQueries - 1, first_key, end_key - 1);
     Scores<Shape> scores;
     multiply_rows<typename Shape::Queries, typename Shape::Keys>(q_address, k_address, scores);
     Weights<Shape> weights;
