@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Compiles every .cu for sm_80 and sm_90a and compares what the assembler says of each kernel with .ci/kernels.txt.
 
-Fails on register spills, on any warning, and on a difference to the table, which `--update` writes: registers decide
-how many blocks a multiprocessor holds, so a change of theirs should be seen. Without nvcc, or with another release of
-it (then the table is only printed), it says so and passes.
+Fails on register spills, on any warning, on a source that takes longer than 90 s, and on a difference to the table,
+which `--update` writes: registers decide how many blocks a multiprocessor holds, so a change of theirs should be seen.
+Without nvcc, or with another release of it (then the table is only printed), it says so and passes.
 """
 
 import difflib
@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,10 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90a")
 HEAD = ("file", "architecture", "kernel", "registers", "stack", "spills")
 TABLE = Path(__file__).with_suffix(".txt")
+MOST_SECONDS = 90
 
 
 def compile_kernel(nvcc, flags, source, architecture, folder):
-    """(rows of the table, warnings) of one translation unit."""
+    """(rows of the table, warnings, seconds) of one translation unit."""
+    start = time.perf_counter()
     output = Path(folder, f"{source.stem}-{architecture}.o")
     command = [nvcc, *flags, f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
     done = subprocess.run([*command, "-Xptxas=-v", "-c", source, "-o", output], capture_output=True, text=True)
@@ -35,7 +38,8 @@ def compile_kernel(nvcc, flags, source, architecture, folder):
         stack, stores, loads = map(int, re.search(r"(\d+) bytes stack.*?(\d+) bytes.*?(\d+) bytes", block).groups())
         registers = re.search(r"Used (\d+) registers", block)[1]
         rows.append((source.name, f"sm_{architecture}", name, registers, stack, stores + loads))
-    return rows, [line for line in log.splitlines() if re.search(r"\bwarning\b", line, re.IGNORECASE)]
+    warnings = [line for line in log.splitlines() if re.search(r"\bwarning\b", line, re.IGNORECASE)]
+    return rows, warnings, time.perf_counter() - start
 
 
 def demangle(names):
@@ -70,8 +74,11 @@ def main():
     pairs = [(ROOT / source, architecture) for source in kernels for architecture in ARCHITECTURES]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(int(setup.jobs())) as pool:
         results = list(pool.map(lambda pair: compile_kernel(nvcc, setup.NVCC_FLAGS, *pair, folder), pairs))
-    rows = [row for rows, _ in results for row in rows]
-    warnings = [warning for _, warnings in results for warning in warnings]
+    rows = [row for rows, _, _ in results for row in rows]
+    warnings = [warning for _, warnings, _ in results for warning in warnings]
+    slowest, pair = max((seconds, pair) for (_, _, seconds), pair in zip(results, pairs))
+    if slowest > MOST_SECONDS:
+        warnings.append(f"kernels: {pair[0].name} must compile in {MOST_SECONDS} s, took {slowest:.0f} s")
     names = demangle([row[2] for row in rows])
     rows = sorted((*row[:2], name, *row[3:]) for row, name in zip(rows, names))
     lines = [release_of(nvcc), *columns([HEAD, *rows])]
@@ -88,6 +95,7 @@ def main():
     for problem in (*warnings, *(f"kernels: {kernel} must not spill registers" for kernel in spilled), *changed):
         print(problem)
     print(f"kernels: {len(rows)} compiled in {len(pairs)} units, {len(spilled)} spill, {len(warnings)} warnings")
+    print(f"kernels: the slowest unit is {pair[0].name} for sm_{pair[1]}, {slowest:.0f} s")
     if changed:
         print("kernels: the table changed: `.ci/kernels.py --update` accepts it")
     return 1 if spilled or warnings or changed else 0

@@ -1,12 +1,17 @@
 """attention and attention_decode against torch's scaled_dot_product_attention: plain, packed, windowed, cached;
-on a GPU against its back ends by name."""
+on a GPU against its back ends by name, and FlexAttention. Decode cases read the cache and little else: their share of
+the peak is one of bandwidth."""
+
+import dataclasses
+import functools
 
 import functools
 
 import pytest
 import torch
-from harness import Case, accurate, with_gradients
+from harness import Case, accurate, compiled, leaves, with_gradients
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from arfast.ops import attention, attention_decode, attention_decode_reference, attention_reference
@@ -91,11 +96,12 @@ def masked_cases(seqlen=2048, window=128, document=256):
 
 
 def by_head(function):
-    """The reference of one head at a time: the scores of all would not fit."""
+    """The reference, or it with its gradients, one head at a time: the scores of all would not fit."""
 
-    def run(q, k, v):
-        heads = range(q.shape[2])
-        return torch.cat([function(q[:, :, h : h + 1], k[:, :, h : h + 1], v[:, :, h : h + 1]) for h in heads], 2)
+    def run(*tensors):
+        with torch.device(tensors[0].device):  # where the reference makes its mask
+            heads = [[x[:, :, head : head + 1] for x in tensors] for head in range(tensors[0].shape[2])]
+            return tuple(torch.cat(parts, 2) for parts in zip(*(leaves(function(*head)) for head in heads)))
 
     return run
 
@@ -108,32 +114,70 @@ def backend(name):
     return run
 
 
-def gpu_case(seqlen, head_dim, tokens=16384, hidden_size=2048):
-    """16 Ki tokens as sequences of one length, FlashAttention-3's setting (arXiv 2407.08608, section 4.1)."""
+@functools.cache
+def causal_blocks(seqlen, device):
+    return create_block_mask(lambda batch, head, query, key: query >= key, None, None, seqlen, seqlen, device=device)
+
+
+def flex(function):
+    """FlexAttention, compiled, with the tiles above the diagonal left out."""
+
+    def run(q, k, v):
+        heads = [x.transpose(1, 2) for x in (q, k, v)]
+        return function(*heads, block_mask=causal_blocks(q.shape[1], q.device)).transpose(1, 2)
+
+    return run
+
+
+def gpu_cases(seqlen, head_dim, tokens=16384, hidden_size=2048):
+    """16 Ki tokens as sequences of one length, FlashAttention-3's setting (arXiv 2407.08608, section 4.1), forward
+    alone and with the backward pass.
+
+    All add up dq in whatever order their blocks end. Gates are against torch's flash kernel, at 8192 tokens, and of our
+    fixed order against any.
+    """
     heads = hidden_size // head_dim
 
-    def make_inputs(device):
+    def make_inputs(device, gradients):
         shape = (tokens // seqlen, seqlen, heads, head_dim)
-        return tuple(torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3))
+        *arguments, dout = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(4))
+        return (*(x.requires_grad_() for x in arguments), dout) if gradients else tuple(arguments)
 
-    return Case(
-        name=f"forward-causal-B{tokens // seqlen}-T{seqlen}-H{heads}-D{head_dim}-bfloat16",
-        make_inputs=make_inputs,
-        ours=attention,
-        peers={"torch flash": backend(SDPBackend.FLASH_ATTENTION)},
-        gpu_peers={
-            "torch cuDNN": backend(SDPBackend.CUDNN_ATTENTION),
-            "torch efficient": backend(SDPBackend.EFFICIENT_ATTENTION),
-        },
-        check=accurate(by_head(attention_reference)),
-        flops=2 * tokens * seqlen * hidden_size,
-        devices=("cuda",),
-    )
+    def case(name, gradients):
+        wrap = with_gradients if gradients else lambda function: function
+        return Case(
+            name=f"{name}-causal-B{tokens // seqlen}-T{seqlen}-H{heads}-D{head_dim}-bfloat16",
+            make_inputs=lambda device: make_inputs(device, gradients),
+            ours=wrap(attention),
+            peers={"torch flash": wrap(backend(SDPBackend.FLASH_ATTENTION))},
+            gpu_peers={
+                "torch cuDNN": wrap(backend(SDPBackend.CUDNN_ATTENTION)),
+                "torch efficient": wrap(backend(SDPBackend.EFFICIENT_ATTENTION)),
+                "torch flex": wrap(flex(compiled(flex_attention))) if seqlen == 8192 else None,
+            },
+            check=accurate(by_head(wrap(attention_reference))),
+            flops=2 * tokens * seqlen * hidden_size * (7 if gradients else 2) // 2,
+            gates={"torch flash": 0.95 if head_dim == 128 else 0.9} if seqlen == 8192 else {},
+            devices=("cuda",),
+        )
+
+    if (seqlen, head_dim) == (8192, 128):
+        fixed_order = with_gradients(functools.partial(attention, deterministic=True))
+        any_order = case("forward-backward", True)
+        yield dataclasses.replace(
+            any_order,
+            name=any_order.name.replace("causal", "deterministic"),
+            ours=fixed_order,
+            peers={"any order": any_order.ours},
+            gpu_peers={"torch flash": any_order.peers["torch flash"]},
+            gates={"any order": 0.8},
+        )
+    yield case("forward", False)
+    if seqlen <= 8192:  # the scores of the reference, in float64 and with their gradients, fill the memory beyond
+        yield case("forward-backward", True)
 
 
-def gpu_cases():
-    for seqlen, head_dim in ((512, 128), (2048, 128), (8192, 128), (16384, 128), (8192, 64), (8192, 256)):
-        yield gpu_case(seqlen, head_dim)
+GPU_SIZES = ((512, 128), (2048, 128), (8192, 128), (16384, 128), (8192, 64), (8192, 256))
 
 
 def decode_case(batch, seqlen, heads, head_dim, dtype, devices=("cpu",)):
@@ -170,6 +214,9 @@ def decode_cases():
         yield decode_case(batch, seqlen, heads, 128, torch.bfloat16, devices=("cuda",))
 
 
-@pytest.mark.parametrize("case", [*plain_cases(), *masked_cases(), *decode_cases(), *gpu_cases()], ids=str)
+CASES = [*plain_cases(), *masked_cases(), *decode_cases(), *(case for size in GPU_SIZES for case in gpu_cases(*size))]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def bench_attention(compare, case):
     compare(case)

@@ -21,6 +21,7 @@ from harness import compare as compare_case
 # Freed memory stays in the heap, and the heap asks for huge pages: a fresh 4 KiB page costs about 0.7 us.
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=34359738368"
 RESULTS = pytest.StashKey()
+FOLDER = Path(__file__).resolve().parent / "results"
 
 
 def pytest_addoption(parser):
@@ -86,7 +87,10 @@ def compare(device, benchmark, request):
         if result is None:
             return
         op = request.node.originalname.removeprefix("bench_")
-        request.config.stash[RESULTS].append(dataclasses.replace(result, name=f"{op} {case.name}"))
+        results = request.config.stash[RESULTS]
+        results.append(dataclasses.replace(result, name=f"{op} {case.name}"))
+        if request.config.option.save_table:  # a run that is cut short keeps what it measured
+            report.save(results, FOLDER)
         if request.config.option.gates:
             if result.noisy:
                 pytest.skip("the machine was too busy to decide the gates")
@@ -102,5 +106,5 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("ours against peers")
     terminalreporter.write_line(report.table(results))
     if config.option.save_table:
-        for path in report.save(results, Path(__file__).resolve().parent / "results"):
+        for path in report.save(results, FOLDER):
             terminalreporter.write_line(f"wrote {path}")

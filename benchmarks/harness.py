@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accuracy import assert_accurate
-from peaks import share_of_peak
+from peaks import nominal_matmul_rate, share_of_peak
 
 BLOCK_SECONDS = 0.06
 ROUNDS = 9
@@ -40,8 +40,11 @@ class Case:
         check: check(outputs, *inputs) raises AssertionError when `ours` is wrong; see `accurate`.
         bytes: the fewest bytes to move: every input read once, every output written once.
         flops: floating-point operations of the matrix products.
-        gates: peer -> the smallest ratio that `--gates` accepts.
+        gates: peer -> the smallest ratio that `--gates` accepts; of a peer that is absent it does not count.
         devices: where the case makes sense.
+        dtype: what the matrix products multiply; None: the dtype of the first floating input.
+        tokens: how many a call processes, for a rate in the table.
+        graph: False when a call waits for the host, and so cannot be replayed as a CUDA graph.
 
     Raises:
         ValueError: no peer, or a gate for one that does not exist.
@@ -57,6 +60,9 @@ class Case:
     gpu_peers: Mapping[str, Callable | None] = field(default_factory=dict)
     gates: Mapping[str, float] = field(default_factory=dict)
     devices: Sequence[str] = ("cpu", "cuda")
+    dtype: torch.dtype | None = None
+    tokens: int = 0
+    graph: bool = True
 
     def __post_init__(self):
         known = [*self.peers, *self.gpu_peers]
@@ -80,7 +86,10 @@ class Result:
     gates: dict[str, float]
     bytes: int
     flops: int
-    peak: float | None  # share of the measured copy bandwidth or matrix-product rate, whichever is larger
+    tokens: int
+    peak: float | None  # share of the measured bandwidth of a copy or rate of matrix products, whichever is larger
+    peak_of: str  # "copy" or "product"
+    nominal: float | None  # share of the rate of matrix products that the device's maker names
     quiet_rounds: int
     rounds: int
 
@@ -165,6 +174,8 @@ def compare(benchmark, case: Case, device: str) -> Result | None:
     data[:] = [mine[i] for i in used]
     seconds = statistics.median(data)
     quartiles = statistics.quantiles(data, n=4)
+    peak, peak_of = share_of_peak(case.bytes, case.flops, seconds, device, inputs.dtype) or (None, "")
+    nominal_rate = nominal_matmul_rate(device, inputs.dtype)
     return Result(
         name=case.name,
         device=device,
@@ -175,7 +186,10 @@ def compare(benchmark, case: Case, device: str) -> Result | None:
         gates={name: gate for name, gate in case.gates.items() if name in names},
         bytes=case.bytes,
         flops=case.flops,
-        peak=share_of_peak(case.bytes, case.flops, seconds, device, inputs.dtype),
+        tokens=case.tokens,
+        peak=peak,
+        peak_of=peak_of,
+        nominal=case.flops / seconds / nominal_rate if case.flops and nominal_rate else None,
         quiet_rounds=len(quiet),
         rounds=rounds,
     )
@@ -189,7 +203,8 @@ class Inputs:
         # On a GPU, calls take turns with sets that do not fit its cache together.
         copies = min(16, GPU_CACHE_BYTES // max(case.bytes, 1) + 1) if device == "cuda" and not fresh else 1
         self.sets = [case.make_inputs(device) for _ in range(copies)]
-        self.dtype = next((t.dtype for t in leaves(self.sets) if t.is_floating_point()), torch.float32)
+        floating = (t.dtype for t in leaves(self.sets) if t.is_floating_point())
+        self.dtype = case.dtype or next(floating, torch.float32)
 
     def prepare(self) -> None:
         """What comes before the clock starts."""
@@ -208,7 +223,7 @@ class Block:
         call = min(self.time() for _ in range(2))
         if not inputs.fresh:
             self.repeats = max(1, round(BLOCK_SECONDS / call))
-        if inputs.device == "cuda" and not inputs.fresh:
+        if inputs.device == "cuda" and not inputs.fresh and inputs.case.graph:
             self.repeats = min(self.repeats, MAX_GRAPH_CALLS)
             self.graph = captured(self.calls)
             call = min(self.time() for _ in range(2))
@@ -241,6 +256,7 @@ def captured(calls: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
     """A CUDA graph of the calls, or None with a warning where they cannot be captured: if they synchronise, say."""
     try:
         torch.cuda.synchronize()
+        _refuse_waits(calls)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             calls()
@@ -250,6 +266,16 @@ def captured(calls: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
     except RuntimeError as error:
         warnings.warn(f"timed call by call, not as a CUDA graph: {error}", stacklevel=2)
         return None
+
+
+def _refuse_waits(calls: Callable[[], None]) -> None:
+    """RuntimeError if the calls wait for the host. A capture that fails of it leaves torch's random state and allocator
+    as if it went on, and nothing after it could be measured."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        calls()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class ForeignLoad:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from harness import Result
 
-HEAD = ("case", "device", "ours", "spread", "against", "ratio", "gate", "GB/s", "GFLOP/s", "of peak", "rounds")
+HEAD = tuple("case,device,ours,spread,against,ratio,gate,GB/s,GFLOP/s,tokens/s,of peak,of nominal,rounds".split(","))
 
 
 def machine() -> dict[str, str]:
@@ -58,14 +58,16 @@ def _rows(result: Result):
     common = (
         _per_second(result.bytes, seconds),
         _per_second(result.flops, seconds),
-        f"{result.peak:.0%}" if result.peak else "",
+        f"{result.tokens / seconds:.4g}" if result.tokens else "",
+        f"{result.peak:.0%} {result.peak_of}" if result.peak else "",
+        f"{result.nominal:.0%}" if result.nominal else "",
         f"{result.quiet_rounds}/{result.rounds}" + (" noisy" if result.noisy else ""),
     )
     for index, (peer, ratio) in enumerate(result.ratios.items()):
         gate = result.gates.get(peer)
         verdict = "" if gate is None else f"{gate:.2f}" + ("" if ratio >= gate else " missed")
         head = (result.name, result.device, _time(seconds), f"{result.spread:.0%}") if index == 0 else ("",) * 4
-        tail = common if index == 0 else ("",) * 4
+        tail = common if index == 0 else ("",) * len(common)
         yield *head, f"{peer} {_time(result.peers[peer])}", f"{ratio:.2f}x", verdict, *tail
 
 

@@ -1,5 +1,6 @@
 """One decode step of a model: a token per sequence in, the logits that follow out; on a GPU as one CUDA graph."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ class DecodeStep:
     A step of a small batch is hundreds of kernels of a few microseconds, and the host cannot launch them that fast. On
     a GPU the first call runs like any forward pass, the second is captured as a CUDA graph, and from then on a call
     replays it. What a replay would not do as the code says is not captured: models other than CausalLM, hooks,
-    autocast (its casts of the weights end with it). On the CPU every call is a forward pass.
+    autocast (its casts of the weights end with it). A capture that fails warns, and every call is a forward pass then,
+    as it is on the CPU.
 
     The graph reads the memory that it was captured with: changes in place of parameters and cache (an optimizer's step,
     `set_lengths`, `reset`, another prompt) are seen, parameters moved elsewhere are not.
@@ -47,7 +49,7 @@ class DecodeStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None  # the graph's
         self._memory: list[Tensor] = []  # what the graph reads and writes lives as long as the graph
-        self._warm = False
+        self._warm = self._refused = False
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -57,10 +59,9 @@ class DecodeStep:
             raise ValueError(f"DecodeStep: tokens must be {expected}, got {list(tokens.shape)}")
         self.tokens.copy_(tokens)
         if self.graph is None:
-            if not self._warm or not self._can_capture():
+            if not self._warm or not self._can_capture() or not self._capture():
                 self._warm = True
                 return decode_one_token(self.model, self.tokens, self.cache)
-            self._capture()
         else:
             if self.cache.k is not self._memory[0]:
                 raise ValueError("DecodeStep: cache must keep its memory, got another one (select with another number)")
@@ -69,17 +70,25 @@ class DecodeStep:
         return self._logits
 
     def _can_capture(self) -> bool:
-        if not (self.cache.k.is_cuda and isinstance(self.model, CausalLM)) or torch.is_autocast_enabled("cuda"):
+        if self._refused or not (self.cache.k.is_cuda and isinstance(self.model, CausalLM)):
+            return False
+        if torch.is_autocast_enabled("cuda"):
             return False
         return not any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
 
-    def _capture(self) -> None:
+    def _capture(self) -> bool:
         """Records a forward pass, which counts its tokens on the host but does nothing on the GPU."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on with their work
-            self._logits = decode_one_token(self.model, self.tokens, self.cache)
-        cache = self.cache
+        graph, cache = torch.cuda.CUDAGraph(), self.cache
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on with their work
+                self._logits = decode_one_token(self.model, self.tokens, cache)
+        except RuntimeError as error:
+            warnings.warn(f"DecodeStep: decoding goes on without a CUDA graph: {error}", stacklevel=3)
+            cache.set_lengths(cache.lengths)  # the host may have counted tokens that the GPU has not seen
+            self._refused = True
+            return False
         # Detached: the memory of today, also if a parameter moves or the rotary tables grow.
         state = [*self.model.parameters(), *self.model.buffers(), cache.v, cache.lengths, cache.seqlens]
         self._memory = [cache.k, *(tensor.detach() for tensor in state)]
         self.graph = graph
+        return True

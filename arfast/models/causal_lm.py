@@ -98,7 +98,7 @@ class CausalLM(nn.Module):
         *,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
-        num_items: float | None = None,
+        num_items: float | Tensor | None = None,
         reduction: str = "mean",
         logits_to_keep: int | Tensor = 0,
     ) -> CausalLMOutput:
@@ -114,7 +114,8 @@ class CausalLM(nn.Module):
             cache: keys and values of earlier tokens; those of input_ids are appended. Needs torch.no_grad().
             label_smoothing, z_loss: see `arfast.ops.cross_entropy`.
             num_items: divisor of the summed loss: the number of targets in the whole optimizer step, which makes
-                gradient accumulation exact. None: the number of targets in this batch (NaN when there are none).
+                gradient accumulation exact. None: the number of targets in this batch (NaN when there are none). A
+                scalar tensor is never read by the host, so that a CUDA graph can be given another value.
             reduction: "mean", "sum" or "none".
             logits_to_keep: 0: logits of all positions; k: of the last k of each row; integers [M]: of these indices
                 into the B * T flattened positions, as logits [1, M, V].
@@ -123,6 +124,8 @@ class CausalLM(nn.Module):
             ValueError, TypeError, IndexError: `CausalLM: <argument> must <rule>, got <actual>`.
         """
         self._check(input_ids, labels, cu_seqlens, position_ids, cache, logits_to_keep)
+        if isinstance(num_items, Tensor) and num_items.dim() > 0:
+            raise ValueError(f"CausalLM: num_items must be a number or a scalar, got shape {tuple(num_items.shape)}")
         with_aux_loss = labels is not None and self.config.num_experts > 0
         hidden, aux_losses = self.model(input_ids, cu_seqlens, position_ids, cache, with_aux_loss)
         if cache is not None:
@@ -130,6 +133,9 @@ class CausalLM(nn.Module):
         if labels is None:
             return CausalLMOutput(logits=self._logits(hidden, input_ids.shape, logits_to_keep))
         targets = shift_labels(labels, cu_seqlens)
+        # A number becomes part of a compiled or captured graph, which then serves it alone: dividing by it does not.
+        divides = isinstance(num_items, Tensor) or (num_items is not None and torch.compiler.is_compiling())
+        divides = divides and reduction == "mean"
         loss = ops.linear_cross_entropy(
             hidden,
             self.head_weight,
@@ -137,9 +143,11 @@ class CausalLM(nn.Module):
             ignore_index=IGNORE_INDEX,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
-            reduction=reduction,
-            num_items=None if num_items is None else float(num_items),
+            reduction="sum" if divides else reduction,
+            num_items=None if divides or num_items is None else float(num_items),
         )
+        if divides:
+            loss = loss / num_items
         if reduction == "none":
             loss = loss.view(labels.shape)
         aux_loss = sum(aux_losses) / len(aux_losses) if aux_losses else None
@@ -230,7 +238,7 @@ def shift_labels(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     rows = labels if cu_seqlens is None else labels.reshape(1, -1)
     targets = F.pad(rows[:, 1:], (0, 1), value=IGNORE_INDEX)
     if cu_seqlens is not None:
-        targets[0, cu_seqlens[1:].long() - 1] = IGNORE_INDEX
+        targets[0].index_fill_(0, cu_seqlens[1:].long() - 1, IGNORE_INDEX)
     return targets.view(labels.shape)
 
 

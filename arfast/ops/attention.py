@@ -56,8 +56,9 @@ def attention(
             may be empty. Rows past the last one belong to none: they see nothing and nobody sees them.
         max_seqlen_q, max_seqlen_k: bounds on the documents' lengths, for GPUs; checked on the CPU.
         return_lse: return (out, lse).
-        deterministic: None follows torch.use_deterministic_algorithms. Today the result has the same bits in every run
-            in any case, on the CPU for every number of threads.
+        deterministic: whether the gradients have the same bits in every run; None follows
+            torch.use_deterministic_algorithms. A GPU then adds up those of q and sink in a fixed order, which takes
+            longer. All else, and everything on the CPU, is deterministic anyway, there for every number of threads.
 
     Returns:
         out, like q and dense. With return_lse also lse in float32 (float64), natural logarithm, the sink included:
@@ -82,11 +83,14 @@ def attention(
     plain = window is None and softcap is None and sink is None and cu_seqlens_q is None and cu_seqlens_k is None
     if plain and not return_lse and _prefers_torch(q, k, v, causal, softmax_scale):
         return _torch_attention(q, k, v, causal, softmax_scale)
-    options = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window, softcap)
+    options = (max_seqlen_q, max_seqlen_k, softmax_scale, causal, window, softcap)
     if needs_grad(q, k, v, sink):
-        out, lse = _Attention.apply(q, k, v, sink, return_lse, *options)
+        # torch.compile takes no tensor twice: self-attention hands over its documents once.
+        same = cu_seqlens_k is cu_seqlens_q
+        cu_seqlens = (cu_seqlens_q, None if same else cu_seqlens_k)
+        out, lse = _Attention.apply(q, k, v, sink, *cu_seqlens, same, return_lse, deterministic, *options)
     else:
-        out, lse = _ops.attention_forward(q, k, v, sink, *options)
+        out, lse = _ops.attention_forward(q, k, v, sink, cu_seqlens_q, cu_seqlens_k, *options)
     return (out, lse) if return_lse else out
 
 
@@ -122,10 +126,11 @@ def attention_reference(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sink, return_lse, *options):
-        out, lse = _ops.attention_forward(q, k, v, sink, *options)
-        ctx.save_for_backward(q, k, v, out, lse, sink, options[0], options[1])
-        ctx.options = options[2:]
+    def forward(ctx, q, k, v, sink, cu_seqlens_q, cu_seqlens_k, same_cu_seqlens, return_lse, deterministic, *options):
+        cu_seqlens = (cu_seqlens_q, cu_seqlens_q if same_cu_seqlens else cu_seqlens_k)
+        out, lse = _ops.attention_forward(q, k, v, sink, *cu_seqlens, *options)
+        ctx.save_for_backward(q, k, v, out, lse, sink, *cu_seqlens)
+        ctx.options, ctx.deterministic = options, deterministic
         ctx.set_materialize_grads(False)
         if not return_lse:
             ctx.mark_non_differentiable(lse)
@@ -137,10 +142,13 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, sink, *cu_seqlens = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
+        deterministic = ctx.deterministic
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
         dq, dk, dv, dsink = _ops.attention_backward(
-            dout, dlse, q, k, v, out, lse, sink, *cu_seqlens, *ctx.options, torch.are_deterministic_algorithms_enabled()
+            dout, dlse, q, k, v, out, lse, sink, *cu_seqlens, *ctx.options, deterministic
         )
-        return dq, dk, dv, dsink if sink is not None else None, *[None] * 9
+        return dq, dk, dv, dsink if sink is not None else None, *[None] * 11
 
 
 def _prefers_torch(q, k, v, causal, softmax_scale):

@@ -52,6 +52,7 @@ class TrainConfig:
 
     dtype: str = "float32"  # of activations and gradients; the weights that the optimizer sees are always float32
     on_nonfinite: str = "stop"  # a NaN or Inf in loss or gradients: stop, or skip the step (three in a row stop)
+    cuda_graph: bool = False  # launch forward and backward as a whole; their memory stays taken
     keep_freed_memory: bool = True  # process-wide: see arfast.train.memory
 
     # Periods in optimizer steps; 0: only at the end of the run.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
+from .graph import GraphedBackward, with_empty_documents
 from .inputs import model_inputs
 from .optimizer import WorkingCopy, build_optimizer, gradient_norm, scale_gradients
 from .schedule import warmup_cosine
@@ -60,6 +61,9 @@ class Engine:
     Args:
         model: float32 parameters, the ones that are optimized. With dtype="bfloat16" forward and backward run in a
             `WorkingCopy` of it.
+
+    Raises:
+        ValueError: the settings ask for CUDA graphs, and the model is not on a GPU.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -69,6 +73,11 @@ class Engine:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(model, config)
         self._working_copy = None if config.dtype == "float32" else WorkingCopy(model, getattr(torch, config.dtype))
+        self._graphed_backward = None
+        if config.cuda_graph:
+            if self.device.type != "cuda":
+                raise ValueError(f"Trainer: cuda_graph must be False for a model on {self.device.type}, got True")
+            self._graphed_backward = GraphedBackward(self._backward, self.compute_model, self.parameters)
 
     @property
     def compute_model(self) -> nn.Module:
@@ -124,23 +133,28 @@ class Engine:
     def _accumulate_gradients(self, batches: Sequence[Any]) -> list[Tensor]:
         """Backward over all micro-batches; the loss of the step and, with experts, their auxiliary loss."""
         num_items = max(1, sum(batch.num_tokens for batch in batches))
-        model, totals = self.compute_model, []
-        model.train()
-        for batch in batches:
-            output = model(
-                **model_inputs(batch, self.device),
-                label_smoothing=self.config.label_smoothing,
-                z_loss=self.config.z_loss,
-                num_items=num_items,
-            )
-            losses = [output.loss]
-            if output.aux_loss is not None:
-                # A mean over this micro-batch, which weighs as much as it has targets.
-                losses.append(output.aux_loss * (batch.num_tokens / num_items))
-            sum(losses).backward()
-            losses = [loss.detach().float() for loss in losses]
-            totals = [total + loss for total, loss in zip(totals, losses)] if totals else losses
-        return totals
+        self.compute_model.train()
+        if self._graphed_backward is not None:
+            losses = self._graphed_backward([_graph_arguments(batch, num_items) for batch in batches])
+        else:
+            losses = [
+                self._backward(
+                    **model_inputs(batch, self.device), num_items=num_items, share=batch.num_tokens / num_items
+                )
+                for batch in batches
+            ]
+        return [sum(parts) for parts in zip(*losses)]
+
+    def _backward(self, *, num_items: int | Tensor, share: float | Tensor, **inputs: Tensor | None) -> list[Tensor]:
+        """Backward over a micro-batch that has ``share`` of the ``num_items`` targets; its part of the losses."""
+        options = dict(label_smoothing=self.config.label_smoothing, z_loss=self.config.z_loss)
+        output = self.compute_model(**inputs, **options, num_items=num_items)
+        losses = [output.loss]
+        if output.aux_loss is not None:
+            # A mean over this micro-batch, which weighs as much as it has targets.
+            losses.append(output.aux_loss * share)
+        sum(losses).backward()
+        return [loss.detach().float() for loss in losses]
 
     def _update(self, grad_norm: float, lr: float) -> None:
         limit = self.config.max_grad_norm
@@ -162,3 +176,10 @@ class Engine:
             raise NonFiniteError(
                 f"Trainer: {bad[0][0]} must be finite in one of {_MAX_CONSECUTIVE_SKIPS} steps in a row, {got}"
             )
+
+
+def _graph_arguments(batch: Any, num_items: int) -> dict[str, Tensor | None]:
+    """The arguments of `Engine._backward` as tensors, in one of few shapes."""
+    documents = None if batch.cu_seqlens is None else with_empty_documents(batch.cu_seqlens)
+    numbers = {"num_items": torch.tensor(float(num_items)), "share": torch.tensor(batch.num_tokens / num_items)}
+    return {"input_ids": batch.input_ids, "labels": batch.labels, "cu_seqlens": documents, **numbers}

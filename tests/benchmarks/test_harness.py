@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import harness
+import peaks
 import pytest
 import report
 import torch
@@ -196,3 +197,44 @@ def test_saved_table(tmp_path):
     assert "| double " in markdown.read_text() and "* commit: " in markdown.read_text()
     saved = json.loads(data.read_text())
     assert saved["results"][0]["ratios"] == result.ratios and saved["machine"]["allocator"]
+
+
+def test_what_waits_for_the_host_is_not_captured(monkeypatch):
+    """A capture that fails spoils torch's state: the calls are tried before, where waiting is an error."""
+    modes = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "graph", None)
+    with pytest.warns(UserWarning, match="timed call by call, not as a CUDA graph: no kernel image"):
+        assert harness.captured(lambda: fail(None)) is None
+    assert modes == ["error", "default"]
+
+
+def test_a_case_that_waits_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(harness, "captured", fail)
+    monkeypatch.setattr(harness, "share_of_peak", lambda *arguments: None)
+    inputs = (torch.randn(4, 5),)
+    result = compare(Benchmark(), case(make_inputs=lambda device: inputs, graph=False), "cuda")
+    assert result.ratios == pytest.approx({"slow": 3.0, "same": 1.0})
+
+
+def test_shares(monkeypatch):
+    """A step of 10 tokens in 2 ms that multiplies at 3/4 of what torch reaches, at half of what the maker promises."""
+    monkeypatch.setattr(peaks, "matmul_rate", lambda device, dtype: {torch.bfloat16: 4e12, torch.float32: 1e12}[dtype])
+    monkeypatch.setattr(harness, "nominal_matmul_rate", lambda device, dtype: 6e12)
+    made = case(bytes=0, flops=6 * 10**9, tokens=10, dtype=torch.bfloat16)
+    result = compare(Benchmark(), made, "cpu")
+    assert (result.peak, result.peak_of, result.nominal) == (pytest.approx(0.75), "product", pytest.approx(0.5))
+    row = report.table([result]).splitlines()[2]
+    assert [cell.strip() for cell in row.split("|")][8:13] == ["", "3e+03", "5000", "75% product", "50%"]
+
+
+def test_nominal_rates(monkeypatch):
+    assert peaks.nominal_matmul_rate("cpu", torch.bfloat16) is None
+    for name, rate in (("NVIDIA H200", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989.4e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert peaks.nominal_matmul_rate("cuda", torch.bfloat16) == rate
+        assert peaks.nominal_matmul_rate("cuda", torch.float32) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
+    assert peaks.nominal_matmul_rate("cuda", torch.bfloat16) is None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
 from host_waits import no_host_waits, pretended_gpu
-from recorded_graphs import recorded_graphs
+from recorded_graphs import capture, recorded_graphs
 
 from arfast.generate import DecodeStep, generate
 from arfast.generate.decode import decode_one_token
@@ -256,6 +256,28 @@ def test_on_the_emulated_gpu(request):
         actual = torch.stack([step(token).clone() for token in tokens])
     assert step.graph is not None
     assert_accurate(actual, exact, baseline)
+
+
+def test_a_capture_that_fails():
+    """A warning, once, and the same logits without a graph."""
+
+    @contextlib.contextmanager
+    def failing_capture(graph, **options):
+        with capture(graph):
+            yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, tokens = make(), tokens_for(4, 2, "cpu")
+    cache = with_prompt(model, 2, 5, 9)
+    expected = eager(model, with_prompt(model, 2, 5, 9), tokens)
+    step = DecodeStep(model, cache)
+    with recorded_graphs(), mock.patch("torch.cuda.graph", failing_capture), pretended_gpu():
+        actual = [step(tokens[0])]
+        with pytest.warns(UserWarning, match="DecodeStep: decoding goes on without a CUDA graph: operation not"):
+            actual.append(step(tokens[1]))
+        actual += [step(column) for column in tokens[2:]]
+    for a, b in zip(actual, expected, strict=True):
+        assert_bitwise_equal(a, b)
 
 
 def test_on_the_cpu_nothing_is_captured():

@@ -42,6 +42,7 @@ WRONG = [
     ("z_loss", -1e-4),
     ("dtype", "float16"),
     ("on_nonfinite", "ignore"),
+    ("cuda_graph", 1),
     ("keep_freed_memory", None),
     ("save_every", -1),
     ("eval_every", -1),
