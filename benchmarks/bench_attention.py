@@ -5,8 +5,6 @@ the peak is one of bandwidth."""
 import dataclasses
 import functools
 
-import functools
-
 import pytest
 import torch
 from harness import Case, accurate, compiled, leaves, with_gradients
