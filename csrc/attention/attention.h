@@ -49,7 +49,7 @@ struct AttentionForwardParams {
 };
 
 // The head dimension that the kernels of a GPU work with, the channels beyond D being zero.
-inline int64_t attention_padded_head_dim(int64_t head_dim) {
+constexpr int64_t attention_padded_head_dim(int64_t head_dim) {
   return head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : head_dim <= 128 ? 128 : 256;
 }
 
