@@ -92,8 +92,8 @@ if has pytest_benchmark; then
   for file in benchmarks/bench_*.py; do
     [[ " ${files[*]} " == *" $file "* ]] || files+=("$file")
   done
-  bars="8192 or 1B or S4096-H32 or S131072 or 16x2048 or 64x2048 or 32x128256 or 2048x4096 or 2048x11008 or 2048x32x128"
-  bars="($bars or B8-S4096 or 2048x512x32000) and not (float32 and (norm or swiglu or rotary or route))"
+  bars="8192 or 1B or (decode and D128) or 16x2048 or 64x2048 or 32x128256 or 2048x4096 or 2048x11008 or 2048x32x128"
+  bars="($bars or 2048x512x32000) and not (float32 and (norm or swiglu or rotary or route))"
   TORCHINDUCTOR_COMPILE_THREADS=8 step benchmarks $((end - last_steps - SECONDS)) "$python" -m pytest "${files[@]}" \
     --benchmark-only --gates --save-table --quiet -m gpu -k "${BENCHMARKS-$bars}"
   cp -r benchmarks/results "$logs" 2>/dev/null

@@ -158,7 +158,9 @@ def test_equal_scores(options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("options", [dict(), dict(causal=False, window=3), dict(softcap=3.0)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(causal=False), dict(causal=False, window=3), dict(softcap=3.0)], ids=str
+)
 def test_extreme_values(options, dtype, device):
     q, k, v = inputs((1, 40, 40, 2, 1, 16), dtype, device)
     upstream = upstream_of(q)[0], None
