@@ -70,22 +70,19 @@ struct Walk {
   const AttentionProblem& problem;
   SequenceTile tile;
   KeyRange visible;
-  TileRange query_tiles;  // the same of each head
   int kv_head, group;     // query heads that share the keys
-  int steps;              // of a head
+  int first_step, steps;  // tiles of queries, the same of each head
   static constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys;
 
   __device__ Walk(const AttentionProblem& problem_, const SequenceTile& tile_, int kv_head_)
-      : problem(problem_),
-        tile(tile_),
-        visible(problem_, tile_),
-        query_tiles(visible.query_tiles(kQueries, tile.first, tile.first + tile.num_rows - 1)),
-        kv_head(kv_head_) {
+      : problem(problem_), tile(tile_), visible(problem_, tile_), kv_head(kv_head_) {
     group = static_cast<int>(problem.num_heads / problem.num_kv_heads);
-    steps = max(query_tiles.end - query_tiles.first, 0);
+    const TileRange range = visible.query_tiles(kQueries, tile.first, tile.first + tile.num_rows - 1);
+    first_step = range.first;
+    steps = max(range.end - range.first, 0);
   }
   __device__ int head(int iteration) const { return kv_head * group + iteration / steps; }
-  __device__ int first_query(int iteration) const { return (query_tiles.first + iteration % steps) * kQueries; }
+  __device__ int first_query(int iteration) const { return (first_step + iteration % steps) * kQueries; }
 
   // Whether a query of the step does not see a row of the tile of keys.
   __device__ bool masked(int first_query) const {
@@ -96,7 +93,7 @@ struct Walk {
   // Of a step's sums: how many blocks, with later keys, add to them before, and where they are counted.
   __device__ uint32_t turn(int first_query) const {
     const int last_query = min(first_query + kQueries, tile.seqlen_q) - 1;
-    return visible.key_tiles(kKeys, first_query, last_query).end - 1 - tile.first / kKeys;
+    return visible.later_key_tiles(kKeys, last_query, tile.first);
   }
   __device__ int64_t turn_index(int head, int first_query) const {
     const int64_t number = first_query / kQueries;

@@ -131,6 +131,10 @@ struct KeyRange {
   __host__ __device__ TileRange key_tiles(int tile, int first_query, int last_query) const {
     return {begin(first_query) / tile, (end(last_query) + tile - 1) / tile};
   }
+  // Of the tiles of keys of which queries up to last_query see any, those after the one that begins with first_key.
+  __host__ __device__ int later_key_tiles(int tile, int last_query, int first_key) const {
+    return (end(last_query) - 1) / tile - first_key / tile;
+  }
   // The tiles of queries of which any sees one of the keys first_key to last_key.
   __host__ __device__ TileRange query_tiles(int tile, int first_key, int last_key) const {
     const int end_query = min(last_key - first + 1, seqlen_q);

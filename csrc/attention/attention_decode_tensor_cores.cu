@@ -5,15 +5,15 @@
 namespace arfast {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kRows = 16;           // queries of a block
-constexpr int kKeys = kWarps * 16;  // of a step: 16 for each warp
+constexpr int kRows = 16;  // queries of a block
 
 template <typename Element, int kHeadDim_>
 struct TensorCoreShape {
   using T = Element;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;  // 72 KiB of shared memory at most: sm_86 and sm_89 have 99
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kKeys = kWarps * 16;  // of a step: 16 for each warp
   using Queries = MatrixTile<T, kRows, kHeadDim>;
   using Keys = MatrixTile<T, kKeys, kHeadDim>;
 
@@ -28,10 +28,10 @@ struct TensorCoreShape {
 };
 
 template <typename Shape>
-__global__ void __launch_bounds__(kThreads, Shape::kHeadDim <= 128 ? 3 : 2)
+__global__ void __launch_bounds__(Shape::kThreads, 3)
     attention_decode_tensor_core_kernel(AttentionDecodeParams params) {
   using T = typename Shape::T;
-  constexpr int kColumns = Shape::kHeadDim / 8;
+  constexpr int kColumns = Shape::kHeadDim / 8, kThreads = Shape::kThreads, kKeys = Shape::kKeys;
   auto& smem = shared_storage<typename Shape::Smem>();
   ptx::grid_dependency_launch();
   const DecodeBlock block = DecodeBlock::find<kRows>(params, blockIdx.x);
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kHeadDim <= 128 ? 3 : 2)
 
 template <typename Shape>
 const char* launch_shape(const AttentionDecodeParams& params, void* stream) {
-  return launch_ranges<kRows, typename Shape::Smem>(attention_decode_tensor_core_kernel<Shape>, kThreads, params,
+  return launch_ranges<kRows, typename Shape::Smem>(attention_decode_tensor_core_kernel<Shape>, Shape::kThreads, params,
                                                     stream);
 }
 
@@ -121,7 +121,9 @@ const char* launch_decode_tensor_cores(const AttentionDecodeParams& params, void
     if (params.head_dim <= 64) return launch_shape<TensorCoreShape<T, 64>>(params, stream);
     if (params.head_dim <= 96) return launch_shape<TensorCoreShape<T, 96>>(params, stream);
     if (params.head_dim <= 128) return launch_shape<TensorCoreShape<T, 128>>(params, stream);
-    return launch_shape<TensorCoreShape<T, 256>>(params, stream);
+    using Wide = TensorCoreShape<T, 256>;
+    if (sizeof(typename Wide::Smem) > device_shared_bytes()) return launch_decode_plain(params, stream);  // of sm_89
+    return launch_shape<Wide>(params, stream);
   });
 }
 

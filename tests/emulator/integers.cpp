@@ -98,6 +98,7 @@ PYBIND11_MODULE(_integers, module) {
       .def("hides", &KeyRange::hides)
       .def("key_tiles",
            [](const KeyRange& range, int tile, int a, int b) { return pair_of(range.key_tiles(tile, a, b)); })
+      .def("later_key_tiles", &KeyRange::later_key_tiles)
       .def("query_tiles",
            [](const KeyRange& range, int tile, int a, int b) { return pair_of(range.query_tiles(tile, a, b)); });
   module.def("decode_ranges", decode_ranges);

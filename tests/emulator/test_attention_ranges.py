@@ -76,13 +76,13 @@ def test_blocks_of_keys_add_to_a_tile_of_queries_in_turns(integers, query_tile, 
     """The one with the last keys begins, and none waits for a block that does not come."""
     for visible, _, num_queries, num_keys in problems(integers):
         for first, last in tiles(num_queries, query_tile):
-            end = visible.key_tiles(key_tile, first, last)[1]
             visitors = [
-                first_key // key_tile
+                first_key
                 for first_key, last_key in tiles(num_keys, key_tile)
                 if first // query_tile in range(*visible.query_tiles(query_tile, first_key, last_key))
             ]
-            assert [end - 1 - tile for tile in reversed(visitors)] == list(range(len(visitors)))
+            turns = [visible.later_key_tiles(key_tile, last, first_key) for first_key in reversed(visitors)]
+            assert turns == list(range(len(visitors)))
 
 
 @pytest.mark.parametrize("num_splits", [0, 1, 2, 3, 7, 100])

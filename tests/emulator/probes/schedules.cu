@@ -33,10 +33,11 @@ __global__ void find_tile_kernel(AttentionProblem problem, SequenceTile* tiles) 
 template <bool kOverKeys, bool kLastFirst>
 std::vector<SequenceTile> find_tiles(const AttentionProblem& problem, const char** error) {
   const int64_t count = num_tiles<kTile>(problem, kOverKeys ? problem.num_keys : problem.num_queries);
-  Memory<SequenceTile> tiles(count, "tiles");
+  Memory<int> memory(count * sizeof(SequenceTile) / sizeof(int), "tiles");
+  SequenceTile* tiles = reinterpret_cast<SequenceTile*>(memory.get());
   const LaunchShape shape{dim3(static_cast<unsigned>(count)), dim3(32)};
-  *error = count == 0 ? nullptr
-                      : finish(launch(find_tile_kernel<kOverKeys, kLastFirst>, shape, nullptr, problem, tiles.get()));
+  *error =
+      count == 0 ? nullptr : finish(launch(find_tile_kernel<kOverKeys, kLastFirst>, shape, nullptr, problem, tiles));
   std::vector<SequenceTile> found;
   for (int64_t i = 0; i < count && *error == nullptr; ++i) {
     if (tiles[i].num_rows > 0) found.push_back(tiles[i]);
