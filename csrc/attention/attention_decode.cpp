@@ -125,14 +125,14 @@ Tensor attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens
       .beam_slots = static_cast<const int32_t*>(pointer_or_null(beam_slots)),
       .table_stride = block_table ? block_table->size(1) : k_cache.size(1),
       .page_size = k_cache.size(1),
+      .capacity = block_table ? block_table->size(1) * k_cache.size(1) : k_cache.size(1),
+      .cache_batch = k_cache.size(0),
       .num_splits = num_splits,
       .max_splits = 1,
       .kernel = static_cast<DecodeKernel>(kernel),
       .partial = nullptr,
       .out = out.data_ptr(),
   };
-  params.capacity = block_table ? block_table->size(1) * k_cache.size(1) : k_cache.size(1);
-  params.cache_batch = k_cache.size(0);
   if (on_cpu(q)) {
     check_values(params);
   } else {  // whose lengths only it knows
