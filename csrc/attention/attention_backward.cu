@@ -84,7 +84,7 @@ struct Walk {
   // Whether a query of the step does not see a row of the tile of keys.
   __device__ bool masked(int first_query) const {
     const int last_query = min(first_query + kQueries, tile.seqlen_q) - 1;
-    return tile.num_rows < kKeys || visible.hides(first_query, last_query, tile.first, tile.first + kKeys - 1);
+    return visible.hides(first_query, last_query, tile.first, tile.first + kKeys - 1) || tile.num_rows < kKeys;
   }
 
   // Of a step's sums: how many blocks, with later keys, add to them before, and where they are counted.
