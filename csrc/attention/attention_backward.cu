@@ -21,13 +21,16 @@ struct BackwardShape {
   static constexpr int kKeyWarps = kKeys / (16 * kRowTiles), kAcross = kWarps / kKeyWarps;
   static constexpr int kQueryWarps = kQueries / (16 * kQueryTiles), kQueryAcross = kWarps / kQueryWarps;
   static constexpr int kScoreColumns = kQueries / kAcross;  // of a warp, side by side
+  // dq in parts, where all of it needs more registers than there are beside dk and dv.
+  static constexpr int kQueryParts = kHeadDim > 128 ? 2 : 1;
+  static constexpr int kQueryColumns = kHeadDim / kQueryAcross / kQueryParts;
 
   using OfKeys = MatrixTile<T, kKeys, kHeadDim>;
   using OfQueries = MatrixTile<T, kQueries, kHeadDim>;
   using Weights = MatrixTile<T, kKeys, kQueries>;
   using Scores = float[kRowTiles][kScoreColumns / 8][4];
   using KeyGradient = float[kRowTiles][kHeadDim / kAcross / 8][4];
-  using QueryGradient = float[kQueryTiles][kHeadDim / kQueryAcross / 8][4];
+  using QueryGradient = float[kQueryTiles][kQueryColumns / 8][4];
 
   struct Smem {
     OfKeys k, v;
@@ -133,11 +136,10 @@ __device__ void weigh(const Walk<Shape>& walk, const RowTerms* row_terms, int fi
   }
 }
 
-// Adds what a step gives to dq, and to the sums of p dp, to the sums in memory.
+// Adds a step's part of dq, and its sums of p dp, to the sums in memory.
 template <typename Shape>
-__device__ void add_to_queries(const AttentionBackwardWorkspace& sums, const typename Shape::Smem& smem, int64_t row,
-                               int rows, int first_row, int column_block,
-                               const typename Shape::QueryGradient& gradient) {
+__device__ void add_dq(const AttentionBackwardWorkspace& sums, int64_t row, int rows, int first_row, int column_block,
+                       const typename Shape::QueryGradient& gradient) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int i = 0; i < 2 * Shape::kQueryTiles; ++i) {
@@ -145,11 +147,15 @@ __device__ void add_to_queries(const AttentionBackwardWorkspace& sums, const typ
     if (query >= rows) continue;
     float* to = sums.dq_sums + (row + query) * Shape::kHeadDim + 16 * column_block + 2 * (lane % 4);
 #pragma unroll
-    for (int n = 0; n < Shape::kHeadDim / Shape::kQueryAcross / 8; ++n) {
+    for (int n = 0; n < Shape::kQueryColumns / 8; ++n) {
       ptx::add_relaxed(to + 16 * Shape::kQueryAcross * (n / 2) + 8 * (n % 2), gradient[m][n][2 * half],
                        gradient[m][n][2 * half + 1]);
     }
   }
+}
+template <typename Shape>
+__device__ void add_dp_sums(const AttentionBackwardWorkspace& sums, const typename Shape::Smem& smem, int64_t row,
+                            int rows) {
   const int query = threadIdx.x;
   if (sums.dp_sums == nullptr || query >= min(rows, Shape::kQueries)) return;
   float sum = 0;
@@ -163,7 +169,6 @@ template <typename Shape>
 __device__ void write_key_gradient(typename Shape::OfKeys& tile, const typename Shape::KeyGradient& gradient,
                                    float factor, int first_row, int column_block,
                                    const MatrixRows<typename Shape::T>& target, int rows, int head_dim) {
-  __syncthreads();  // nobody reads the tile any more
 #pragma unroll
   for (int m = 0; m < Shape::kRowTiles; ++m) {
 #pragma unroll
@@ -264,14 +269,19 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward_kernel(
         smem.p.a_address(first_row), OfQueries::fragment(smem.dout[stage].transposed_b_address(0), 0, across), dv);
     multiply_add<Weights, false, OfQueries, Shape::kAcross>(
         smem.ds.a_address(first_row), OfQueries::fragment(smem.q[stage].transposed_b_address(0), 0, across), dk);
-    typename Shape::QueryGradient dq = {};
-    multiply_add<Weights, true, OfKeys, Shape::kQueryAcross>(
-        Weights::fragment(smem.ds.transposed_a_address(0), 0, query_row / 16),
-        OfKeys::fragment(smem.k.transposed_b_address(0), 0, query_across), dq);
     uint32_t* counter = in_turns ? sums.turns + 1 + walk.turn_index(head, first) : nullptr;
-    if (in_turns) wait_for_turn(counter, walk.turn(first));
-    add_to_queries<Shape>(sums, smem, tile.statistic_index(problem, head) + first, tile.seqlen_q - first, query_row,
-                          query_across, dq);
+    const int64_t row = tile.statistic_index(problem, head) + first;
+#pragma unroll
+    for (int part = 0; part < Shape::kQueryParts; ++part) {
+      const int block = query_across + part * Shape::kQueryColumns / 16 * Shape::kQueryAcross;
+      typename Shape::QueryGradient dq = {};
+      multiply_add<Weights, true, OfKeys, Shape::kQueryAcross>(
+          Weights::fragment(smem.ds.transposed_a_address(0), 0, query_row / 16),
+          OfKeys::fragment(smem.k.transposed_b_address(0), 0, block), dq);
+      if (in_turns && part == 0) wait_for_turn(counter, walk.turn(first));
+      add_dq<Shape>(sums, row, tile.seqlen_q - first, query_row, block, dq);
+    }
+    add_dp_sums<Shape>(sums, smem, row, tile.seqlen_q - first);
     if (in_turns) end_turn(counter, walk.turn(first));
     if (Shape::kStages == 1 && iteration + 1 < iterations) {
       __syncthreads();  // nobody reads this step any more
@@ -283,7 +293,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward_kernel(
     write_key_gradient<Shape>(own, gradient, factor, first_row, across, tile.keys<T>(view, kv_head).from(tile.first),
                               tile.num_rows, head_dim);
   };
-  write(smem.v, dv, 1.0f, params.dv);
+  write(smem.v, dv, 1.0f, params.dv);  // values are not read after the last step's barrier, and by this one's, no keys
   write(smem.k, dk, static_cast<float>(problem.softmax_scale), params.dk);
 }
 

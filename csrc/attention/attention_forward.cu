@@ -121,8 +121,10 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
     __syncthreads();  // the keys are there, and nobody reads the last values any more
     load_tile(smem.v, v, key_tile);
     const int first_key = key_tile * Shape::kKeys;
-    const bool masked = visible.hides(tile.first, last_query, first_key, first_key + Shape::kKeys - 1) ||
-                        first_key + Shape::kKeys > visible.seqlen_k;
+    // Of all rows of the tile, whether they exist or not: fewer values to keep.
+    const int last_key = first_key + Shape::kKeys - 1;
+    const bool masked = last_key >= visible.seqlen_k ||
+                        visible.hides(tile.first, tile.first + Shape::kQueries - 1, first_key, last_key);
     Scores<Shape> scores;
     multiply_rows<typename Shape::Queries, typename Shape::Keys>(q_address, k_address, scores);
     Weights<Shape> weights;
