@@ -121,9 +121,7 @@ const char* launch_decode_tensor_cores(const AttentionDecodeParams& params, void
     if (params.head_dim <= 64) return launch_shape<TensorCoreShape<T, 64>>(params, stream);
     if (params.head_dim <= 96) return launch_shape<TensorCoreShape<T, 96>>(params, stream);
     if (params.head_dim <= 128) return launch_shape<TensorCoreShape<T, 128>>(params, stream);
-    using Wide = TensorCoreShape<T, 256>;
-    if (sizeof(typename Wide::Smem) > device_shared_bytes()) return launch_decode_plain(params, stream);  // of sm_89
-    return launch_shape<Wide>(params, stream);
+    return launch_shape<TensorCoreShape<T, 256>>(params, stream);
   });
 }
 
