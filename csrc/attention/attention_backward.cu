@@ -101,7 +101,7 @@ struct Walk {
       const int64_t tiles = problem.num_queries / kQueries + problem.batch;
       return head * tiles + tile.q_row / kQueries + tile.sequence + number;
     }
-    const int64_t tiles = (problem.num_queries + kQueries - 1) / kQueries;
+    const int64_t tiles = tiles_of<kQueries>(problem.num_queries);
     return (tile.batch * problem.num_heads + head) * tiles + number;
   }
 };
@@ -199,17 +199,61 @@ __device__ void end_turn(uint32_t* counter, uint32_t turn) {
   }
 }
 
+// Starts to copy the queries of a step, their dout and what belongs to the rows.
+template <typename Shape>
+__device__ void load_step(const Walk<Shape>& walk, const AttentionBackwardParams& params, int iteration,
+                          typename Shape::Smem& smem) {
+  using T = typename Shape::T;
+  constexpr int kThreads = Shape::kThreads;
+  const AttentionProblem& problem = walk.problem;
+  const SequenceTile& tile = walk.tile;
+  const int head = walk.head(iteration), first = walk.first_query(iteration), stage = iteration % Shape::kStages;
+  const int left = tile.seqlen_q - first, head_dim = static_cast<int>(problem.head_dim);
+  smem.q[stage].template load<kThreads>(tile.queries<T>(problem.q, head).from(first), left, head_dim);
+  smem.dout[stage].template load<kThreads>(tile.queries<T>(params.dout, head).from(first), left, head_dim);
+  ptx::cp_async_commit();
+  const auto* rows = reinterpret_cast<const RowTerms*>(params.on_gpu.row_terms);
+  rows += tile.statistic_index(problem, head) + first;
+  for (int i = threadIdx.x; i < Shape::kQueries; i += kThreads) {
+    smem.rows[stage][i] = i < left ? rows[i] : RowTerms{INFINITY, 0};
+  }
+}
+
+// dq += ds k of a step.
+template <typename Shape>
+__device__ void add_query_gradient(const Walk<Shape>& walk, const AttentionBackwardWorkspace& sums, int iteration,
+                                   const typename Shape::Smem& smem) {
+  using OfKeys = typename Shape::OfKeys;
+  using Weights = typename Shape::Weights;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int first_row = warp / Shape::kQueryAcross * 16 * Shape::kQueryTiles, across = warp % Shape::kQueryAcross;
+  const int head = walk.head(iteration), first = walk.first_query(iteration), rows = walk.tile.seqlen_q - first;
+  const int64_t row = walk.tile.statistic_index(walk.problem, head) + first;
+  uint32_t* counter = sums.turns != nullptr ? sums.turns + 1 + walk.turn_index(head, first) : nullptr;
+#pragma unroll
+  for (int part = 0; part < Shape::kQueryParts; ++part) {
+    const int block = across + part * Shape::kQueryColumns / 16 * Shape::kQueryAcross;
+    typename Shape::QueryGradient dq = {};
+    multiply_add<Weights, true, OfKeys, Shape::kQueryAcross>(
+        Weights::fragment(smem.ds.transposed_a_address(0), 0, first_row / 16),
+        OfKeys::fragment(smem.k.transposed_b_address(0), 0, block), dq);
+    if (counter != nullptr && part == 0) wait_for_turn(counter, walk.turn(first));
+    add_dq<Shape>(sums, row, rows, first_row, block, dq);
+  }
+  add_dp_sums<Shape>(sums, smem, row, rows);
+  if (counter != nullptr) end_turn(counter, walk.turn(first));
+}
+
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward_kernel(AttentionBackwardParams params) {
   using T = typename Shape::T;
-  constexpr int kQueries = Shape::kQueries, kThreads = Shape::kThreads;
+  constexpr int kThreads = Shape::kThreads;
   auto& smem = shared_storage<typename Shape::Smem>();
   const AttentionProblem& problem = params.problem;
-  const AttentionBackwardWorkspace& sums = params.on_gpu;
-  const bool in_turns = sums.turns != nullptr;
+  const bool in_turns = params.on_gpu.turns != nullptr;
   int64_t block = blockIdx.x;
   if (in_turns) {  // nothing says in which order a GPU begins blocks
-    if (threadIdx.x == 0) smem.ticket = ptx::add_acquire_release(sums.turns, 1);
+    if (threadIdx.x == 0) smem.ticket = ptx::add_acquire_release(params.on_gpu.turns, 1);
     __syncthreads();
     block = smem.ticket;
   }
@@ -219,18 +263,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward_kernel(
   const Walk<Shape> walk(problem, tile, kv_head);
   const int iterations = walk.steps * walk.group;
 
-  const auto load = [&](int iteration) {
-    const int head = walk.head(iteration), first = walk.first_query(iteration), stage = iteration % Shape::kStages;
-    const int left = tile.seqlen_q - first;
-    smem.q[stage].template load<kThreads>(tile.queries<T>(problem.q, head).from(first), left, head_dim);
-    smem.dout[stage].template load<kThreads>(tile.queries<T>(params.dout, head).from(first), left, head_dim);
-    ptx::cp_async_commit();
-    const RowTerms* rows =
-        reinterpret_cast<const RowTerms*>(sums.row_terms) + tile.statistic_index(problem, head) + first;
-    for (int i = threadIdx.x; i < kQueries; i += kThreads) {
-      smem.rows[stage][i] = i < left ? rows[i] : RowTerms{INFINITY, 0};
-    }
-  };
+  const auto load = [&](int iteration) { load_step(walk, params, iteration, smem); };
   if (iterations > 0) {
     smem.k.template load<kThreads>(tile.keys<T>(problem.k, kv_head).from(tile.first), tile.num_rows, head_dim);
     smem.v.template load<kThreads>(tile.keys<T>(problem.v, kv_head).from(tile.first), tile.num_rows, head_dim);
@@ -240,13 +273,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward_kernel(
   const int key_warp = warp / Shape::kAcross, across = warp % Shape::kAcross,
             first_row = key_warp * 16 * Shape::kRowTiles;
   const int first_column = across * Shape::kScoreColumns;
-  const int query_row = warp / Shape::kQueryAcross * 16 * Shape::kQueryTiles, query_across = warp % Shape::kQueryAcross;
   using OfKeys = typename Shape::OfKeys;
   using OfQueries = typename Shape::OfQueries;
   using Weights = typename Shape::Weights;
   typename Shape::KeyGradient dk = {}, dv = {};
   for (int iteration = 0; iteration < iterations; ++iteration) {
-    const int stage = iteration % Shape::kStages, head = walk.head(iteration), first = walk.first_query(iteration);
+    const int stage = iteration % Shape::kStages, first = walk.first_query(iteration);
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step is there, and nobody reads the one before any more
     if (Shape::kStages > 1 && iteration + 1 < iterations) load(iteration + 1);
@@ -269,20 +301,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward_kernel(
         smem.p.a_address(first_row), OfQueries::fragment(smem.dout[stage].transposed_b_address(0), 0, across), dv);
     multiply_add<Weights, false, OfQueries, Shape::kAcross>(
         smem.ds.a_address(first_row), OfQueries::fragment(smem.q[stage].transposed_b_address(0), 0, across), dk);
-    uint32_t* counter = in_turns ? sums.turns + 1 + walk.turn_index(head, first) : nullptr;
-    const int64_t row = tile.statistic_index(problem, head) + first;
-#pragma unroll
-    for (int part = 0; part < Shape::kQueryParts; ++part) {
-      const int block = query_across + part * Shape::kQueryColumns / 16 * Shape::kQueryAcross;
-      typename Shape::QueryGradient dq = {};
-      multiply_add<Weights, true, OfKeys, Shape::kQueryAcross>(
-          Weights::fragment(smem.ds.transposed_a_address(0), 0, query_row / 16),
-          OfKeys::fragment(smem.k.transposed_b_address(0), 0, block), dq);
-      if (in_turns && part == 0) wait_for_turn(counter, walk.turn(first));
-      add_dq<Shape>(sums, row, tile.seqlen_q - first, query_row, block, dq);
-    }
-    add_dp_sums<Shape>(sums, smem, row, tile.seqlen_q - first);
-    if (in_turns) end_turn(counter, walk.turn(first));
+    add_query_gradient(walk, params.on_gpu, iteration, smem);
     if (Shape::kStages == 1 && iteration + 1 < iterations) {
       __syncthreads();  // nobody reads this step any more
       load(iteration + 1);

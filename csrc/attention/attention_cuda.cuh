@@ -69,7 +69,7 @@ __host__ __device__ inline AttentionView dense_view(const AttentionProblem& prob
 template <int kRows>
 inline int64_t num_tiles(const AttentionProblem& problem, int64_t rows) {
   if (problem.cu_seqlens_q != nullptr) return rows / kRows + problem.batch + 1;
-  return (rows + kRows - 1) / kRows * problem.batch;
+  return tiles_of<kRows>(rows) * problem.batch;
 }
 
 // The index-th tile of a launch over queries (kOverKeys: over keys). In a sequence the tiles with the most work come
@@ -79,7 +79,7 @@ __device__ SequenceTile find_tile(const AttentionProblem& problem, int64_t index
   const int queries = static_cast<int>(problem.num_queries), keys = static_cast<int>(problem.num_keys);
   const int rows = kOverKeys ? keys : queries;
   if (problem.cu_seqlens_q == nullptr) {
-    const int tiles = (rows + kRows - 1) / kRows, number = static_cast<int>(index / problem.batch);
+    const int tiles = tiles_of<kRows>(rows), number = static_cast<int>(index / problem.batch);
     const int first = (last_first ? tiles - 1 - number : number) * kRows;
     const int batch = static_cast<int>(index % problem.batch);
     return {batch, 0, 0, queries, keys, first, min(rows - first, kRows), false, batch};

@@ -62,7 +62,7 @@ struct DecodeBlock {
   template <int kRows>
   __device__ static DecodeBlock find(const AttentionDecodeParams& params, int64_t index) {
     DecodeBlock block{DecodeRows(params)};
-    const int row_tiles = (block.rows.count + kRows - 1) / kRows;
+    const int row_tiles = tiles_of<kRows>(block.rows.count);
     block.split = static_cast<int>(index % params.max_splits);
     index /= params.max_splits;
     block.first_row = static_cast<int>(index % row_tiles) * kRows;
@@ -179,7 +179,7 @@ __device__ void write_rows(const AttentionDecodeParams& params, const DecodeBloc
 template <int kRows>
 int64_t num_decode_blocks(const AttentionDecodeParams& params) {
   const int64_t rows = params.num_queries * params.num_heads / params.num_kv_heads;
-  return params.batch * params.num_kv_heads * ((rows + kRows - 1) / kRows) * params.max_splits;
+  return params.batch * params.num_kv_heads * tiles_of<kRows>(rows) * params.max_splits;
 }
 
 template <int kRows, typename Smem, typename Kernel>

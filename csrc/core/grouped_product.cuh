@@ -39,8 +39,7 @@ struct OutputTile {
   int row, column, rows, columns;
 
   __device__ OutputTile(int64_t num_rows, int64_t num_columns) {
-    const int64_t column_tiles = (num_columns + kProductTile - 1) / kProductTile;
-    const int64_t row_tiles = (num_rows + kProductTile - 1) / kProductTile;
+    const int64_t column_tiles = tiles_of<kProductTile>(num_columns), row_tiles = tiles_of<kProductTile>(num_rows);
     group = blockIdx.x / (column_tiles * row_tiles);
     row = static_cast<int>(blockIdx.x / column_tiles % row_tiles) * kProductTile;
     column = static_cast<int>(blockIdx.x % column_tiles) * kProductTile;
@@ -64,7 +63,7 @@ __device__ void multiply_group_tile(const RowsA& rows_of_a, const RowsB& columns
 template <typename Shape, typename Params>
 const char* launch_group_tiles(void (*kernel)(Params), int64_t rows, int64_t groups, int64_t columns,
                                const Params& params, void* stream) {
-  const int64_t tiles = (rows / kProductTile + groups) * ((columns + kProductTile - 1) / kProductTile);
+  const int64_t tiles = (rows / kProductTile + groups) * tiles_of<kProductTile>(columns);
   if (rows == 0 || tiles == 0) return nullptr;
   if (tiles > 0x7fffffff) return "the output must have fewer than 2^31 tiles";
   LaunchShape shape{dim3(1), dim3(kProductThreads), sizeof(typename Shape::Smem)};
@@ -78,8 +77,7 @@ const char* launch_group_tiles(void (*kernel)(Params), int64_t rows, int64_t gro
 template <typename Shape, typename Params>
 const char* launch_output_tiles(void (*kernel)(Params), int64_t groups, int64_t rows, int64_t columns,
                                 const Params& params, void* stream) {
-  const int64_t tiles =
-      groups * ((rows + kProductTile - 1) / kProductTile) * ((columns + kProductTile - 1) / kProductTile);
+  const int64_t tiles = groups * tiles_of<kProductTile>(rows) * tiles_of<kProductTile>(columns);
   if (tiles == 0) return nullptr;
   if (tiles > 0x7fffffff) return "the outputs must have fewer than 2^31 tiles";
   const LaunchShape shape{dim3(static_cast<unsigned>(tiles)), dim3(kProductThreads), sizeof(typename Shape::Smem)};

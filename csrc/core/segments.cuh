@@ -24,8 +24,8 @@ struct SegmentTile {
   int number;  // in the segment
 };
 
-template <int kTile>
-__device__ constexpr int tiles_of(int rows) {
+template <int kTile, typename Integer>
+__host__ __device__ constexpr Integer tiles_of(Integer rows) {
   return (rows + kTile - 1) / kTile;
 }
 
