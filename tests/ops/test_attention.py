@@ -40,6 +40,7 @@ OPTIONS = {
     "sink": dict(sink=True),
     "all": dict(window=100, softcap=4.0, softmax_scale=0.2, sink=True),
 }
+FEW_OPTIONS = [dict(), dict(causal=False, window=3), dict(softcap=3.0)]
 NAMES = ["out", "lse", "dq", "dk", "dv", "dsink"]
 
 
@@ -151,26 +152,25 @@ def test_torch_computes_what_it_is_faster_at(options, monkeypatch):
     check(tensors, options, (upstream_of(tensors[0])[0], None), without_lse)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(causal=False, window=3), dict(softcap=3.0)], ids=str)
+@pytest.mark.parametrize("options", FEW_OPTIONS, ids=str)
 def test_equal_scores(options):
     q, k, v = inputs((1, 40, 40, 2, 1, 16), torch.float32)
     check([torch.ones_like(q), torch.ones_like(k), v], options, (upstream_of(q)[0], None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize(
-    "options", [dict(), dict(causal=False), dict(causal=False, window=3), dict(softcap=3.0)], ids=str
-)
+@pytest.mark.parametrize("options", [*FEW_OPTIONS, dict(causal=False)], ids=str)
 def test_extreme_values(options, dtype, device):
     q, k, v = inputs((1, 40, 40, 2, 1, 16), dtype, device)
     upstream = upstream_of(q)[0], None
     large = [q * 1e4, k, v * 1e4]
+    negative = [q.abs() * 1e4, -k.abs(), v]  # the weight of a score of 0, as of rows that do not exist, is infinite
     masked = k.clone()
     masked[:, 7] = float("-inf")  # a score of -inf is a weight of 0
-    for tensors in (large, [q.abs(), masked, v]):
+    for tensors in (large, negative, [q.abs(), masked, v]):
         exact = attention_reference(*(t.double() for t in tensors), **options)
         assert_accurate(attention(*tensors, **options), exact, attention_reference(*tensors, **options))
-    assert all(t.isfinite().all() for t in run(attention, large, options, upstream))
+    assert all(t.isfinite().all() for x in (large, negative) for t in run(attention, x, options, upstream))
 
 
 def test_rows_whose_only_score_is_minus_infinity():

@@ -65,6 +65,17 @@ def test_documents_out_of_range_touch_nothing_outside(wrong, device, request):
     run(attention, tensors, dict(cu_seqlens_q=ends, cu_seqlens_k=ends), upstream_of(tensors[0], packed=True))
 
 
+def test_nan_past_the_documents_does_not_reach_the_sink(device):
+    tensors, documents = packed_inputs([40], [40], torch.bfloat16, padding=20)
+    options = with_sink(dict(sink=True, deterministic=True), tensors[0]) | documents
+    dout, dlse = upstream_of(tensors[0], packed=True)
+    dlse[:, 40:] = 0
+    expected = run(attention, tensors, options, (dout, dlse))
+    dlse[:, 40:] = float("nan")
+    for a, b in zip(run(attention, tensors, options, (dout, dlse)), expected, strict=True):
+        assert_bitwise_equal(a, b)
+
+
 def test_no_documents(device, poisoned):
     tensors, documents = packed_inputs([], [], torch.bfloat16, padding=20)
     tensors, documents = [t.to(device) for t in tensors], {k: v.to(device) for k, v in documents.items()}
