@@ -57,6 +57,11 @@ def pytest_report_header(config):
     return f"emulated GPU: --emulator-seed {config.getoption('--emulator-seed')}"
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 def pytest_generate_tests(metafunc):
     """Tests that ask for a device run on the CPU, on the emulated GPU and on a GPU."""
     if "device" not in metafunc.fixturenames:
@@ -87,6 +92,17 @@ class _EmulatedOps:
 
 
 @pytest.fixture(scope="session")
+def integers():
+    """The kernels' integer functions, compiled for the CPU."""
+    from emulator import build
+
+    if reason := build.unavailable():
+        pytest.skip(reason)
+    pytest.importorskip("pybind11")
+    return build.load_integers()
+
+
+@pytest.fixture(scope="session")
 def emulator_library():
     """Built by the first test that needs it."""
     from emulator import build
@@ -109,8 +125,6 @@ def emulator(request, emulator_library, monkeypatch):
 @pytest.fixture
 def device(request):
     """The device of the tensors that the implementation under test takes. `cuda` is skipped, visibly, without a GPU."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     if request.param != "cpu" and request.node.callspec.params.get("dtype") == torch.float64:
         pytest.skip("float64 is for the CPU")
     sixteen_bits = request.node.get_closest_marker("sixteen_bits") is not None

@@ -4,18 +4,9 @@ into which ranges a cache is divided."""
 import itertools
 
 import pytest
-from emulator import build
 
 SIZES = range(8)
 WINDOWS = (-1, 0, 1, 2, 5, 1000, 2**40)
-
-
-@pytest.fixture(scope="module")
-def integers():
-    if reason := build.unavailable():
-        pytest.skip(reason)
-    pytest.importorskip("pybind11")
-    return build.load_integers()
 
 
 def visible_keys(causal, window, num_queries, num_keys):

@@ -1,15 +1,6 @@
 """The integer functions of the kernels, on all arguments that matter."""
 
 import pytest
-from emulator import build
-
-
-@pytest.fixture(scope="module")
-def integers():
-    if reason := build.unavailable():
-        pytest.skip(reason)
-    pytest.importorskip("pybind11")
-    return build.load_integers()
 
 
 def test_swizzle_moves_16_byte_chunks_within_their_row(integers):

@@ -6,26 +6,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import TINY, TINY_EXPERTS
 
 from arfast.generate import generate
 from arfast.models import CausalLM, CausalLMConfig
 from arfast.models.causal_lm import shift_labels
 from arfast.nn import StaticKVCache
 
-CONFIG = CausalLMConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    initializer_range=0.3,
-)
-EXPERTS = CONFIG.replace(num_experts=4, num_shared_experts=1, moe_intermediate_size=16, router_score="sigmoid")
+EXPERTS = TINY_EXPERTS.replace(router_score="sigmoid")
 
 
-@pytest.fixture(params=[CONFIG, EXPERTS], ids=["dense", "experts"])
+@pytest.fixture(params=[TINY, EXPERTS], ids=["dense", "experts"])
 def model(request) -> CausalLM:
     return CausalLM(request.param, seed=3)
 
@@ -60,7 +51,7 @@ def test_loss(model, ids, reduction):
 @pytest.mark.parametrize("kind", [int, torch.as_tensor], ids=["number", "tensor"])
 def test_accumulation_is_exact(ids, kind):
     """Micro-batches with different numbers of targets, one with none, give the gradient of the whole batch."""
-    model = CausalLM(CONFIG, seed=3)
+    model = CausalLM(TINY, seed=3)
     labels = ids.clone()
     labels[0, 3:] = -100
     labels[2] = -100
@@ -112,7 +103,7 @@ def test_bfloat16(model, ids, autocast):
 
 
 def test_same_seed_same_parameters():
-    first, second, other = (CausalLM(CONFIG, seed=seed) for seed in (1, 1, 2))
+    first, second, other = (CausalLM(TINY, seed=seed) for seed in (1, 1, 2))
     for (name, a), b, c in zip(first.named_parameters(), second.parameters(), other.parameters()):
         assert torch.equal(a, b), name
         assert a.dim() == 1 or not torch.equal(a, c), name
@@ -133,7 +124,7 @@ def test_aux_loss(ids):
     """One layer of experts: the load-balancing loss of transformers, and the mean over layers with two."""
     modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     options = dict(num_experts=4, router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
-    for config in (CONFIG.replace(num_hidden_layers=1, **options), CONFIG.replace(**options)):
+    for config in (TINY.replace(num_hidden_layers=1, **options), TINY.replace(**options)):
         model = CausalLM(config, seed=3)
         logits = []
         for layer in model.model.layers:
@@ -148,17 +139,17 @@ def test_aux_loss(ids):
 
 
 def test_no_aux_loss(ids):
-    assert CausalLM(CONFIG)(ids, labels=ids).aux_loss is None
+    assert CausalLM(TINY)(ids, labels=ids).aux_loss is None
     assert CausalLM(EXPERTS)(ids).aux_loss is None
 
 
 def test_meta_device_then_materialise(ids):
     """The way of a sharded run: shapes first, values later, the same model in the end."""
-    model = CausalLM(CONFIG, device="meta")
+    model = CausalLM(TINY, device="meta")
     assert model.head_weight.is_meta
     model.to_empty(device="cpu")
     model.init_parameters(seed=3)
-    assert torch.equal(model(ids).logits, CausalLM(CONFIG, seed=3)(ids).logits)
+    assert torch.equal(model(ids).logits, CausalLM(TINY, seed=3)(ids).logits)
 
 
 def bad_calls():
@@ -201,7 +192,7 @@ def bad_calls():
 def test_wrong_arguments(kind, message, arguments):
     arguments = {"input_ids": torch.zeros(2, 5, dtype=torch.int64)} | arguments
     with pytest.raises(kind) as error:
-        CausalLM(CONFIG)(**arguments)
+        CausalLM(TINY)(**arguments)
     assert str(error.value).startswith(f"CausalLM: {message}")
 
 
@@ -211,8 +202,8 @@ def test_wrong_config():
 
 
 def test_cache_arguments(ids):
-    model = CausalLM(CONFIG)
-    cache = StaticKVCache(CONFIG, batch_size=2, max_length=8)
+    model = CausalLM(TINY)
+    cache = StaticKVCache(TINY, batch_size=2, max_length=8)
     with pytest.raises(ValueError, match="CausalLM: cache must be used under torch.no_grad"):
         model(ids[:2], cache=cache)
     with (
@@ -222,14 +213,10 @@ def test_cache_arguments(ids):
         model(ids, cache=cache)
     with torch.no_grad(), pytest.raises(ValueError, match="StaticKVCache: max_length must be at least 17 .*, got 8"):
         model(ids[:2], cache=cache)
-    half = StaticKVCache(CONFIG, batch_size=3, max_length=32, dtype=torch.bfloat16)
+    half = StaticKVCache(TINY, batch_size=3, max_length=32, dtype=torch.bfloat16)
     with torch.no_grad(), pytest.raises(TypeError, match="StaticKVCache: dtype must be the model's"):
         model(ids, cache=half)
     assert half.lengths.tolist() == [0, 0, 0]
-
-
-def gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
 
 
 def relative_error(a, b):
@@ -244,10 +231,10 @@ def on_both(config):
 
 @pytest.fixture
 def models():
-    return on_both(CONFIG)
+    return on_both(TINY)
 
 
-@gpu
+@pytest.mark.gpu
 def test_gpu_loss_and_gradients(models):
     on_gpu, on_cpu = models
     ids = torch.randint(0, 61, (3, 40))
@@ -261,7 +248,7 @@ def test_gpu_loss_and_gradients(models):
         assert relative_error(a.grad, b.grad) < 0.05, name
 
 
-@gpu
+@pytest.mark.gpu
 def test_gpu_experts():
     """Rounding lets a few tokens choose other experts: the loss is near, gradients are there."""
     on_gpu, on_cpu = on_both(EXPERTS)
@@ -273,7 +260,7 @@ def test_gpu_experts():
         assert parameter.grad.isfinite().all() and (parameter.grad != 0).any(), name
 
 
-@gpu
+@pytest.mark.gpu
 def test_gpu_packed_documents(models):
     on_gpu, on_cpu = models
     ids, ends = torch.randint(0, 61, (1, 40)), torch.tensor([0, 7, 7, 40], dtype=torch.int32)
@@ -281,7 +268,7 @@ def test_gpu_packed_documents(models):
     assert relative_error(logits.detach(), on_cpu(ids, cu_seqlens=ends).logits.detach()) < 0.03
 
 
-@gpu
+@pytest.mark.gpu
 def test_gpu_generate(models):
     """The cache and the decode kernel: each token is the likeliest one of a forward pass over all before it."""
     on_gpu, _ = models

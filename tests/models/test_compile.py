@@ -8,32 +8,18 @@ import copy
 import pytest
 import torch
 from accuracy import assert_accurate
+from tiny_models import TINY, TINY_EXPERTS
 
 from arfast.models import CausalLM, CausalLMConfig
 from arfast.nn import StaticKVCache
 
-CONFIG = CausalLMConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    initializer_range=0.3,
-)
-EXPERTS = dict(num_experts=4, num_shared_experts=1, moe_intermediate_size=16, router_z_loss_coef=0.1)
 CONFIGS = {
-    "dense": CONFIG,
-    "experts": CONFIG.replace(**EXPERTS, router_score="sigmoid"),
-    "window": CONFIG.replace(sliding_window=5, layer_types=("sliding_attention", "full_attention")),
-    "qwen": CONFIG.replace(qk_norm=True, qkv_bias=True),
+    "dense": TINY,
+    "experts": TINY_EXPERTS.replace(router_z_loss_coef=0.1, router_score="sigmoid"),
+    "window": TINY.replace(sliding_window=5, layer_types=("sliding_attention", "full_attention")),
+    "qwen": TINY.replace(qk_norm=True, qkv_bias=True),
 }
 DOCUMENTS = torch.tensor([0, 5, 5, 30, 51], dtype=torch.int32)
-
-
-def gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +72,7 @@ def test_training_step_by_inductor():
 
 def test_another_number_of_targets_needs_no_new_graph():
     """Accumulation divides by a number that is another one in every step."""
-    model, inputs = CausalLM(CONFIG, seed=3), batch(False)
+    model, inputs = CausalLM(TINY, seed=3), batch(False)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for num_items in (51, 48, 40, 31):
         torch.testing.assert_close(
@@ -96,7 +82,7 @@ def test_another_number_of_targets_needs_no_new_graph():
 
 
 def test_more_positions_than_the_rotary_tables_hold():
-    model, ids = CausalLM(CONFIG, seed=3), torch.randint(0, 61, (1, 100))
+    model, ids = CausalLM(TINY, seed=3), torch.randint(0, 61, (1, 100))
     expected = copy.deepcopy(model)(ids, labels=ids).loss
     torch.testing.assert_close(
         torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids).loss, expected
@@ -129,7 +115,7 @@ def gpu_model(config):
 
 
 @pytest.mark.parametrize(("name", "packed"), [("dense", False), ("window", True), ("experts", True)])
-@gpu
+@pytest.mark.gpu
 def test_gpu_training_step(name, packed):
     model, exact = gpu_model(CONFIGS[name])
     inputs = batch(packed, "cuda")
@@ -144,9 +130,9 @@ def test_gpu_training_step(name, packed):
 
 
 @torch.no_grad()
-@gpu
+@pytest.mark.gpu
 def test_gpu_decode_step():
-    model, exact = gpu_model(CONFIG)
+    model, exact = gpu_model(TINY)
     prompt = batch(False)["input_ids"]
     steps = list(check_decoding(model, torch.compile(model, fullgraph=True), "cuda"))
     whole = exact(torch.cat([prompt, prompt[:, :6]], 1)).logits

@@ -2,20 +2,12 @@
 
 import pytest
 import torch
+from tiny_models import TINY
 
-from arfast.models import CausalLM, CausalLMConfig
+from arfast.models import CausalLM
 from arfast.nn import StaticKVCache
 
-CONFIG = CausalLMConfig(
-    vocab_size=31,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    max_position_embeddings=64,
-    initializer_range=0.3,
-)
+CONFIG = TINY.replace(num_attention_heads=2, num_key_value_heads=1)
 
 
 @pytest.fixture
