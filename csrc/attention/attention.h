@@ -61,12 +61,12 @@ struct AttentionBackwardWorkspace {
   uint32_t* turns;   // [1 + attention_turns()], or nullptr when the order of sums may change from run to run
 };
 
-// Tiles of queries of all heads, at least.
+// Tiles of queries of all heads, at least: a tile of any shape has this many queries or a multiple of them.
+constexpr int64_t kFewestTileQueries = 32;
 inline int64_t attention_turns(const AttentionProblem& problem) {
-  constexpr int64_t kFewest = 32;  // queries of a tile
   const bool packed = problem.cu_seqlens_q != nullptr;
-  const int64_t tiles = packed ? problem.num_queries / kFewest + problem.batch
-                               : problem.batch * ((problem.num_queries + kFewest - 1) / kFewest);
+  const int64_t tiles = packed ? problem.num_queries / kFewestTileQueries + problem.batch
+                               : problem.batch * ((problem.num_queries + kFewestTileQueries - 1) / kFewestTileQueries);
   return problem.num_heads * tiles;
 }
 

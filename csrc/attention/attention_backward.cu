@@ -24,6 +24,7 @@ struct BackwardShape {
   // dq in parts, where all of it needs more registers than there are beside dk and dv.
   static constexpr int kQueryParts = kHeadDim > 128 ? 2 : 1;
   static constexpr int kQueryColumns = kHeadDim / kQueryAcross / kQueryParts;
+  static_assert(kQueries % kFewestTileQueries == 0);
 
   using OfKeys = MatrixTile<T, kKeys, kHeadDim>;
   using OfQueries = MatrixTile<T, kQueries, kHeadDim>;

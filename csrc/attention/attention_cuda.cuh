@@ -10,15 +10,7 @@
 
 namespace arfast {
 
-// The four lanes that hold a row of accumulators.
-__device__ inline float quad_max(float value) {
-  value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
-  return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
-}
-__device__ inline float quad_sum(float value) {
-  value += __shfl_xor_sync(0xffffffffu, value, 1);
-  return value + __shfl_xor_sync(0xffffffffu, value, 2);
-}
+constexpr int kRowLanes = 4;  // hold a row of accumulators
 
 constexpr float kLog2E = 1.44269504f;
 
@@ -176,7 +168,7 @@ struct AttentionSoftmax {
     float top = max[row_tile][half];
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
-    top = quad_max(top);
+    top = warp_max<kRowLanes>(top);
     const float shift = top == -INFINITY ? 0.0f : top * scale;  // a row that saw nothing: -inf - -inf would be NaN
     const float factor = ptx::exp2_approx(max[row_tile][half] * scale - shift);
     max[row_tile][half] = top;

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 3)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = 8 * half + lane / 4;
-    const float sum = quad_sum(softmax.sum[0][half]);
+    const float sum = warp_sum<kRowLanes>(softmax.sum[0][half]);
     if (lane % 4 == 0) {
       smem.parts.max[warp][row] = softmax.max[0][half];
       smem.parts.sum[warp][row] = sum;

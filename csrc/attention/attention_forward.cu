@@ -30,7 +30,7 @@ struct ForwardShape {
 template <typename Shape>
 using Scores = float[Shape::kRowTiles][Shape::kKeys / 8][4];
 template <typename Shape>
-using Weights = uint32_t[Shape::kRowTiles][Shape::kKeys / 16][4];
+using Weights = uint32_t[Shape::kKeys / 16][Shape::kRowTiles][4];
 template <typename Shape>
 using Output = float[Shape::kRowTiles][Shape::kHeadDim / 8][4];
 
@@ -68,7 +68,7 @@ __device__ void write_rows(const AttentionForwardParams& params, const SequenceT
     float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = quad_sum(softmax.sum[m][half]);
+      const float sum = warp_sum<kRowLanes>(softmax.sum[m][half]);
       inverse[half] = sum == 0 ? 0.0f : 1 / sum;
       const int row = first_row + 16 * m + 8 * half + lane / 4;
       if (lane % 4 != 0 || row >= tile.num_rows) continue;
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward_kernel(Atte
       }
 #pragma unroll
       for (int k = 0; k < Shape::kKeys / 16; ++k) {
-        fragment_from_accumulators<T>(weights[m][k], scores[m][2 * k], scores[m][2 * k + 1]);
+        fragment_from_accumulators<T>(weights[k][m], scores[m][2 * k], scores[m][2 * k + 1]);
       }
     }
     ptx::cp_async_wait<0>();

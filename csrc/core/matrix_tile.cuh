@@ -178,29 +178,34 @@ __device__ inline void multiply_rows(uint32_t a_rows, uint32_t b_rows, float (&a
   multiply_rows<A, B>(a_rows, b_rows, reinterpret_cast<float (&)[1][kColumns][4]>(acc));
 }
 
-// acc += weights b: kRowTiles times 16 rows of weights, in registers, by the rows of a tile. Address:
+// acc += a b over 16 rows of a tile, from 16 * k on: a is kRowTiles times 16 rows, in registers. The columns of the
+// accumulators are pairs of 8, the next pair 16 * kColumnStep to the right (a power of 2). Address:
 // transposed_b_address.
-template <typename B, int kRowTiles, int kDepth, int kColumns>
-__device__ inline void multiply_columns(const uint32_t (&weights)[kRowTiles][kDepth][4], uint32_t b_rows,
+template <typename B, int kColumnStep, int kRowTiles, int kColumns>
+__device__ inline void multiply_16_rows(const uint32_t (&a)[kRowTiles][4], uint32_t b_address, int k,
                                         float (&acc)[kRowTiles][kColumns][4]) {
 #pragma unroll
-  for (int k = 0; k < kDepth; ++k) {
+  for (int n = 0; n < kColumns / 2; ++n) {
+    uint32_t b[4];
+    ptx::ldmatrix_x4_trans(b, B::fragment(b_address, 16 * k, kColumnStep * n));
 #pragma unroll
-    for (int n = 0; n < kColumns / 2; ++n) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, B::fragment(b_rows, 16 * k, n));
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        ptx::mma_m16n8k16<typename B::Element>(acc[m][2 * n], weights[m][k], b[0], b[1]);
-        ptx::mma_m16n8k16<typename B::Element>(acc[m][2 * n + 1], weights[m][k], b[2], b[3]);
-      }
+    for (int m = 0; m < kRowTiles; ++m) {
+      ptx::mma_m16n8k16<typename B::Element>(acc[m][2 * n], a[m], b[0], b[1]);
+      ptx::mma_m16n8k16<typename B::Element>(acc[m][2 * n + 1], a[m], b[2], b[3]);
     }
   }
 }
 
-// acc += a b: kRowTiles times 16 rows of a tile, or columns of a transposed one, by columns of another. Those of the
-// accumulators are pairs of 8, the next pair 16 * kColumnStep to the right (a power of 2). Addresses: a_address or
-// transposed_a_address, transposed_b_address.
+// acc += weights b: the weights in registers, by all rows of a tile.
+template <typename B, int kRowTiles, int kDepth, int kColumns>
+__device__ inline void multiply_columns(const uint32_t (&weights)[kDepth][kRowTiles][4], uint32_t b_rows,
+                                        float (&acc)[kRowTiles][kColumns][4]) {
+#pragma unroll
+  for (int k = 0; k < kDepth; ++k) multiply_16_rows<B, 1>(weights[k], b_rows, k, acc);
+}
+
+// acc += a b: kRowTiles times 16 rows of a tile, or columns of a transposed one, by columns of another. Addresses:
+// a_address or transposed_a_address, transposed_b_address.
 template <typename A, bool kTransposeA, typename B, int kColumnStep, int kRowTiles, int kColumns>
 __device__ inline void multiply_add(uint32_t a_address, uint32_t b_address, float (&acc)[kRowTiles][kColumns][4]) {
   constexpr int kUnroll = kRowTiles * kColumns < 16 ? 2 : 1;  // more would hold more addresses than there are registers
@@ -215,16 +220,7 @@ __device__ inline void multiply_add(uint32_t a_address, uint32_t b_address, floa
         ptx::ldmatrix_x4(a[m], A::fragment(a_address, 16 * m, k));
       }
     }
-#pragma unroll
-    for (int n = 0; n < kColumns / 2; ++n) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, B::fragment(b_address, 16 * k, kColumnStep * n));
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        ptx::mma_m16n8k16<typename B::Element>(acc[m][2 * n], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16<typename B::Element>(acc[m][2 * n + 1], a[m], b[2], b[3]);
-      }
-    }
+    multiply_16_rows<B, kColumnStep>(a, b_address, k, acc);
   }
 }
 

@@ -18,9 +18,10 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
-// A NaN is passed over.
+// The largest in the same way. A NaN is passed over.
+template <int kLanes = kWarpSize>
 __device__ inline float warp_max(float value) {
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
     value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
   }
   return value;

@@ -87,6 +87,7 @@ struct SwigluBackwardEpilogue {
     write(smem.weighted, of(params.weighted, width(), first_column));
     const int row = threadIdx.x;
     if (row >= rows) return;
+    static_assert(kMoeColumnTile == kProductTile);
     const int64_t tiles = moe_column_tiles(width());
     params.partial_dweights[(first_row + row) * tiles + first_column / kProductTile] =
         smem.dweight[row][0] + smem.dweight[row][1];

@@ -68,7 +68,8 @@ inline const char* refused(const MoeRows& rows) {
   return nullptr;
 }
 
-constexpr int64_t moe_column_tiles(int64_t columns) { return (columns + 127) / 128; }
+constexpr int64_t kMoeColumnTile = 128;
+constexpr int64_t moe_column_tiles(int64_t columns) { return (columns + kMoeColumnTile - 1) / kMoeColumnTile; }
 
 ARFAST_CUDA_FUNCTION(moe_gate_up, MoeGateUpParams)
 ARFAST_CUDA_FUNCTION(moe_down_backward, MoeDownBackwardParams)
