@@ -10,19 +10,6 @@ constexpr const char* kOp = "kv_append";
 
 using OptionalTensor = std::optional<Tensor>;
 
-KVAppendView view_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-// int32 on the device of q, dense.
-Tensor check_integers(const char* argument, const Tensor& tensor, const char* names,
-                      std::initializer_list<int64_t> sizes, const Tensor& q) {
-  check_shape(kOp, argument, tensor, names, sizes);
-  check_dtype(kOp, argument, tensor, ScalarType::Int);
-  check_same_device(kOp, argument, tensor, "q", q);
-  return to_contiguous(tensor);
-}
-
 Tensor check_table(const char* argument, const Tensor& table, int64_t rows, const Tensor& q) {
   check_shape(kOp, argument, table, "[P, D / 2]", {rows, q.size(3) / 2});
   check_dtype(kOp, argument, table, ScalarType::Float);
@@ -84,8 +71,10 @@ Tensor kv_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor k_
   if (rows > 0 && (table_rows == 0 || rows % table_rows != 0)) {
     fail(kOp, "cos", "have rows that divide the " + std::to_string(rows) + " rows of q", std::to_string(table_rows));
   }
-  seqlens = check_integers("seqlens", seqlens, "[B]", {batch}, q);
-  if (block_table) block_table = check_integers("block_table", *block_table, "[B, pages]", {batch, kAny}, q);
+  seqlens = checked_integers(kOp, "seqlens", seqlens, "[B]", {batch}, "q", q);
+  if (block_table) {
+    block_table = checked_integers(kOp, "block_table", *block_table, "[B, pages]", {batch, kAny}, "q", q);
+  }
   q = with_dense_rows(q);
   k = with_dense_rows(k);
   v = with_dense_rows(v);

@@ -7,16 +7,9 @@
 #include "core/cpu_target.h"
 #include "core/cuda_function.h"
 #include "core/dtype.h"
+#include "core/heads_view.h"
 
 namespace arfast {
-
-// A tensor of heads whose channels are dense: [B, T, H, D].
-struct KVAppendView {
-  void* data;
-  int64_t batch_stride;
-  int64_t row_stride;
-  int64_t head_stride;
-};
 
 struct KVAppendParams {
   DType dtype;                 // of q, k, v, the caches and out
@@ -26,13 +19,13 @@ struct KVAppendParams {
   int64_t num_kv_heads;        // Hkv
   int64_t head_dim;            // D, even
   int64_t table_rows;          // P: row b * T + t of q and k uses row (b * T + t) % P
-  KVAppendView q;              // [B, T, H, D]
-  KVAppendView k;              // [B, T, Hkv, D]
-  KVAppendView v;              // [B, T, Hkv, D]
+  HeadsView q;                 // [B, T, H, D]
+  HeadsView k;                 // [B, T, Hkv, D]
+  HeadsView v;                 // [B, T, Hkv, D]
   const float* cos;            // [P, D / 2], dense
   const float* sin;            // [P, D / 2], dense
-  KVAppendView k_cache;        // [B, S_max, Hkv, D]; paged: [pages, page, Hkv, D], a page being a batch
-  KVAppendView v_cache;        // like k_cache
+  HeadsView k_cache;           // [B, S_max, Hkv, D]; paged: [pages, page, Hkv, D], a page being a batch
+  HeadsView v_cache;           // like k_cache
   const int32_t* seqlens;      // [B]
   const int32_t* block_table;  // [B, pages per sequence], dense, or nullptr
   int64_t table_stride;        // pages per sequence
