@@ -28,7 +28,8 @@ struct KVAppendParams {
   HeadsView v_cache;           // like k_cache
   const int32_t* seqlens;      // [B]
   const int32_t* block_table;  // [B, pages per sequence], dense, or nullptr
-  int64_t table_stride;        // pages per sequence
+  const int32_t* beam_slots;   // [B, S_max], dense, or nullptr
+  int64_t table_stride;        // rows of block_table or beam_slots
   int64_t page_size;           // tokens per batch index of a cache
   int64_t capacity;            // tokens that a sequence can have in the cache
   int64_t cache_batch;         // batch indices of a cache
@@ -43,9 +44,14 @@ struct KVSlot {
 constexpr KVSlot slot_of(const KVAppendParams& params, int64_t sequence, int64_t token) {
   const int64_t position = params.seqlens[sequence] - params.num_tokens + token;
   if (position < 0 || position >= params.capacity) return {-1, 0};
-  if (params.block_table == nullptr) return {sequence, position};
-  const int64_t page = params.block_table[sequence * params.table_stride + position / params.page_size];
-  return {page < params.cache_batch ? page : -1, position % params.page_size};
+  const int64_t table_row = sequence * params.table_stride;
+  if (params.block_table != nullptr) {
+    const int64_t page = params.block_table[table_row + position / params.page_size];
+    return {page < params.cache_batch ? page : -1, position % params.page_size};
+  }
+  if (params.beam_slots == nullptr) return {sequence, position};
+  const int64_t slot = params.beam_slots[table_row + position];
+  return {slot < params.cache_batch ? slot : -1, position};
 }
 
 ARFAST_CPU_FUNCTION(kv_append, KVAppendParams)
