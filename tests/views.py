@@ -25,3 +25,9 @@ def far_apart(tensor: torch.Tensor) -> torch.Tensor:
     stride = (1 << 30) + 8
     room = torch.empty(2 * stride + tensor[0].numel(), dtype=tensor.dtype, device=tensor.device)
     return room.as_strided(tensor.shape, (stride, *tensor.contiguous().stride()[1:])).copy_(tensor)
+
+
+def overlapping(tokens: torch.Tensor, size: int) -> torch.Tensor:
+    """A view [N - size + 1, size, ...] of tokens [N, ...]: slot s begins at token s."""
+    stride = tokens.stride()
+    return tokens.as_strided((len(tokens) - size + 1, size, *tokens.shape[1:]), (stride[0], *stride))

@@ -43,9 +43,10 @@ class BeamState:
             not end; 4: a row of its logits had no finite log-sum-exp.
         next_tokens: int64 [B*K], to be fed to the model.
         rows: int64 [B*K], the row of the step's logits that each beam continues.
-        slots: int32 [B*K, S] or None, `beam_slots` of `attention_decode`: the row of the caches that holds a position
+        slots: int32 [B*K, S] or None, `beam_slots` of `attention_decode`: the slot of the caches that holds a position
             of a beam. The caller fills in where the prompts are.
         prompt_lengths: int32 [B] or None: the first generated token of an item is at this position of the caches.
+        own_slots: int32 [B*K] or None, the slot at which a beam stores its own next token; by default its row.
     """
 
     ends: Tensor
@@ -65,6 +66,7 @@ class BeamState:
     rows: Tensor
     slots: Tensor | None = None
     prompt_lengths: Tensor | None = None
+    own_slots: Tensor | None = None
 
     @classmethod
     def start(
@@ -132,7 +134,7 @@ def beam_step(logits: Tensor, state: BeamState, *, banned: Tensor | None = None)
     _ops.beam_step(
         logits.detach(), banned, s.ends, s.length_powers, _EARLY_STOPPING[s.early_stopping], s.longest_counts,
         s.lengths, s.running, s.parents, s.tokens, s.log_probs, s.scores, s.endings, s.improvable, s.status,
-        s.next_tokens, s.rows, s.slots, s.prompt_lengths,
+        s.next_tokens, s.rows, s.slots, s.prompt_lengths, s.own_slots,
     )  # fmt: skip
 
 
@@ -184,8 +186,9 @@ def _move_slots(state, step, parents):
     for item, prompt in enumerate(state.prompt_lengths.tolist()):
         generated = slice(prompt, prompt + step)
         slots[item, :, generated] = slots[item, parents[item].long(), generated]
-        rows = torch.arange(len(slots[item]), device=slots.device) + item * len(slots[item])
-        slots[item, :, prompt + step : prompt + step + 1] = rows[:, None]
+        rows = torch.arange(len(state.slots), device=slots.device)
+        own = (rows if state.own_slots is None else state.own_slots).view(len(slots), -1)
+        slots[item, :, prompt + step : prompt + step + 1] = own[item, :, None]
 
 
 @register_fake("beam_step")

@@ -23,11 +23,12 @@ def kv_append(
     seqlens: torch.Tensor,
     *,
     block_table: torch.Tensor | None = None,
+    beam_slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write keys, rotated, and values of the last T tokens of every sequence into the caches; returns q, rotated.
 
-    Token t of sequence b goes to position seqlens[b] - T + t: `attention_decode` takes the result, the caches, seqlens
-    and block_table as they are.
+    Token t of sequence b goes to position seqlens[b] - T + t: `attention_decode` takes the result, the caches, seqlens,
+    block_table and beam_slots as they are.
 
     Args:
         q: [B, T, H, D], D even, float32, bfloat16, float16, or float64 on the CPU.
@@ -39,6 +40,11 @@ def kv_append(
         seqlens: int32 [B], the tokens of every sequence, the new ones included.
         block_table: int32 [B, pages per sequence]: page block_table[b, p // page] holds position p of sequence b.
             Entries of pages without a new token may hold anything; two tokens must not have the same place.
+        beam_slots: int32 [B, S_max], cache indirection for beam search: position p of sequence b is at
+            [beam_slots[b, p], p] of caches with any number of slots. Entries of positions without a new token may hold
+            anything; two tokens must not have the same place. Not with block_table. The caches may overlap themselves:
+            a view of tokens [N, Hkv, D] with the strides (Hkv * D, Hkv * D, D, 1) has position p of slot s at token
+            s + p.
 
     Returns:
         [B, T, H, D], contiguous.
@@ -61,10 +67,10 @@ def kv_append(
         raise RuntimeError("kv_append: inputs must not require a gradient (use torch.no_grad), got one that does")
     if in_autocast(q):
         q, k, v = (x.to(k_cache.dtype) for x in (q, k, v))
-    return _ops.kv_append(q, k, v, cos, sin, k_cache, v_cache, seqlens, block_table)
+    return _ops.kv_append(q, k, v, cos, sin, k_cache, v_cache, seqlens, block_table, beam_slots)
 
 
-def kv_append_reference(q, k, v, cos, sin, k_cache, v_cache, seqlens, *, block_table=None):
+def kv_append_reference(q, k, v, cos, sin, k_cache, v_cache, seqlens, *, block_table=None, beam_slots=None):
     """The specification of `kv_append` in plain torch."""
     batch, num_tokens = k.shape[:2]
     positions = seqlens[:, None] - num_tokens + torch.arange(num_tokens, device=k.device)
@@ -72,6 +78,8 @@ def kv_append_reference(q, k, v, cos, sin, k_cache, v_cache, seqlens, *, block_t
     if block_table is not None:
         page = k_cache.shape[1]
         rows, columns = block_table.gather(1, positions // page).long(), positions % page
+    elif beam_slots is not None:
+        rows = beam_slots.gather(1, positions).long()
     k_cache[rows, columns] = rotary_reference(k, cos, sin)
     v_cache[rows, columns] = v
     return rotary_reference(q, cos, sin)

@@ -13,13 +13,11 @@ constexpr const char* kOp = "attention";
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Contiguous int32 [B + 1] on the device of q. On the CPU the values are checked, too: 0 = c[0] <= c[1] <= ... <= rows.
-// Returns the longest document (on a GPU 0: looking would stall the stream).
-int64_t check_cu_seqlens(const char* argument, const Tensor& cu_seqlens, const Tensor& q, int64_t rows) {
-  check_shape(kOp, argument, cu_seqlens, "[B + 1]", {kAny});
+// Makes int32 [B + 1] dense. On the CPU the values are checked, too: 0 = c[0] <= c[1] <= ... <= rows. Returns the
+// longest document (on a GPU 0: looking would stall the stream).
+int64_t check_cu_seqlens(const char* argument, Tensor& cu_seqlens, const Tensor& q, int64_t rows) {
+  cu_seqlens = checked_integers(kOp, argument, cu_seqlens, "[B + 1]", {kAny}, "q", q);
   check(cu_seqlens.size(0) >= 1, kOp, argument, "have shape [B + 1]", "[0]");
-  check_dtype(kOp, argument, cu_seqlens, ScalarType::Int);
-  check_same_device(kOp, argument, cu_seqlens, "q", q);
   if (!q.is_cpu()) return 0;
   const int32_t* values = static_cast<const int32_t*>(cu_seqlens.data_ptr());
   check(values[0] == 0, kOp, argument, "start at 0", std::to_string(values[0]));
@@ -38,11 +36,6 @@ void check_max_seqlen(const char* argument, std::optional<int64_t> max_seqlen, i
   fail(kOp, argument, "be at least the longest sequence, " + std::to_string(longest), std::to_string(*max_seqlen));
 }
 
-AttentionView view_of(const Tensor& tensor) {
-  const bool packed = tensor.dim() == 3;
-  return {tensor.data_ptr(), packed ? 0 : tensor.stride(0), tensor.stride(-3), tensor.stride(-2)};
-}
-
 // The arguments that forward and backward pass share, checked, and kept alive for the pointers in `problem`.
 struct Arguments {
   Tensor q, k, v;
@@ -59,10 +52,6 @@ struct Arguments {
     k = with_dense_rows(k);
     v = with_dense_rows(v);
     if (sink) sink = to_contiguous(*sink);
-    if (packed()) {
-      cu_seqlens_q = to_contiguous(*cu_seqlens_q);
-      cu_seqlens_k = to_contiguous(*cu_seqlens_k);
-    }
     problem.dtype = float_dtype(kOp, "q", q);
     problem.batch = packed() ? cu_seqlens_q->size(0) - 1 : q.size(0);
     problem.num_queries = q.size(-3);

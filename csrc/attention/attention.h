@@ -7,18 +7,11 @@
 #include "core/cpu_target.h"
 #include "core/cuda_function.h"
 #include "core/dtype.h"
+#include "core/heads_view.h"
 
 namespace arfast {
 
 constexpr int64_t kAttentionMaxHeadDim = 256;
-
-// A tensor [B, T, H, D], or [N, H, D] when documents are packed (then batch_stride is 0). D is dense.
-struct AttentionView {
-  const void* data;
-  int64_t batch_stride;
-  int64_t row_stride;
-  int64_t head_stride;
-};
 
 // What forward and backward pass share. Statistics (lse, sink and their gradients) are float, or double when dtype
 // is kFloat64; [B, H, T] when dense, [H, N] when packed.
@@ -36,9 +29,9 @@ struct AttentionProblem {
   double softcap;  // 0: none
   bool causal;
   int64_t window;  // keys to the left that a query sees besides its own; -1: all
-  AttentionView q;
-  AttentionView k;
-  AttentionView v;
+  HeadsView q;
+  HeadsView k;
+  HeadsView v;
   const void* sink;  // [H] or nullptr
 };
 
@@ -72,8 +65,8 @@ inline int64_t attention_turns(const AttentionProblem& problem) {
 
 struct AttentionBackwardParams {
   AttentionProblem problem;
-  AttentionView out;
-  AttentionView dout;
+  HeadsView out;
+  HeadsView dout;
   const void* lse;
   const void* dlse;    // or nullptr
   int64_t key_splits;  // attention_key_splits()

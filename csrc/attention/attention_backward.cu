@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward_kernel(
     }
   }
   const auto write = [&](OfKeys& own, const typename Shape::KeyGradient& gradient, float factor, void* to) {
-    const AttentionView view = dense_view(problem, to, problem.num_keys, problem.num_kv_heads);
+    const HeadsView view = dense_view(problem, to, problem.num_keys, problem.num_kv_heads);
     write_key_gradient<Shape>(own, gradient, factor, first_row, across, tile.keys<T>(view, kv_head).from(tile.first),
                               tile.num_rows, head_dim);
   };

@@ -22,7 +22,7 @@ struct Row {
         head(index / problem.num_queries % problem.num_heads),
         query(index % problem.num_queries) {}
   template <typename T>
-  __device__ const T* of(const AttentionView& view) const {
+  __device__ const T* of(const HeadsView& view) const {
     return static_cast<const T*>(view.data) + batch * view.batch_stride + query * view.row_stride +
            head * view.head_stride;
   }
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) attention_query_gradient_kernel(Atte
   const AttentionProblem& problem = params.problem;
   const int64_t index = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarpSize;
   if (index >= num_rows(problem)) return;
-  const AttentionView view = dense_view(problem, params.dq, problem.num_queries, problem.num_heads);
+  const HeadsView view = dense_view(problem, params.dq, problem.num_queries, problem.num_heads);
   T* dq = const_cast<T*>(Row(problem, index).of<T>(view));
   const float* sums = params.on_gpu.dq_sums + index * attention_padded_head_dim(problem.head_dim);
   const float scale = static_cast<float>(problem.softmax_scale);

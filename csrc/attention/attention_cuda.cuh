@@ -30,11 +30,11 @@ struct SequenceTile {
 
   // All rows of a head that belong to the sequence.
   template <typename T>
-  __device__ MatrixRows<T> queries(const AttentionView& view, int head) const {
+  __device__ MatrixRows<T> queries(const HeadsView& view, int head) const {
     return rows_of<T>(view, q_row, head);
   }
   template <typename T>
-  __device__ MatrixRows<T> keys(const AttentionView& view, int head) const {
+  __device__ MatrixRows<T> keys(const HeadsView& view, int head) const {
     return rows_of<T>(view, k_row, head);
   }
   // The sequence's first query in [B, H, T] or [H, N].
@@ -43,15 +43,15 @@ struct SequenceTile {
   }
 
   template <typename T>
-  __device__ MatrixRows<T> rows_of(const AttentionView& view, int row, int head) const {
+  __device__ MatrixRows<T> rows_of(const HeadsView& view, int row, int head) const {
     const int64_t offset = batch * view.batch_stride + row * view.row_stride + head * view.head_stride;
     return {static_cast<const T*>(view.data) + offset, static_cast<int>(view.row_stride)};
   }
 };
 
 // A dense tensor [B, rows, heads, D] or [N, heads, D] as a view.
-__host__ __device__ inline AttentionView dense_view(const AttentionProblem& problem, const void* data, int64_t rows,
-                                                    int64_t heads) {
+__host__ __device__ inline HeadsView dense_view(const AttentionProblem& problem, void* data, int64_t rows,
+                                                int64_t heads) {
   const int64_t row_stride = heads * problem.head_dim;
   return {data, problem.cu_seqlens_q == nullptr ? rows * row_stride : 0, row_stride, problem.head_dim};
 }
@@ -191,7 +191,7 @@ inline const char* refused(const AttentionProblem& problem) {
   if (problem.num_queries >= kMaxPositions || problem.num_keys >= kMaxPositions) {
     return "q and k must have fewer than 2^29 rows";
   }
-  for (const AttentionView& view : {problem.q, problem.k, problem.v}) {
+  for (const HeadsView& view : {problem.q, problem.k, problem.v}) {
     if (view.row_stride > 0x7fffffff) return "q, k and v must have rows less than 2^31 elements apart";
   }
   return nullptr;

@@ -13,26 +13,6 @@ constexpr const char* kOp = "attention_decode";
 
 using OptionalTensor = std::optional<Tensor>;
 
-AttentionView view_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-// int32 on the device of q, dense.
-Tensor check_integers(const char* argument, const Tensor& tensor, const char* names,
-                      std::initializer_list<int64_t> sizes, const Tensor& q) {
-  check_shape(kOp, argument, tensor, names, sizes);
-  check_dtype(kOp, argument, tensor, ScalarType::Int);
-  check_same_device(kOp, argument, tensor, "q", q);
-  return to_contiguous(tensor);
-}
-
-// Every value that is read must be in [0, limit); positions are named as in the tensor.
-void check_value(const char* argument, int32_t value, int64_t limit, int64_t row, int64_t column) {
-  if (value >= 0 && value < limit) return;
-  fail(kOp, argument, "be in [0, " + std::to_string(limit) + ")",
-       std::to_string(value) + " at [" + std::to_string(row) + ", " + std::to_string(column) + "]");
-}
-
 void check_tensors(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& block_table,
                    const OptionalTensor& beam_slots, const OptionalTensor& sink) {
   check_shape(kOp, "q", q, "[B, Tq, H, D]", {kAny, kAny, kAny, kAny});
@@ -72,11 +52,11 @@ void check_values(AttentionDecodeParams& params) {
     params.max_splits = std::max(params.max_splits, splits.count);
     if (params.block_table != nullptr) {
       for (int64_t page = splits.first / params.page_size; page * params.page_size < seqlen; ++page) {
-        check_value("block_table", params.block_table[b * params.table_stride + page], cache_batch, b, page);
+        check_entry(kOp, "block_table", params.block_table[b * params.table_stride + page], cache_batch, b, page);
       }
     }
     for (int64_t key = splits.first; params.beam_slots != nullptr && key < seqlen; ++key) {
-      check_value("beam_slots", params.beam_slots[b * params.table_stride + key], cache_batch, b, key);
+      check_entry(kOp, "beam_slots", params.beam_slots[b * params.table_stride + key], cache_batch, b, key);
     }
   }
 }
@@ -87,10 +67,12 @@ Tensor attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens
                         std::optional<double> softcap, OptionalTensor sink, OptionalTensor beam_slots,
                         int64_t num_splits, int64_t kernel) {
   check_tensors(q, k_cache, v_cache, block_table, beam_slots, sink);
-  seqlens = check_integers("seqlens", seqlens, "[B]", {q.size(0)}, q);
-  if (block_table) block_table = check_integers("block_table", *block_table, "[B, pages]", {q.size(0), kAny}, q);
+  seqlens = checked_integers(kOp, "seqlens", seqlens, "[B]", {q.size(0)}, "q", q);
+  if (block_table) {
+    block_table = checked_integers(kOp, "block_table", *block_table, "[B, pages]", {q.size(0), kAny}, "q", q);
+  }
   if (beam_slots) {
-    beam_slots = check_integers("beam_slots", *beam_slots, "[B, S_max]", {q.size(0), k_cache.size(1)}, q);
+    beam_slots = checked_integers(kOp, "beam_slots", *beam_slots, "[B, S_max]", {q.size(0), k_cache.size(1)}, "q", q);
   }
   const double scale = softmax_scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
   check_range(kOp, "softmax_scale", scale, scale > 0 && std::isfinite(scale), "be finite and positive");

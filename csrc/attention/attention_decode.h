@@ -19,9 +19,9 @@ struct AttentionDecodeParams {
   double softmax_scale;
   double softcap;              // 0: none
   int64_t window;              // -1: all
-  AttentionView q;             // [B, Tq, H, D]
-  AttentionView k;             // [B, S_max, Hkv, D]; paged: [pages, page, Hkv, D], a page being a batch
-  AttentionView v;             // like k
+  HeadsView q;                 // [B, Tq, H, D]
+  HeadsView k;                 // [B, S_max, Hkv, D]; paged: [pages, page, Hkv, D], a page being a batch
+  HeadsView v;                 // like k
   const void* sink;            // [H] in float (double for kFloat64), or nullptr
   const int32_t* seqlens;      // [B]
   const int32_t* block_table;  // [B, pages per sequence], dense, or nullptr

@@ -180,7 +180,7 @@ class DecodeRange {
  private:
   // Where the cache holds the keys and values from position `key` on, run by run.
   void locate(int64_t key, int64_t num_keys, const T** keys, const T** values) const {
-    const AttentionView &k = params_.k, &v = params_.v;
+    const HeadsView &k = params_.k, &v = params_.v;
     const int64_t table_row = range_.sequence * params_.table_stride;
     for (int64_t i = 0; i < num_keys;) {
       int64_t batch = range_.sequence, row = key + i, run = num_keys - i;

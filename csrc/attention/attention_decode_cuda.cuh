@@ -32,7 +32,7 @@ struct CacheRow {
     }
   }
   template <typename T>
-  __device__ const T* of(const AttentionView& view, int kv_head) const {
+  __device__ const T* of(const HeadsView& view, int kv_head) const {
     const T* first = static_cast<const T*>(view.data) + kv_head * view.head_stride;  // the same for all rows of a block
     return first + (batch * view.batch_stride + row * view.row_stride);
   }

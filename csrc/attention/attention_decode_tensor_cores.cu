@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 3)
   const int head_dim = static_cast<int>(params.head_dim);
   const auto load = [&](int step) {
     const int first = block.begin + step * kKeys, left = block.end - first;
-    const auto row = [&](const AttentionView& view) {
+    const auto row = [&](const HeadsView& view) {
       return [&](int i) { return CacheRow(params, block.sequence, first + i).of<T>(view, block.kv_head); };
     };
     smem.operands.k[step % 2].template gather<kThreads>(row(params.k), left, head_dim);

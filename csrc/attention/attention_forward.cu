@@ -77,7 +77,7 @@ __device__ void write_rows(const AttentionForwardParams& params, const SequenceT
     smem.q.store_accumulators(first_row + 16 * m, 0, output[m], inverse);
   }
   __syncwarp();
-  const AttentionView out = dense_view(problem, params.out, problem.num_queries, problem.num_heads);
+  const HeadsView out = dense_view(problem, params.out, problem.num_queries, problem.num_heads);
   const int rows = min(tile.num_rows - first_row, Shape::kWarpQueries);
   smem.q.write_rows(tile.queries<T>(out, head).from(tile.first + first_row), first_row, rows,
                     static_cast<int>(problem.head_dim));

@@ -85,7 +85,7 @@ struct Sequence {
 
 // Rows of one head, from `row` on.
 template <typename T>
-inline StridedRows<T> rows_of(const AttentionView& view, int64_t batch, int64_t row, int64_t head) {
+inline StridedRows<T> rows_of(const HeadsView& view, int64_t batch, int64_t row, int64_t head) {
   const int64_t offset = batch * view.batch_stride + row * view.row_stride + head * view.head_stride;
   return {static_cast<const T*>(view.data) + offset, view.row_stride};
 }

@@ -163,7 +163,7 @@ class Advance {
     state_.lengths[group_] = static_cast<int32_t>(length());
   }
 
-  // A beam takes over where its parent's generated tokens are; its own next token goes to its own row.
+  // A beam takes over where its parent's generated tokens are; its own next token goes to its own slot.
   ARFAST_DEVICE void move_slots() {
     if (state_.slots == nullptr || state_.prompt_lengths[group_] < 0) return;
     const int64_t stride = state_.cache_length, width = AdvanceScratch::kSlots / beams_;
@@ -181,7 +181,10 @@ class Advance {
       team_.sync();
     }
     if (next >= stride) return;
-    for_each(beams_, [&](int64_t k) { slots[k * stride + next] = static_cast<int32_t>(beam_at(k)); });
+    for_each(beams_, [&](int64_t k) {
+      const int64_t beam = beam_at(k);
+      slots[k * stride + next] = state_.own_slots != nullptr ? state_.own_slots[beam] : static_cast<int32_t>(beam);
+    });
   }
 
   const BeamPruneParams& params_;

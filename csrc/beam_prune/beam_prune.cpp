@@ -111,7 +111,7 @@ T* state_data(const char* name, const Tensor& tensor, const char* shape, std::in
 void beam_step(Tensor logits, std::optional<Tensor> banned, Tensor ends, Tensor length_powers, int64_t early_stopping,
                bool longest_counts, Tensor lengths, Tensor running, Tensor parents, Tensor tokens, Tensor log_probs,
                Tensor scores, Tensor endings, Tensor improvable, Tensor status, Tensor next_tokens, Tensor rows,
-               std::optional<Tensor> slots, std::optional<Tensor> prompt_lengths) {
+               std::optional<Tensor> slots, std::optional<Tensor> prompt_lengths, std::optional<Tensor> own_slots) {
   constexpr const char* kOp = "beam_step";
   check_shape(kOp, "logits", logits, "[B*K, V]", {kAny, kAny});
   check_shape(kOp, "running", running, "[B, K]", {kAny, kAny});
@@ -128,6 +128,7 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, Tensor ends, Tensor 
   check(first || logits.size(0) == groups * beams, kOp, "logits", "have B*K rows, or B in the first step",
         shape_of(logits));
   check(slots.has_value() == prompt_lengths.has_value(), kOp, "slots", "come with prompt_lengths", "one of both");
+  check(slots || !own_slots, kOp, "own_slots", "come with slots", "them alone");
 
   const auto step_data = [&](const char* name, const Tensor& tensor, ScalarType dtype) {
     return state_data<void>(name, tensor, "[L, B, K]", {length, groups, beams}, dtype, logits);
@@ -156,12 +157,16 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, Tensor ends, Tensor 
       .slots = nullptr,
       .cache_length = 0,
       .prompt_lengths = nullptr,
+      .own_slots = nullptr,
   };
   if (slots) {
     state.slots = state_data<int32_t>("slots", *slots, "[B*K, S]", {groups * beams, kAny}, ScalarType::Int, logits);
     state.cache_length = slots->size(1);
     state.prompt_lengths =
         state_data<int32_t>("prompt_lengths", *prompt_lengths, "[B]", {groups}, ScalarType::Int, logits);
+  }
+  if (own_slots) {
+    state.own_slots = state_data<int32_t>("own_slots", *own_slots, "[B*K]", {groups * beams}, ScalarType::Int, logits);
   }
   const Tensor so_far = first ? torch::stable::narrow(running, 1, 0, 1) : running;
   const int64_t num_candidates = std::max<int64_t>(2, 1 + num_ends) * beams;  // leaves K that do not end
@@ -178,7 +183,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
       "beam_step(Tensor logits, Tensor? banned, Tensor ends, Tensor length_powers, int early_stopping, bool "
       "longest_counts, Tensor(a!) lengths, Tensor(b!) running, Tensor(c!) parents, Tensor(d!) tokens, Tensor(e!) "
       "log_probs, Tensor(f!) scores, Tensor(g!) endings, Tensor(h!) improvable, Tensor(i!) status, Tensor(j!) "
-      "next_tokens, Tensor(k!) rows, Tensor(l!)? slots, Tensor? prompt_lengths) -> ()");
+      "next_tokens, Tensor(k!) rows, Tensor(l!)? slots, Tensor? prompt_lengths, Tensor? own_slots) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) {
   m.impl("beam_prune", TORCH_BOX(&beam_prune));

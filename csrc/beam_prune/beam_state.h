@@ -32,9 +32,10 @@ struct BeamState {
   int32_t* status;                // [B], the flags below
   int64_t* next_tokens;           // [B * K], to be fed to the model
   int64_t* rows;                  // [B * K], the row of the logits that each continues
-  int32_t* slots;                 // [B * K, S] or nullptr: the row of the cache that holds each position of a beam
+  int32_t* slots;                 // [B * K, S] or nullptr: the slot of the cache that holds each position of a beam
   int64_t cache_length;           // S
   const int32_t* prompt_lengths;  // [B]: the first generated token is at this position
+  const int32_t* own_slots;       // [B * K] or nullptr: the slot for the next token of a beam; else its row
 };
 
 // Flags of a group after a step.

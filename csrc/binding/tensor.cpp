@@ -174,6 +174,25 @@ Tensor to_contiguous(const Tensor& tensor) {
   return dense;
 }
 
+Tensor checked_integers(const char* op, const char* argument, const Tensor& tensor, const char* names,
+                        std::initializer_list<int64_t> sizes, const char* other_name, const Tensor& other) {
+  check_shape(op, argument, tensor, names, sizes);
+  check_dtype(op, argument, tensor, ScalarType::Int);
+  check_same_device(op, argument, tensor, other_name, other);
+  return to_contiguous(tensor);
+}
+
+void check_entry(const char* op, const char* argument, int32_t value, int64_t limit, int64_t row, int64_t column) {
+  if (value >= 0 && value < limit) return;
+  fail(op, argument, "be in [0, " + std::to_string(limit) + ")",
+       std::to_string(value) + " at [" + std::to_string(row) + ", " + std::to_string(column) + "]");
+}
+
+HeadsView view_of(const Tensor& tensor) {
+  const bool packed = tensor.dim() == 3;
+  return {tensor.data_ptr(), packed ? 0 : tensor.stride(0), tensor.stride(-3), tensor.stride(-2)};
+}
+
 #if defined(ARFAST_EMULATED)
 
 CudaScope::CudaScope(const char* op, const Tensor&) : op_(op), stream_(nullptr) {}

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "core/dtype.h"
+#include "core/heads_view.h"
 
 namespace arfast {
 
@@ -63,6 +64,16 @@ Tensor new_zeros(const Tensor& like, std::initializer_list<int64_t> sizes, Scala
 Tensor with_dense_rows(const Tensor& tensor);
 
 Tensor to_contiguous(const Tensor& tensor);
+
+// `tensor`, which must be int32 of this shape on the device of `other`, dense.
+Tensor checked_integers(const char* op, const char* argument, const Tensor& tensor, const char* names,
+                        std::initializer_list<int64_t> sizes, const char* other_name, const Tensor& other);
+
+// An integer that is read from such a tensor must be in [0, limit).
+void check_entry(const char* op, const char* argument, int32_t value, int64_t limit, int64_t row, int64_t column);
+
+// A tensor [B, T, H, D] or [N, H, D] with dense rows.
+HeadsView view_of(const Tensor& tensor);
 
 inline int64_t stride_or_zero(const std::optional<Tensor>& tensor, int64_t dim) {
   return tensor ? tensor->stride(dim) : 0;

@@ -16,11 +16,8 @@ Matrix matrix_of(const Tensor& tensor, int64_t row_dim) {
 }
 
 Tensor checked_offsets(const Tensor& offsets, const Tensor& a) {
-  check_shape(kOp, "offsets", offsets, "[E + 1]", {kAny});
-  check(offsets.size(0) >= 1, kOp, "offsets", "have shape [E + 1]", "[0]");
-  check_dtype(kOp, "offsets", offsets, ScalarType::Int);
-  check_same_device(kOp, "offsets", offsets, "a", a);
-  const Tensor dense = to_contiguous(offsets);
+  const Tensor dense = checked_integers(kOp, "offsets", offsets, "[E + 1]", {kAny}, "a", a);
+  check(dense.size(0) >= 1, kOp, "offsets", "have shape [E + 1]", "[0]");
   if (on_cpu(a)) check_offsets(kOp, dense, a.size(0));  // a GPU would have to be waited for
   return dense;
 }

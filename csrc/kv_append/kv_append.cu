@@ -14,7 +14,7 @@ namespace {
 constexpr int kThreads = 256;
 
 template <typename T>
-__device__ T* head_of(const KVAppendView& view, int64_t batch, int64_t row, int64_t head) {
+__device__ T* head_of(const HeadsView& view, int64_t batch, int64_t row, int64_t head) {
   return static_cast<T*>(view.data) + batch * view.batch_stride + row * view.row_stride + head * view.head_stride;
 }
 

@@ -7,16 +7,9 @@
 #include "core/cpu_target.h"
 #include "core/cuda_function.h"
 #include "core/dtype.h"
+#include "core/heads_view.h"
 
 namespace arfast {
-
-// A tensor of heads whose channels are dense: [B, T, H, D].
-struct KVAppendView {
-  void* data;
-  int64_t batch_stride;
-  int64_t row_stride;
-  int64_t head_stride;
-};
 
 struct KVAppendParams {
   DType dtype;                 // of q, k, v, the caches and out
@@ -26,16 +19,17 @@ struct KVAppendParams {
   int64_t num_kv_heads;        // Hkv
   int64_t head_dim;            // D, even
   int64_t table_rows;          // P: row b * T + t of q and k uses row (b * T + t) % P
-  KVAppendView q;              // [B, T, H, D]
-  KVAppendView k;              // [B, T, Hkv, D]
-  KVAppendView v;              // [B, T, Hkv, D]
+  HeadsView q;                 // [B, T, H, D]
+  HeadsView k;                 // [B, T, Hkv, D]
+  HeadsView v;                 // [B, T, Hkv, D]
   const float* cos;            // [P, D / 2], dense
   const float* sin;            // [P, D / 2], dense
-  KVAppendView k_cache;        // [B, S_max, Hkv, D]; paged: [pages, page, Hkv, D], a page being a batch
-  KVAppendView v_cache;        // like k_cache
+  HeadsView k_cache;           // [B, S_max, Hkv, D]; paged: [pages, page, Hkv, D], a page being a batch
+  HeadsView v_cache;           // like k_cache
   const int32_t* seqlens;      // [B]
   const int32_t* block_table;  // [B, pages per sequence], dense, or nullptr
-  int64_t table_stride;        // pages per sequence
+  const int32_t* beam_slots;   // [B, S_max], dense, or nullptr
+  int64_t table_stride;        // rows of block_table or beam_slots
   int64_t page_size;           // tokens per batch index of a cache
   int64_t capacity;            // tokens that a sequence can have in the cache
   int64_t cache_batch;         // batch indices of a cache
@@ -50,9 +44,14 @@ struct KVSlot {
 constexpr KVSlot slot_of(const KVAppendParams& params, int64_t sequence, int64_t token) {
   const int64_t position = params.seqlens[sequence] - params.num_tokens + token;
   if (position < 0 || position >= params.capacity) return {-1, 0};
-  if (params.block_table == nullptr) return {sequence, position};
-  const int64_t page = params.block_table[sequence * params.table_stride + position / params.page_size];
-  return {page < params.cache_batch ? page : -1, position % params.page_size};
+  const int64_t table_row = sequence * params.table_stride;
+  if (params.block_table != nullptr) {
+    const int64_t page = params.block_table[table_row + position / params.page_size];
+    return {page < params.cache_batch ? page : -1, position % params.page_size};
+  }
+  if (params.beam_slots == nullptr) return {sequence, position};
+  const int64_t slot = params.beam_slots[table_row + position];
+  return {slot < params.cache_batch ? slot : -1, position};
 }
 
 ARFAST_CPU_FUNCTION(kv_append, KVAppendParams)

@@ -9,7 +9,7 @@ namespace arfast::ARFAST_CPU_TARGET {
 namespace {
 
 template <typename T>
-T* head_of(const KVAppendView& view, int64_t batch, int64_t row, int64_t head) {
+T* head_of(const HeadsView& view, int64_t batch, int64_t row, int64_t head) {
   return static_cast<T*>(view.data) + batch * view.batch_stride + row * view.row_stride + head * view.head_stride;
 }
 

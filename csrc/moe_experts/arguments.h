@@ -24,11 +24,11 @@ struct MoeExpertsArguments {
     check_shape(kOp, "expert_weights", expert_weights, "[T, K]", {hidden.size(0), kAny});
     check_dtype(kOp, "expert_weights", expert_weights, statistics_dtype(hidden));
     check_same_device(kOp, "expert_weights", expert_weights, "hidden", hidden);
-    check_routing_table("position", position, "[T, K]", {hidden.size(0), expert_weights.size(1)});
-    check_routing_table("source_token", source_token, "[T * K]", {position.numel()});
-    check_routing_table("offsets", offsets, "[E + 1]", {w_down.size(0) + 1});
+    position = routing_table("position", position, "[T, K]", {hidden.size(0), expert_weights.size(1)});
+    source_token = routing_table("source_token", source_token, "[T * K]", {position.numel()});
+    offsets = routing_table("offsets", offsets, "[E + 1]", {w_down.size(0) + 1});
     hidden = with_dense_rows(hidden);
-    for (Tensor* tensor : {&expert_weights, &position, &source_token, &offsets, &w_gate_up, &w_down}) {
+    for (Tensor* tensor : {&expert_weights, &w_gate_up, &w_down}) {
       *tensor = to_contiguous(*tensor);
     }
   }
@@ -47,11 +47,9 @@ struct MoeExpertsArguments {
     check_same_dtype(kOp, argument, tensor, "hidden", hidden);
     check_same_device(kOp, argument, tensor, "hidden", hidden);
   }
-  void check_routing_table(const char* argument, const Tensor& tensor, const char* names,
-                           std::initializer_list<int64_t> sizes) const {
-    check_shape(kOp, argument, tensor, names, sizes);
-    check_dtype(kOp, argument, tensor, ScalarType::Int);
-    check_same_device(kOp, argument, tensor, "hidden", hidden);
+  Tensor routing_table(const char* argument, const Tensor& tensor, const char* names,
+                       std::initializer_list<int64_t> sizes) const {
+    return checked_integers(kOp, argument, tensor, names, sizes, "hidden", hidden);
   }
 };
 

@@ -16,11 +16,8 @@ constexpr const char* kCombine = "moe_combine";
 Tensor moe_permute(Tensor hidden, Tensor source_token) {
   check_shape(kPermute, "hidden", hidden, "[T, d]", {kAny, kAny});
   const DType dtype = float_dtype(kPermute, "hidden", hidden);
-  check_shape(kPermute, "source_token", source_token, "[R]", {kAny});
-  check_dtype(kPermute, "source_token", source_token, ScalarType::Int);
-  check_same_device(kPermute, "source_token", source_token, "hidden", hidden);
+  source_token = checked_integers(kPermute, "source_token", source_token, "[R]", {kAny}, "hidden", hidden);
   hidden = with_dense_rows(hidden);
-  source_token = to_contiguous(source_token);
   const auto* tokens = static_cast<const int32_t*>(source_token.data_ptr());
   const int64_t rows = source_token.size(0), num_tokens = hidden.size(0);
   // A GPU would have to be waited for: there, such a row is filled with zeros.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
 from threads import same_for_any_threads
+from views import overlapping
 
 from arfast.ops import attention, attention_decode, attention_decode_reference
 from arfast.ops.attention_decode import PLAIN, TENSOR_CORES
@@ -111,6 +112,19 @@ def test_beams_share_their_past(dtype, device, decode):
     moved = [x[slots.clamp(max=5).long(), torch.arange(x.shape[1])] for x in (k, v)]
     expected = decode(q, *moved, seqlens)
     assert_bitwise_equal(decode(q, k, v, seqlens, beam_slots=slots), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slots_may_overlap(dtype, device, decode):
+    """Caches that are one buffer of tokens, of which slot s begins at token s: a prompt is there once for all beams."""
+    tokens = torch.randn(2, 700, 2, 64).to(device, dtype)
+    k, v = (overlapping(x, 150) for x in tokens)
+    q, seqlens = torch.randn(4, 1, 4, 64).to(device, dtype), lengths(150, 99, 0, 1, device=device)
+    slots = torch.randint(len(k), (4, 150), dtype=torch.int32, device=device)
+    slots[:, :80] = 5
+    actual = check(q, k, v, seqlens, {}, beam_slots=slots, decode=decode)
+    moved = [x[slots.long(), torch.arange(150, device=device)] for x in (k, v)]
+    assert_bitwise_equal(actual, decode(q, *moved, seqlens))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

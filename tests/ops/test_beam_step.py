@@ -9,6 +9,7 @@ import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
 from threads import same_for_any_threads
+from views import overlapping
 
 from arfast.ops import BeamState, attention_decode_reference, beam_prune, beam_step, beam_step_reference
 from arfast.ops.beam_step import CAN_CHANGE, GO_ON, NOT_FINITE
@@ -52,6 +53,7 @@ def start(size, device, mode=False, length_penalty=1.0, cache=None):
         rows = torch.arange(items, dtype=torch.int32, device=device).repeat_interleave(beams) * beams
         state.slots = rows[:, None].repeat(1, cache).contiguous()
         state.prompt_lengths = (torch.arange(items, dtype=torch.int32, device=device) * 3 + 1) % cache
+        state.own_slots = torch.randint(10**6, rows.shape, dtype=torch.int32).to(device)
     return state
 
 
@@ -127,11 +129,11 @@ def test_an_item_is_independent_of_the_others(device):
         for name, value in tensors(together).items():
             if name in ("parents", "tokens", "log_probs"):
                 value = value[:, item : item + 1]
-            elif name in ("next_tokens", "rows", "slots"):
+            elif name in ("next_tokens", "rows", "slots", "own_slots"):
                 value = value[rows]
             elif name not in ("ends", "length_powers"):
                 value = value[item : item + 1]
-            setattr(state, name, value - item * 4 if name == "slots" else value.clone())
+            setattr(state, name, value.clone())
     for step in range(5):
         logits = step_logits(size, together, step == 0)
         beam_step(logits, together)
@@ -139,7 +141,7 @@ def test_an_item_is_independent_of_the_others(device):
             beam_step(logits.view(3, -1, 33)[item], state)
             assert torch.equal(state.running, together.running[item : item + 1])
             assert torch.equal(state.endings, together.endings[item : item + 1])
-            assert torch.equal(state.slots + item * 4, together.slots[item * 4 : item * 4 + 4])
+            assert torch.equal(state.slots, together.slots[item * 4 : item * 4 + 4])
 
 
 def test_status(device):
@@ -159,6 +161,38 @@ def test_status(device):
     beam_step(torch.randn(1, 5, device=device), state)
     assert state.status.item() & GO_ON == 0  # at the largest length everything ends
     assert torch.equal(state.endings[0, :, 0].cpu(), torch.tensor([0, 0], dtype=torch.int32))
+
+
+def test_own_slots(device):
+    """One buffer of tokens: prompts of several lengths once, then the tokens of each beam. A beam finds its past there
+    as if the caches had been reordered at every step."""
+    size, longest, prompts = (2, 3, 11, 4, 0), 5, (5, 2)
+    items, beams, most = size[0], size[1], size[3]
+    state = start(size, device)
+    state.prompt_lengths = torch.tensor(prompts, dtype=torch.int32, device=device)
+    lengths = state.prompt_lengths.repeat_interleave(beams)
+    rows = torch.arange(items * beams, dtype=torch.int32, device=device)
+    state.slots = (rows // beams * longest)[:, None].repeat(1, longest + most)
+    state.own_slots = items * longest + rows * most - lengths
+    expected = copy.deepcopy(state)
+    buffer = torch.full((items * longest + items * beams * most + longest, 1, 2), NAN, device=device)
+    cache = overlapping(buffer, longest + most)
+    moved = torch.zeros(items * beams, longest + most, 1, 2, device=device)
+    for item, prompt in enumerate(prompts):
+        moved[item * beams : (item + 1) * beams, :prompt] = torch.randn(prompt, 1, 2, device=device)
+        cache[item * longest, :prompt] = moved[item * beams, :prompt]
+    for step in range(most):
+        logits = step_logits(size, state, step == 0)
+        beam_step(logits, state)
+        beam_step_reference(logits, expected, prune=beam_prune)
+        assert_same_state(state, expected)
+        moved = moved[state.rows if step > 0 else rows.long()]
+        new, positions = torch.randn(items * beams, 1, 2, device=device), lengths + step
+        cache[state.slots.gather(1, positions[:, None].long())[:, 0].long(), positions.long()] = new
+        moved[rows.long(), positions.long()] = new
+        for row, length in enumerate((positions + 1).tolist()):
+            past = cache[state.slots[row, :length].long(), torch.arange(length, device=device)]
+            assert torch.equal(past, moved[row, :length])
 
 
 def test_slots_are_those_of_attention_decode(device):
@@ -207,6 +241,7 @@ def test_opcheck():
     arguments = (
         torch.randn(2, 9), None, s.ends, s.length_powers, 0, False, s.lengths, s.running, s.parents, s.tokens,
         s.log_probs, s.scores, s.endings, s.improvable, s.status, s.next_tokens, s.rows, s.slots, s.prompt_lengths,
+        s.own_slots,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.arfast.beam_step.default, arguments)
 
@@ -247,6 +282,7 @@ def changed(**changes):
         (changed(next_tokens=torch.zeros(2, dtype=torch.int64)), "next_tokens must have shape"),
         (changed(rows=torch.zeros(6, dtype=torch.int32)), "rows must be int64"),
         (changed(slots=torch.zeros(6, 5, dtype=torch.int32)), "slots must come with prompt_lengths"),
+        (changed(own_slots=torch.zeros(6, dtype=torch.int32)), "own_slots must come with slots, got them alone"),
         (changed(scores=torch.zeros(2, 3, device="meta")), "tensors must be on one device"),
     ],
 )

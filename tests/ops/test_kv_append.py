@@ -4,7 +4,7 @@ import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
 from threads import same_for_any_threads
-from views import far_apart, misaligned, with_gaps
+from views import far_apart, misaligned, overlapping, with_gaps
 
 from arfast.ops import attention_decode, attention_reference, kv_append, kv_append_reference, rotary
 
@@ -98,6 +98,53 @@ def test_every_layout(shape, dtype, device, poisoned):
         assert count == 2 * arguments[1].numel()  # nowhere else
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_beam_slots(shape, dtype, device, poisoned):
+    """Every position of a sequence in a slot of its own choice, in caches with more slots than sequences."""
+    arguments = inputs(shape, dtype, device)
+    *new, k_cache, v_cache, seqlens = arguments
+    batch, size = k_cache.shape[:2]
+    order = torch.stack([torch.randperm(batch + 2) for _ in range(size)], 1)[:batch].int().to(device)
+    slots = order.clone()
+    for b, length in enumerate(seqlens.tolist()):
+        slots[b, : length - shape[1]] = slots[b, length:] = 1_000_000  # nobody looks there
+    caches = torch.full((2, batch + 2, *k_cache.shape[1:]), NAN).to(device, dtype)
+    wanted = {kv_append: expected(*arguments), kv_append_reference: run(kv_append_reference, *arguments)}
+    for function in wanted:
+        out, *caches_after = run(function, *new, *caches, seqlens, beam_slots=slots)
+        gathered = [cache[order.long(), torch.arange(size, device=device)] for cache in caches_after]
+        assert_same_bits((out, *gathered), wanted[function])
+        assert sum(cache.isfinite().sum() for cache in caches_after) == 2 * new[1].numel()  # nowhere else
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slots_of_one_buffer_of_tokens(dtype, device):
+    """Prompts stored once before the tokens of all beams: slot s of the overlapping view begins at token s."""
+    prompts, beams, most, (num_heads, num_kv_heads, head_dim) = (5, 3), 3, 4, (4, 2, 16)
+    longest, rows = max(prompts), beams * len(prompts)
+    buffers = torch.full((2, len(prompts) * longest + rows * most + longest, num_kv_heads, head_dim), NAN)
+    buffers = buffers.to(device, dtype)
+    caches = [overlapping(buffer, longest + most) for buffer in buffers]
+    slots = torch.zeros(rows, longest + most, dtype=torch.int32)
+    for row in range(rows):
+        prompt = prompts[row // beams]
+        slots[row, :prompt] = row // beams * longest
+        slots[row, prompt:] = len(prompts) * longest + row * most - prompt
+    slots, wanted = slots.to(device), [buffer.clone() for buffer in buffers]
+    for step in range(most):
+        seqlens = lengths(*(prompts[row // beams] + step + 1 for row in range(rows)), device=device)
+        q, k, v = (
+            torch.randn(rows, 1, heads, head_dim).to(device, dtype) for heads in (num_heads, *[num_kv_heads] * 2)
+        )
+        cos, sin = tables(rows, head_dim, device)
+        kv_append(q, k, v, cos, sin, *caches, seqlens, beam_slots=slots)
+        for buffer, new in zip(wanted, (rotary(k, cos, sin), v), strict=True):
+            buffer[len(prompts) * longest :][: rows * most].unflatten(0, (rows, most))[:, step] = new[:, 0]
+    for buffer, w in zip(buffers, wanted, strict=True):
+        assert_bitwise_equal(buffer, w)
+
+
 @pytest.mark.not_emulated
 def test_float64(device):
     arguments = inputs(SHAPES[1], torch.float64, device)
@@ -162,6 +209,15 @@ def test_a_gpu_writes_nothing_to_a_page_that_is_not_there(device, implementation
     assert k_after.isnan().all() and v_after.isnan().all()
 
 
+def test_a_gpu_writes_nothing_to_a_slot_that_is_not_there(device, implementation):
+    if implementation == "cpu":
+        pytest.skip("refused there")
+    *new, k_cache, v_cache, seqlens = inputs(([4, 4, 4], 2, 2, 1, 16), torch.bfloat16, device, spare=0)
+    slots = lengths(3, -1, 2**31 - 1, device=device)[:, None].expand(3, 4)
+    _, k_after, v_after = run(kv_append, *new, k_cache, v_cache, seqlens, beam_slots=slots)
+    assert k_after.isnan().all() and v_after.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("shape", [([], 1, 2, 1, 8), ([4], 0, 2, 1, 8)], ids=str)
 def test_empty(shape, dtype, device):
@@ -221,8 +277,10 @@ def test_nan_and_infinity_stay_in_their_pair(device):
 def test_opcheck():
     arguments = inputs(([9, 4], 2, 4, 2, 8), torch.float32)
     pages_k, pages_v, table, _ = paged(*arguments[5:], 2, 4)
-    torch.library.opcheck(torch.ops.arfast.kv_append, (*arguments, None))
-    torch.library.opcheck(torch.ops.arfast.kv_append, (*arguments[:5], pages_k, pages_v, arguments[-1], table))
+    slots = torch.arange(2, dtype=torch.int32)[:, None].expand(2, arguments[5].shape[1])
+    torch.library.opcheck(torch.ops.arfast.kv_append, (*arguments, None, None))
+    torch.library.opcheck(torch.ops.arfast.kv_append, (*arguments, None, slots))
+    torch.library.opcheck(torch.ops.arfast.kv_append, (*arguments[:5], pages_k, pages_v, arguments[-1], table, None))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -290,6 +348,14 @@ INT = torch.int32
         (dict(block_table=Z(2, 3, dtype=INT) - 1), r"block_table must be in \[0, 2\), got -1 at \[0, 0\]"),
         (dict(block_table=Z(3, 3, dtype=INT)), r"block_table must have shape \[B, pages\] = \[2, \*\], got \[3, 3\]"),
         (dict(block_table=Z(2, 3)), "block_table must be int32, got float32"),
+        (dict(beam_slots=Z(2, 9, dtype=INT) + 2), r"beam_slots must be in \[0, 2\), got 2 at \[0, 2\]"),
+        (dict(beam_slots=Z(2, 9, dtype=INT) - 1), r"beam_slots must be in \[0, 2\), got -1 at \[0, 2\]"),
+        (dict(beam_slots=Z(2, 8, dtype=INT)), r"beam_slots must have shape \[B, S_max\] = \[2, 9\], got \[2, 8\]"),
+        (dict(beam_slots=Z(2, 9)), "beam_slots must be int32, got float32"),
+        (
+            dict(block_table=Z(2, 3, dtype=INT), beam_slots=Z(2, 9, dtype=INT)),
+            "beam_slots must be None with block_table, got a tensor",
+        ),
         (
             dict(block_table=Z(2, 3, dtype=INT), k_cache=Z(4, 0, 2, 8), v_cache=Z(4, 0, 2, 8)),
             "k_cache must have at least one token per page, got 0",
