@@ -1,64 +1,162 @@
-"""Beam search with the semantics of transformers: score = sum of log-probabilities / length^length_penalty."""
+"""Beam search with the semantics of transformers: score = sum of log-probabilities / length^length_penalty; with groups
+of beams that shun each other's tokens (Vijayakumar et al. 2016, arXiv 1610.02424)."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from arfast import ops
+from arfast.generate.decode import DecodeStep, looks_up
 from arfast.generate.options import GenerationOptions
+from arfast.generate.processors import Processor, make_processors
+from arfast.generate.prompts import stored_prompts
+from arfast.generate.sampling import generator_state_of
+from arfast.nn import BranchedKVCache
 from arfast.ops.beam_step import CAN_CHANGE, GO_ON, NOT_FINITE
+
+GOES_ON = CAN_CHANGE | GO_ON
 
 
 class BeamSearch:
-    """B searches with K beams each.
+    """B searches with K beams each, in G groups of K / G: row (g * B + b) * K / G + k is beam k of item b and group g.
 
-    `advance` takes the logits of all beams and says how to go on; when `done`, `hypotheses` gives the result. In the
-    first step there is one beam per item.
+    `step` takes the logits of all rows and sets `tokens`, which come next; it does not wait for a GPU. `is_done` says
+    whether to go on, and at the end `hypotheses` gives the result.
 
     Args:
         batch: B.
         options: beams, penalties, end tokens.
         device: of the logits.
+        prompts: int64 [B, P], needed by processors.
+        processors: what changes log-probabilities before beams are chosen. They run on the host.
+        cache: where beams share their past, branched with `prompt_of`.
+        generator_state: int64 [B, 3], see `ops.sample`: draws continuations without replacement.
+
+    Attributes:
+        tokens: int64 [B * K].
     """
 
-    def __init__(self, batch: int, options: GenerationOptions, device: torch.device):
-        self.options = options
-        self.state = ops.BeamState.start(
+    def __init__(
+        self,
+        batch: int,
+        options: GenerationOptions,
+        device: torch.device,
+        prompts: Tensor | None = None,
+        processors: Sequence[Processor] = (),
+        cache: BranchedKVCache | None = None,
+        generator_state: Tensor | None = None,
+    ):
+        self.options, self.processors, self.generator_state = options, processors, generator_state
+        self.num_groups = options.num_beam_groups
+        self.tokens = torch.zeros(batch * options.num_beams, dtype=torch.int64, device=device)
+        self.states = [self._state(batch, group, cache, device) for group in range(self.num_groups)]
+        self.history = [prompts] * self.num_groups if processors else None
+        self._counts: Tensor | None = None  # [B, V], how often the groups before chose a token in this step
+
+    def _state(self, batch: int, group: int, cache: BranchedKVCache | None, device: torch.device) -> ops.BeamState:
+        options = self.options
+        state = ops.BeamState.start(
             batch,
-            options.num_beams,
+            options.num_beams // self.num_groups,
             options.max_new_tokens,
             ends=tuple(options.eos_token_id),
             length_penalty=options.length_penalty,
             early_stopping=options.early_stopping,
             device=device,
         )
-        self.length = 0  # tokens generated
-        self.done = False  # no item can change any more, or none has a beam that goes on
+        rows = len(state.next_tokens)
+        mine = slice(group * rows, (group + 1) * rows)
+        state.next_tokens = self.tokens[mine]
+        if cache is not None:
+            state.slots, state.own_slots = cache.slots[mine], cache.own_slots[mine]
+            state.prompt_lengths = cache.prompts.lengths
+        return state
 
-    def advance(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B * K, V] ([B, V] at first) -> (tokens int64 [B * K] to feed, the rows int64 [B * K] they continue).
+    def prompt_of(self) -> Tensor:
+        """int64 [B * K]: the item of every row."""
+        batch, beams = self.states[0].running.shape
+        items = torch.arange(batch, device=self.tokens.device)
+        return items.repeat_interleave(beams).repeat(self.num_groups)
 
-        Both are views of the state, which the next call changes.
+    def step(self, logits: Tensor) -> None:
+        """Logits [B * K, V], or [B, V] after the prompts, where an item has no beams yet."""
+        diverse = self.num_groups > 1 and self.options.diversity_penalty > 0
+        by_score = diverse or bool(self.processors)
+        scores = logits.float().log_softmax(-1) if by_score else logits
+        batch, first = len(self.states[0].lengths), len(logits) < len(self.tokens)
+        if diverse:
+            self._counts = torch.zeros(batch, logits.shape[1], device=logits.device)
+        for group, state in enumerate(self.states):
+            mine = scores.clone() if first and by_score else scores if first else scores.chunk(self.num_groups)[group]
+            if diverse and group > 0:
+                mine -= self.options.diversity_penalty * self._counts.repeat_interleave(len(mine) // batch, 0)
+            for processor in self.processors:
+                mine = processor(self.history[group], mine)
+            more = dict(log_probs=True, generator_state=self.generator_state) if by_score else {}
+            ops.beam_step(mine, state, **more)
+            if diverse:
+                chosen, goes_on = state.next_tokens.view(batch, -1), (state.status & GOES_ON) == GOES_ON
+                self._counts.scatter_add_(1, chosen, goes_on[:, None].expand(chosen.shape).float())
+            if self.processors:
+                self.history[group] = torch.cat([self.history[group][state.rows], state.next_tokens[:, None]], dim=1)
+
+    def is_done(self) -> bool:
+        """Whether no item can change any more, or none has a beam that goes on; waits for the device.
+
+        Raises:
+            ValueError: logits of an item were not finite.
         """
-        ops.beam_step(logits, self.state)
-        status = self.state.status.tolist()
-        broken = [item for item, flags in enumerate(status) if flags & NOT_FINITE]
+        status = torch.stack([state.status for state in self.states]).tolist()
+        broken = sorted({item for group in status for item, flags in enumerate(group) if flags & NOT_FINITE})
         if broken:
-            raise ValueError(f"generate: logits must be finite, got others for prompts {broken} in step {self.length}")
-        self.length += 1
-        self.done = not any(flags & CAN_CHANGE for flags in status) or not any(flags & GO_ON for flags in status)
-        return self.state.next_tokens, self.state.rows
+            step = int(self.states[0].lengths.max())
+            raise ValueError(f"generate: logits must be finite, got others for prompts {broken} by step {step}")
+        return not any(flags & GOES_ON == GOES_ON for group in status for flags in group)
 
     def hypotheses(self) -> tuple[Tensor, Tensor]:
         """(tokens int64 [B * n, T], scores [B * n]) of the n = num_return_sequences best per item, padded at the end.
 
         An item has fewer only if its vocabulary is too small; then the rest is padding with the score -1e9.
         """
-        state, count = self.state, self.options.num_return_sequences
+        tokens, lengths, scores = (torch.cat(x, dim=1) for x in zip(*map(self._hypotheses, self.states), strict=True))
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        best = order[:, : self.options.num_return_sequences]
+        tokens = tokens.gather(1, best[:, :, None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
+        return tokens[:, : int(lengths.gather(1, best).max())], scores[:, : best.shape[1]].flatten()
+
+    def _hypotheses(self, state: ops.BeamState) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, K / G, L], their numbers and scores [B, K / G] of a group."""
+        count = state.scores.shape[1]
         last, beams, tokens = state.endings[:, :count].long().unbind(-1)
         columns = []
-        for step in reversed(range(int(last.max()) + 1)):
+        for step in reversed(range(self.options.max_new_tokens)):
             before = step < last
             column = torch.where(before, state.tokens[step].long().gather(1, beams), self.options.pad_token_id)
             columns.append(torch.where(step == last, tokens, column))
             beams = torch.where(before, state.parents[step].long().gather(1, beams), beams)
-        return torch.stack(columns[::-1], dim=-1).flatten(0, 1), state.scores[:, :count].flatten()
+        return torch.stack(columns[::-1], dim=-1), last + 1, state.scores
+
+
+def beam_search(
+    model: Any, input_ids: Tensor, mask: Tensor, options: GenerationOptions, seeds: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Beams that continue the prompts [B, P]: see `BeamSearch.hypotheses`. seeds: one per prompt, with do_sample."""
+    batch = len(input_ids)
+    logits, cache = stored_prompts(model, input_ids, mask, options.num_beams, options.max_new_tokens)
+    processors = make_processors(options, (~mask).sum(-1), input_ids.shape[1], batch)
+    state = generator_state_of([(seed, 0) for seed in seeds], logits.device) if options.do_sample else None
+    branched = cache if options.num_beams > 1 else None
+    search = BeamSearch(batch, options, logits.device, input_ids, processors, branched, state)
+    if branched is not None:
+        branched.branch(search.prompt_of())
+    search.step(logits)
+    decode = DecodeStep(model, cache, None if processors else search.step)
+    for step in range(options.max_new_tokens):
+        if looks_up(step, options.max_new_tokens, logits) and search.is_done():
+            break
+        logits = decode(search.tokens)
+        if processors:
+            search.step(logits)
+    return search.hypotheses()

@@ -1,16 +1,17 @@
 """One decode step of a model: a token per sequence in, the logits that follow out; on a GPU as one CUDA graph."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from arfast.models import CausalLM
-from arfast.nn import StaticKVCache
+from arfast.nn import KVCache
 
 
-def decode_one_token(model: Any, tokens: Tensor, cache: StaticKVCache) -> Tensor:
+def decode_one_token(model: Any, tokens: Tensor, cache: KVCache) -> Tensor:
     """Store one token per sequence [B]; the logits [B, V] that follow."""
     return model(tokens[:, None], cache=cache).logits[:, -1]
 
@@ -30,6 +31,8 @@ class DecodeStep:
     Args:
         model: a CausalLM.
         cache: the sequences to continue, at least one token each.
+        then: called with the logits of every step, and replayed with it: a choice of the next tokens, say. It must do
+            all it does on the device and in memory that stays.
 
     Example:
         >>> model = CausalLM(CausalLMConfig.preset("tiny"))
@@ -43,8 +46,8 @@ class DecodeStep:
         [13]
     """
 
-    def __init__(self, model: Any, cache: StaticKVCache):
-        self.model, self.cache = model, cache
+    def __init__(self, model: Any, cache: KVCache, then: Callable[[Tensor], None] | None = None):
+        self.model, self.cache, self.then = model, cache, then
         self.tokens = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.k.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None  # the graph's
@@ -61,13 +64,19 @@ class DecodeStep:
         if self.graph is None:
             if not self._warm or not self._can_capture() or not self._capture():
                 self._warm = True
-                return decode_one_token(self.model, self.tokens, self.cache)
+                return self._step()
         else:
             if self.cache.k is not self._memory[0]:
                 raise ValueError("DecodeStep: cache must keep its memory, got another one (select with another number)")
             self.cache.advance()
         self.graph.replay()
         return self._logits
+
+    def _step(self) -> Tensor:
+        logits = decode_one_token(self.model, self.tokens, self.cache)
+        if self.then is not None:
+            self.then(logits)
+        return logits
 
     def _can_capture(self) -> bool:
         if self._refused or not (self.cache.k.is_cuda and isinstance(self.model, CausalLM)):
@@ -81,7 +90,7 @@ class DecodeStep:
         graph, cache = torch.cuda.CUDAGraph(), self.cache
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on with their work
-                self._logits = decode_one_token(self.model, self.tokens, cache)
+                self._logits = self._step()
         except RuntimeError as error:
             warnings.warn(f"DecodeStep: decoding goes on without a CUDA graph: {error}", stacklevel=3)
             cache.set_lengths(cache.lengths)  # the host may have counted tokens that the GPU has not seen
@@ -89,6 +98,12 @@ class DecodeStep:
             return False
         # Detached: the memory of today, also if a parameter moves or the rotary tables grow.
         state = [*self.model.parameters(), *self.model.buffers(), cache.v, cache.lengths, cache.seqlens]
+        state += [] if cache.slots is None else [cache.slots]
         self._memory = [cache.k, *(tensor.detach() for tensor in state)]
         self.graph = graph
         return True
+
+
+def looks_up(step: int, max_steps: int, logits: Tensor) -> bool:
+    """Whether a loop asks after this step how it goes: on a GPU, which it would have to wait for, now and then."""
+    return not logits.is_cuda or step % 8 == 7 or step + 1 == max_steps

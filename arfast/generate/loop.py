@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from arfast.generate.beam import BeamSearch
-from arfast.generate.decode import DecodeStep, decode_one_token
+from arfast.generate.beam import beam_search
+from arfast.generate.continuation import Continuation
+from arfast.generate.decode import DecodeStep, looks_up
 from arfast.generate.options import GenerationOptions, describe, is_integer, require, special_tokens
-from arfast.generate.sampling import Sampler
-from arfast.nn import StaticKVCache
+from arfast.generate.processors import make_processors
+from arfast.generate.prompts import prompt_mask, stored_prompts
 
 
 class Streamer(Protocol):
@@ -29,6 +29,8 @@ def generate(
     max_new_tokens: int = 20,
     *,
     num_beams: int = 1,
+    num_beam_groups: int = 1,
+    diversity_penalty: float = 0.0,
     num_return_sequences: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
@@ -37,6 +39,11 @@ def generate(
     top_k: int = 50,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    min_new_tokens: int = 0,
+    allowed_tokens: Tensor | None = None,
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], Sequence[int]] | None = None,
+    logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     attention_mask: Tensor | None = None,
@@ -45,19 +52,32 @@ def generate(
 ) -> Tensor:
     """Continue prompts: greedily, by sampling or by beam search, with transformers' names and meanings.
 
-    On a GPU, greedy decoding and sampling replay a CUDA graph of the model where `DecodeStep` can capture one.
+    On a GPU every step replays a CUDA graph where `DecodeStep` can capture one, of the model and, unless there are
+    penalties or constraints, of all that a step does; the host looks at the result in every eighth step.
 
     Args:
         model: a CausalLM.
         input_ids: int64 [B, P], padded on the left.
         max_new_tokens: the most tokens to add, >= 1.
         num_beams: 1: one token at a time; K > 1: beam search, with num_return_sequences <= K results.
+        num_beam_groups, diversity_penalty: G groups of K / G beams search one after the other in every step; a token
+            loses diversity_penalty times the beams of the groups before that have just chosen it (Vijayakumar et al.
+            2016, arXiv 1610.02424).
         num_return_sequences: results per prompt, best first (beams) or independent (do_sample).
         length_penalty: a hypothesis of n tokens scores log-probability / n^length_penalty; above 0 favours long ones.
         early_stopping: True: stop at K hypotheses; False: when the best beam, at its present length, would not beat the
             worst hypothesis; "never": when it would not at any length.
-        do_sample: draw from the distribution instead of taking the best token.
+        do_sample: draw from the distribution instead of taking the best token. With beams: draw their continuations
+            without replacement, by their scores so far.
         temperature, top_k, top_p, min_p: applied in this order, see `arfast.ops.sample`; top_k=0 is off.
+        repetition_penalty: divides positive scores of tokens that a sequence has, its prompt included, and multiplies
+            negative ones (Keskar et al. 2019, arXiv 1909.05858); 1 is off.
+        min_new_tokens: no end token before so many new tokens.
+        allowed_tokens: bool [V]: the only tokens there are.
+        prefix_allowed_tokens_fn: (index of the prompt, its tokens so far) -> the tokens that may follow.
+        logits_processor: functions (input_ids [R, T], scores [R, V]) -> scores, called in turn after the above;
+            transformers' processors are such. The scores are logits, with beams log-probabilities, which are not
+            normalised again.
         eos_token_id: one or several tokens that end a sequence; None: the configuration's; []: none.
         pad_token_id: fills finished sequences; None: the configuration's, else the first end token, else 0.
         attention_mask: [B, P], 0 for padding, which must be on the left. None: leading tokens equal to pad_token_id,
@@ -94,122 +114,61 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        num_beam_groups=num_beam_groups,
+        diversity_penalty=diversity_penalty,
+        repetition_penalty=repetition_penalty,
+        min_new_tokens=min_new_tokens,
+        vocab_size=model.config.vocab_size,
+        allowed_tokens=allowed_tokens,
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        logits_processor=tuple(logits_processor),
         eos_token_id=eos,
         pad_token_id=pad if pad is not None else eos[0] if eos else 0,
     )
-    mask = _prompt_mask(input_ids, attention_mask, None if pad in eos else pad)
+    mask = prompt_mask(input_ids, attention_mask, None if pad in eos else pad)
     seeds = _seeds_of(seed, len(input_ids))
     prompts = input_ids.repeat_interleave(num_return_sequences, dim=0)
-    cache = _new_cache(model, len(input_ids), int(mask.sum(-1).max()) + max_new_tokens)
     if num_beams > 1:
         require(streamer is None, "streamer", "be None with num_beams > 1", type(streamer).__name__)
-        new, _ = beam_search(model, prefill(model, input_ids, mask, cache), cache, options)
-    else:
-        streamer = streamer or _Silent()
-        try:
+        new, _ = beam_search(model, input_ids, mask, options, seeds)
+        return torch.cat([prompts, new], dim=1)
+    try:
+        if streamer is not None:
             streamer.put(prompts.cpu())
-            new = _extend(model, prefill(model, input_ids, mask, cache), cache, options, seeds, streamer)
-        finally:
+        return _extend(model, input_ids, mask, options, seeds, streamer)
+    finally:
+        if streamer is not None:
             streamer.end()
-    return torch.cat([prompts, new], dim=1)
-
-
-def prefill(model: Any, input_ids: Tensor, mask: Tensor, cache: StaticKVCache) -> Tensor:
-    """Store the prompts [B, P] where `mask` is true; the logits [B, V] that follow them."""
-    if bool(mask.all()):
-        return model(input_ids, cache=cache, logits_to_keep=1).logits[:, -1]
-    offsets = F.pad(mask.sum(-1).cumsum(0), (1, 0))
-    packed = input_ids[mask][None]
-    return model(packed, cu_seqlens=offsets.int(), cache=cache, logits_to_keep=offsets[1:] - 1).logits[0]
 
 
 def _extend(
     model: Any,
-    logits: Tensor,
-    cache: StaticKVCache,
+    input_ids: Tensor,
+    mask: Tensor,
     options: GenerationOptions,
     seeds: list[int],
-    streamer: Streamer,
+    streamer: Streamer | None,
 ) -> Tensor:
-    """New tokens [B * n, T] of greedy decoding or sampling."""
-    copies = options.num_return_sequences
+    """The prompts [B, P], each num_return_sequences times, with what greedy decoding or sampling adds."""
+    copies, batch = options.num_return_sequences, len(input_ids)
+    logits, cache = stored_prompts(model, input_ids, mask, copies, options.max_new_tokens)
     if copies > 1:
-        logits = logits.repeat_interleave(copies, dim=0)
-        cache.select(torch.arange(len(seeds), device=logits.device).repeat_interleave(copies))
-    choose = _chooser(options, [(seed, sample) for seed in seeds for sample in range(copies)], logits.device)
-    eos = torch.tensor(options.eos_token_id, dtype=torch.int64, device=logits.device)
-    finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    decode = DecodeStep(model, cache)
-    steps: list[Tensor] = []
+        logits, input_ids = (x.repeat_interleave(copies, dim=0) for x in (logits, input_ids))
+        cache.branch(torch.arange(batch, device=logits.device).repeat_interleave(copies))
+    processors = make_processors(options, (~mask).sum(-1), input_ids.shape[1], batch)
+    streams = [(seed, sample) for seed in seeds for sample in range(copies)]
+    continuation = Continuation(input_ids, options, streams, processors)
+    decode = DecodeStep(model, cache, None if processors else continuation.choose)
     for step in range(options.max_new_tokens):
         if step > 0:
-            logits = decode(steps[-1])
-        _check_finite(logits, step)
-        tokens = choose(logits).masked_fill(finished, options.pad_token_id)
-        finished |= torch.isin(tokens, eos)
-        steps.append(tokens)
-        streamer.put(tokens.cpu())
-        if len(eos) > 0 and bool(finished.all()):
+            logits = decode(continuation.tokens)
+        if step == 0 or processors:
+            continuation.choose(continuation.process(logits, step))
+        if streamer is not None:
+            streamer.put(continuation.tokens.to("cpu", copy=True))  # the next step overwrites them
+        if (streamer is not None or looks_up(step, options.max_new_tokens, logits)) and continuation.is_done(step):
             break
-    return torch.stack(steps, dim=1)
-
-
-def beam_search(model: Any, logits: Tensor, cache: StaticKVCache, options: GenerationOptions) -> tuple[Tensor, Tensor]:
-    """Continue stored prompts, given the logits [B, V] that follow them: see `BeamSearch.hypotheses`."""
-    search = BeamSearch(len(logits), options, logits.device)
-    tokens, rows = search.advance(logits)
-    while not search.done:
-        cache.select(rows)
-        tokens, rows = search.advance(decode_one_token(model, tokens, cache))
-    return search.hypotheses()
-
-
-def _chooser(
-    options: GenerationOptions, streams: list[tuple[int, int]], device: torch.device
-) -> Callable[[Tensor], Tensor]:
-    if not options.do_sample:
-        return lambda logits: logits.argmax(-1)
-    names = ("temperature", "top_k", "top_p", "min_p")
-    return Sampler(streams, device, **{name: getattr(options, name) for name in names})
-
-
-class _Silent:
-    def put(self, value: Tensor) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
-
-
-def _new_cache(model: Any, batch: int, length: int) -> StaticKVCache:
-    weight = model.head_weight
-    device = weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return StaticKVCache(model.config, batch, length, dtype, weight.device)
-
-
-def _check_finite(logits: Tensor, step: int) -> None:
-    best = logits.amax(-1)
-    if not bool(best.isfinite().all()):
-        raise ValueError(f"generate: logits must be finite, got a maximum of {best.tolist()} in step {step}")
-
-
-def _prompt_mask(input_ids: Tensor, attention_mask: Tensor | None, pad: int | None) -> Tensor:
-    """bool [B, P]: which tokens belong to the prompts."""
-    if attention_mask is None:
-        if pad is None:
-            return torch.ones_like(input_ids, dtype=torch.bool)
-        mask = (input_ids != pad).cumsum(-1) > 0
-        require(bool(mask[:, -1].all()), "input_ids", "hold at least one token per prompt", "only padding")
-        return mask
-    name, shape = "attention_mask", list(input_ids.shape)
-    is_mask = isinstance(attention_mask, Tensor) and list(attention_mask.shape) == shape
-    require(is_mask, name, f"have the shape of input_ids, {shape}", describe(attention_mask))
-    mask = attention_mask.to(input_ids.device) != 0
-    require(bool(mask[:, -1].all()), name, "end with a token in every row", mask[:, -1].int().tolist())
-    wrong = (mask[:, :-1] & ~mask[:, 1:]).any(-1).nonzero().flatten().tolist()
-    require(not wrong, name, "have its zeros on the left", f"a zero after a one in rows {wrong}")
-    return mask
+    return continuation.sequences()
 
 
 def _seeds_of(seed: int | Sequence[int] | None, batch: int) -> list[int]:

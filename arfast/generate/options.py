@@ -1,7 +1,7 @@
 """What `generate` is asked to do, checked once."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,10 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """The arguments of `generate` under the same names; eos_token_id is a tuple, pad_token_id a token."""
+    """The arguments of `generate` under the same names; eos_token_id is a tuple, pad_token_id a token.
+
+    vocab_size: the model's, which allowed_tokens must have.
+    """
 
     max_new_tokens: int
     num_beams: int
@@ -46,6 +49,14 @@ class GenerationOptions:
     min_p: float
     eos_token_id: tuple[int, ...]
     pad_token_id: int
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    vocab_size: int = 0
+    allowed_tokens: Tensor | None = None
+    prefix_allowed_tokens_fn: Callable | None = None
+    logits_processor: tuple[Callable, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
@@ -54,6 +65,7 @@ class GenerationOptions:
         require(isinstance(self.do_sample, bool), "do_sample", "be a bool", repr(self.do_sample))
         self._check_sampling()
         self._check_beams()
+        self._check_constraints()
 
     def _check_sampling(self) -> None:
         number, value = _is_number, self.temperature
@@ -72,8 +84,16 @@ class GenerationOptions:
         require(finite, "length_penalty", "be a finite number", repr(penalty))
         known = isinstance(stopping, bool) or stopping == "never"
         require(known, "early_stopping", 'be True, False or "never"', repr(stopping))
+        groups, diversity = self.num_beam_groups, self.diversity_penalty
+        divides = is_integer(groups) and groups >= 1 and self.num_beams % groups == 0
+        require(divides, "num_beam_groups", f"divide num_beams={self.num_beams}", repr(groups))
+        finite = _is_number(diversity) and 0 <= diversity < float("inf")
+        require(finite, "diversity_penalty", "be a number >= 0", repr(diversity))
+        if groups > 1:
+            require(not self.do_sample, "do_sample", "be False with num_beam_groups > 1", self.do_sample)
+        elif diversity > 0:
+            warnings.warn("generate: diversity_penalty has no effect without num_beam_groups > 1", stacklevel=5)
         if self.num_beams > 1:
-            require(not self.do_sample, "do_sample", "be False with num_beams > 1", self.do_sample)
             rule = f"be at most num_beams={self.num_beams}"
             require(returned <= self.num_beams, "num_return_sequences", rule, returned)
             require(self.num_beams <= 128, "num_beams", "be at most 128", self.num_beams)
@@ -81,6 +101,22 @@ class GenerationOptions:
             require(ends <= 8, "eos_token_id", "be at most 8 tokens with num_beams > 1", ends)
         elif not self.do_sample:
             require(returned == 1, "num_return_sequences", "be 1 in greedy decoding", returned)
+
+    def _check_constraints(self) -> None:
+        penalty, fewest, allowed = self.repetition_penalty, self.min_new_tokens, self.allowed_tokens
+        positive = _is_number(penalty) and 0 < penalty < float("inf")
+        require(positive, "repetition_penalty", "be a positive number", repr(penalty))
+        rule = f"be an integer in [0, max_new_tokens={self.max_new_tokens}]"
+        require(is_integer(fewest) and 0 <= fewest <= self.max_new_tokens, "min_new_tokens", rule, repr(fewest))
+        if allowed is not None:
+            is_mask = isinstance(allowed, Tensor) and allowed.dtype == torch.bool
+            rule = f"be a bool tensor [vocab_size={self.vocab_size}]"
+            require(is_mask and allowed.shape == (self.vocab_size,), "allowed_tokens", rule, describe(allowed))
+            require(bool(allowed.any()), "allowed_tokens", "allow at least one token", "none")
+        functions = [self.prefix_allowed_tokens_fn] if self.prefix_allowed_tokens_fn is not None else []
+        require(all(map(callable, functions)), "prefix_allowed_tokens_fn", "be a function", repr(functions))
+        processors = self.logits_processor
+        require(all(map(callable, processors)), "logits_processor", "be functions", repr(processors))
 
 
 def special_tokens(

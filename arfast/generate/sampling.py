@@ -25,13 +25,18 @@ class Sampler:
     """
 
     def __init__(self, streams: list[tuple[int, int]], device: torch.device | str = "cpu", **filters: float):
-        rows = [(_as_int64(seed), _as_int64(sample), 0) for seed, sample in streams]
-        self.generator_state = torch.tensor(rows, dtype=torch.int64, device=device)
+        self.generator_state = generator_state_of(streams, device)
         self.filters = filters
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits [B, V] -> int64 [B]."""
         return ops.sample(logits, **self.filters, generator_state=self.generator_state)[0]
+
+
+def generator_state_of(streams: list[tuple[int, int]], device: torch.device | str = "cpu") -> Tensor:
+    """int64 [R, 3], as `arfast.ops.sample` takes it, at step 0."""
+    rows = [(_as_int64(seed), _as_int64(sample), 0) for seed, sample in streams]
+    return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 def _as_int64(number: int) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arfast import ops
-from arfast.nn import StaticKVCache, normal_
+from arfast.nn import KVCache, normal_
 
 from .config import CausalLMConfig
 from .decoder import Decoder
@@ -94,7 +94,7 @@ class CausalLM(nn.Module):
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: StaticKVCache | None = None,
+        cache: KVCache | None = None,
         *,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
@@ -166,7 +166,7 @@ class CausalLM(nn.Module):
         labels: Tensor | None,
         cu_seqlens: Tensor | None,
         position_ids: Tensor | None,
-        cache: StaticKVCache | None,
+        cache: KVCache | None,
         logits_to_keep: int | Tensor,
     ) -> None:
         device = self.head_weight.device
@@ -196,9 +196,9 @@ class CausalLM(nn.Module):
             if isinstance(logits_to_keep, Tensor):
                 _check_range("logits_to_keep", logits_to_keep, f"B * T = {input_ids.numel()}", input_ids.numel())
 
-    def _check_cache(self, cache: StaticKVCache, batch_size: int | None) -> None:
-        if not isinstance(cache, StaticKVCache):
-            raise TypeError(f"CausalLM: cache must be a StaticKVCache, got {type(cache).__name__}")
+    def _check_cache(self, cache: KVCache, batch_size: int | None) -> None:
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"CausalLM: cache must be a KVCache, got {type(cache).__name__}")
         if torch.is_grad_enabled():
             raise ValueError("CausalLM: cache must be used under torch.no_grad(), got gradients enabled")
         if batch_size is not None and cache.batch_size != batch_size:

@@ -6,7 +6,7 @@ Touvron et al., arXiv 2302.13971, section 2.2. Parameters have the names of tran
 import torch
 from torch import Tensor, nn
 
-from arfast.nn import Attention, MoE, RMSNorm, RotaryEmbedding, StaticKVCache, SwiGLU, TokenLayout
+from arfast.nn import Attention, KVCache, MoE, RMSNorm, RotaryEmbedding, SwiGLU, TokenLayout
 from arfast.nn.layout import packed_positions
 
 from .config import CausalLMConfig
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         cu_seqlens: Tensor | None,
         position_ids: Tensor | None,
-        cache: StaticKVCache | None,
+        cache: KVCache | None,
         with_aux_loss: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         """Token ids [B, T] -> hidden states [B * T, d] and the auxiliary losses of the layers with experts."""
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         cu_seqlens: Tensor | None,
         position_ids: Tensor | None,
-        cache: StaticKVCache | None,
+        cache: KVCache | None,
     ) -> TokenLayout:
         seqlen = input_ids.shape[1]
         positions, length = None, seqlen

@@ -2,7 +2,7 @@
 
 from .attention import Attention
 from .initialization import normal_
-from .kv_cache import StaticKVCache
+from .kv_cache import BranchedKVCache, KVCache, StaticKVCache
 from .layout import TokenLayout
 from .mlp import SwiGLU
 from .moe import MoE
@@ -11,6 +11,8 @@ from .rotary import RotaryEmbedding, inverse_frequencies
 
 __all__ = [
     "Attention",
+    "BranchedKVCache",
+    "KVCache",
     "MoE",
     "RMSNorm",
     "RotaryEmbedding",

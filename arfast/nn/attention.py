@@ -14,7 +14,7 @@ class Attention(nn.Module):
     Args:
         hidden_size: d.
         num_heads, num_kv_heads, head_dim: H query heads share Hkv key-value heads (H % Hkv == 0) of D channels.
-        layer: index of this layer in a StaticKVCache.
+        layer: index of this layer in a KVCache.
         window: a token sees itself and this many tokens before it; None: all.
         qkv_bias, o_bias: biases of the projections (Qwen2 has the former, Llama may have both).
         qk_norm_eps: RMSNorm of every head's query and key before the rotation (Qwen3); None: no norm.
@@ -58,7 +58,8 @@ class Attention(nn.Module):
         if cache is not None and cache.extends:
             q = cache.append(self.layer, q, k, v, cos, sin)
             k_cache, v_cache = cache.k[self.layer], cache.v[self.layer]
-            return ops.attention_decode(q, k_cache, v_cache, cache.seqlens, window=self.window)
+            options = dict(window=self.window, beam_slots=cache.slots)
+            return ops.attention_decode(q, k_cache, v_cache, cache.seqlens, **options)
         q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
         if cache is not None:
             cache.update(self.layer, k, v)

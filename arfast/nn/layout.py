@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kv_cache import StaticKVCache
+from .kv_cache import KVCache
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class TokenLayout:
     cos: Tensor
     sin: Tensor
     cu_seqlens: Tensor | None = None
-    cache: StaticKVCache | None = None
+    cache: KVCache | None = None
 
 
 def packed_positions(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,7 @@ class BeamState:
             scores=torch.full(beams, NO_HYPOTHESIS, device=device),
             endings=torch.tensor([-1, 0, 0], dtype=torch.int32, device=device).repeat(*beams, 1),
             improvable=torch.ones(batch, dtype=torch.bool, device=device),
-            status=integers(batch),
+            status=integers(batch).fill_(CAN_CHANGE | GO_ON),
             next_tokens=torch.zeros(batch * num_beams, dtype=torch.int64, device=device),
             rows=torch.zeros(batch * num_beams, dtype=torch.int64, device=device),
         )
@@ -166,7 +166,7 @@ def beam_step_reference(logits, state, *, banned=None, prune=beam_prune_referenc
     state.log_probs[step] = scores - so_far.gather(1, parents.long())
     state.next_tokens.copy_(tokens.flatten())
     state.rows.copy_((first_row * per_item + parents).flatten())
-    state.running.copy_(scores)
+    state.running.copy_(scores.masked_fill(ends.gather(1, going), -torch.inf))  # what ended goes nowhere
     state.scores.copy_(merged[:, :beams])
     state.endings.copy_(endings)
     state.lengths += 1

@@ -125,7 +125,7 @@ class Advance {
   ARFAST_DEVICE void append_beams() {
     for_each(beams_, [&](int64_t k) {
       const int64_t candidate = scratch_.chosen[k], parent = parents_[candidate];
-      scratch_.running[k] = scores_[candidate];
+      scratch_.running[k] = scratch_.ends[candidate] ? -INFINITY : scores_[candidate];  // what ended goes nowhere
       state_.parents[at_step(k)] = static_cast<int32_t>(parent);
       state_.tokens[at_step(k)] = tokens_[candidate];
       state_.log_probs[at_step(k)] = scores_[candidate] - params_.scores[group_ * params_.num_beams + parent];

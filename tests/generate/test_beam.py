@@ -1,16 +1,11 @@
-"""Beam search against transformers: random configurations, and the rules that random ones do not reach."""
-
-import random
-import warnings
+"""The rules of beam search that random configurations (test_transformers.py) do not reach, and its scores."""
 
 import pytest
 import torch
 
 from arfast.generate import generate, score
-from arfast.generate.beam import BeamSearch
-from arfast.generate.loop import beam_search, prefill
+from arfast.generate.beam import BeamSearch, beam_search
 from arfast.generate.options import GenerationOptions
-from arfast.nn import StaticKVCache
 
 PAD = 1
 
@@ -23,57 +18,19 @@ def options_of(**changes):
     )
 
 
-def random_configuration(rng):
-    beams = rng.choice([2, 3, 4, 8])
-    return dict(
-        vocab_size=rng.choice([23, 60, 200]),
-        batch=rng.choice([1, 3]),
-        scale=rng.choice([0.15, 0.4, 0.8]),
-        num_ends=rng.choice([0, 1, 1, 3]),
-        push=rng.choice([0.0, 2.0, 4.0, 6.0]),
-        num_beams=beams,
-        max_new_tokens=rng.choice([1, 4, 9, 14, 22]),
-        length_penalty=rng.choice([0.0, 1.0, 2.0, -1.0, 0.6]),
-        early_stopping=rng.choice([True, False, "never"]),
-        num_return_sequences=rng.choice([1, beams]),
-    )
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_equals_transformers(seed, tiny_pair, padded_prompts):
-    """Nine random configurations each, to the last token of every returned sequence."""
-    rng = random.Random(seed)
-    for model_seed in range(9):
-        options = random_configuration(rng)
-        vocab_size, batch, scale, num_ends, push = (
-            options.pop(name) for name in ("vocab_size", "batch", "scale", "num_ends", "push")
-        )
-        ends = rng.sample(range(2, vocab_size), num_ends)
-        bias = torch.zeros(vocab_size)
-        bias[ends] = push * 2 * scale
-        theirs, ours = tiny_pair(vocab_size, 100 * seed + model_seed, scale, bias)
-        input_ids, mask = padded_prompts(batch, 5, vocab_size)
-        theirs.generation_config.eos_token_id = ends or None
-        theirs.generation_config.pad_token_id = PAD
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            expected = theirs.generate(input_ids, attention_mask=mask, do_sample=False, pad_token_id=PAD, **options)
-        actual = generate(ours, input_ids, attention_mask=mask, eos_token_id=ends, pad_token_id=PAD, **options)
-        assert torch.equal(actual, expected), (model_seed, options, ends)
-
-
 def search(tables, options):
     """Beam search over tables: tables[b][t][previous token] are the logits of item b in step t. No model."""
-    state = BeamSearch(len(tables), options, torch.device("cpu"))
+    found = BeamSearch(len(tables), options, torch.device("cpu"))
     logits = torch.stack([table[0][0] for table in tables])
     for step in range(1, options.max_new_tokens + 1):
-        tokens, rows = state.advance(logits)
-        if state.done:
+        found.step(logits)
+        if found.is_done():
             break
+        tokens, rows = found.tokens, found.states[0].rows
         items = [item for item in range(len(tables)) for _ in range(options.num_beams)]
         assert [row // (len(logits) // len(tables)) for row in rows.tolist()] == items
         logits = torch.stack([tables[b][step][token] for b, token in zip(items, tokens.tolist(), strict=True)])
-    tokens, scores = state.hypotheses()
+    tokens, scores = found.hypotheses()
     return tokens.tolist(), scores, step
 
 
@@ -186,9 +143,8 @@ def test_nothing_left_to_continue(end):
 
 def run(model, input_ids, mask, options):
     """(tokens, scores) of beam search on a model."""
-    cache = StaticKVCache(model.config, len(input_ids), input_ids.shape[1] + options.max_new_tokens)
     with torch.no_grad():
-        return beam_search(model, prefill(model, input_ids, mask.bool(), cache), cache, options)
+        return beam_search(model, input_ids, mask.bool(), options)
 
 
 def test_one_beam_is_greedy(tiny_pair, padded_prompts):

@@ -278,7 +278,15 @@ def test_on_the_cpu_nothing_is_captured():
     assert step.graph is None
 
 
-@pytest.mark.parametrize("options", [{}, dict(do_sample=True, seed=4, num_return_sequences=3)], ids=str)
+WAYS = [
+    {},
+    dict(do_sample=True, seed=4, num_return_sequences=3),
+    dict(num_beams=4),
+    dict(num_beams=4, num_beam_groups=2),
+]
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
 def test_generate_replays(options, target):
     model = make(target)
     prompts = torch.tensor([[1, 2, 3], [1, 5, 6]], device=target)
@@ -289,6 +297,29 @@ def test_generate_replays(options, target):
         actual = generate(model, prompts, **options)
     assert torch.equal(actual, expected)
     assert calls.call_count == 2 and actual.shape[1] > 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_a_step_of_the_loop_does_not_wait(options):
+    """Choosing tokens, one at a time or in beams, from the second step on."""
+    steps = []
+
+    class Watched(DecodeStep):
+        def __call__(self, tokens):
+            steps.append(1)
+            if len(steps) == 1:
+                return super().__call__(tokens)
+            with no_host_waits():
+                return self._step()
+
+    model, prompts = make(), torch.tensor([[1, 2, 3], [1, 5, 6]])
+    with (
+        mock.patch("arfast.generate.loop.DecodeStep", Watched),
+        mock.patch("arfast.generate.beam.DecodeStep", Watched),
+    ):
+        generate(model, prompts, max_new_tokens=6, eos_token_id=[17], pad_token_id=1, **options)
+    assert len(steps) >= 5
 
 
 def test_errors(target):

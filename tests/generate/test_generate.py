@@ -233,7 +233,6 @@ IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
         (dict(num_return_sequences=2), "num_return_sequences must be 1 in greedy decoding, got 2"),
         (dict(num_return_sequences=3, num_beams=2), "num_return_sequences must be at most num_beams=2, got 3"),
         (dict(do_sample=1), "do_sample must be a bool, got 1"),
-        (dict(do_sample=True, num_beams=2), "do_sample must be False with num_beams > 1, got True"),
         (dict(do_sample=True, temperature=0.0), "temperature must be a positive float32, got 0.0"),
         (dict(do_sample=True, temperature=float("nan")), "temperature must be a positive float32, got nan"),
         (dict(do_sample=True, top_k=-1), "top_k must be an integer >= 0, got -1"),

@@ -176,7 +176,7 @@ def bad_calls():
     )
     yield "keep type", TypeError, "logits_to_keep must be torch.int64 [M], got", dict(logits_to_keep=torch.zeros(2))
     yield "items", ValueError, "num_items must be a number or a scalar, got shape (1,)", dict(num_items=torch.ones(1))
-    yield "cache", TypeError, "cache must be a StaticKVCache, got dict", dict(cache={})
+    yield "cache", TypeError, "cache must be a KVCache, got dict", dict(cache={})
     yield "offsets type", TypeError, "cu_seqlens must be torch.int32 [documents + 1]", dict(cu_seqlens=offsets.long())
     yield (
         "offsets end",

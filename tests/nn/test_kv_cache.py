@@ -5,7 +5,7 @@ import torch
 from tiny_models import TINY
 
 from arfast.models import CausalLM
-from arfast.nn import StaticKVCache
+from arfast.nn import BranchedKVCache, StaticKVCache
 
 CONFIG = TINY.replace(num_attention_heads=2, num_key_value_heads=1)
 
@@ -109,3 +109,59 @@ def test_set_lengths_only_shortens():
     cache = StaticKVCache(CONFIG, batch_size=2, max_length=4)
     with pytest.raises(ValueError, match=r"StaticKVCache: lengths must be in \[0, \[0, 0\]\], got \[1, 0\]"):
         cache.set_lengths(torch.tensor([1, 0]))
+
+
+PROMPT_LENGTHS = [5, 2, 7]
+
+
+def branched(model, ids, prompt_of, max_new_tokens):
+    """A cache with prompts of different lengths, branched."""
+    cache = BranchedKVCache(CONFIG, 3, 7, len(prompt_of), max_new_tokens)
+    packed = torch.cat([row[:length] for row, length in zip(ids, PROMPT_LENGTHS, strict=True)])
+    offsets = torch.tensor([0, *PROMPT_LENGTHS]).cumsum(0).int()
+    model(packed[None], cu_seqlens=offsets, cache=cache.prompts)
+    cache.branch(torch.tensor(prompt_of))
+    return cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt_of", [[0, 1, 2], [0, 0, 1, 1, 2, 2], [2, 0, 2, 2, 1]], ids=str)
+def test_branches(model, ids, prompt_of):
+    """Rows continue their prompts, which are there once, to the last slot."""
+    cache = branched(model, ids, prompt_of, max_new_tokens=4)
+    tokens = torch.randint(0, 31, (len(prompt_of), 4), generator=torch.Generator().manual_seed(1))
+    for step in range(4):
+        logits = model(tokens[:, step : step + 1], cache=cache).logits[:, -1]
+    for row, prompt in enumerate(prompt_of):
+        whole = torch.cat([ids[prompt, : PROMPT_LENGTHS[prompt]], tokens[row]])
+        torch.testing.assert_close(logits[row], model(whole[None]).logits[0, -1], rtol=0, atol=1e-4)
+    assert cache.lengths.tolist() == [PROMPT_LENGTHS[prompt] + 4 for prompt in prompt_of]
+    with pytest.raises(ValueError, match="BranchedKVCache: max_length must be at least 12 for this, got 11"):
+        model(tokens[:, :1], cache=cache)
+
+
+@torch.no_grad()
+def test_a_branch_takes_over_the_past_of_another(model, ids):
+    """As in a step of beam search: slots change, keys and values stay."""
+    cache = branched(model, ids, [0, 0, 1, 1], max_new_tokens=5)
+    sequences = [ids[prompt, : PROMPT_LENGTHS[prompt]] for prompt in (0, 0, 1, 1)]
+    generator = torch.Generator().manual_seed(2)
+    for parents in ([0, 1, 2, 3], [1, 0, 3, 3], [0, 0, 2, 3], [1, 1, 3, 2], [0, 1, 2, 3]):
+        for row, start in enumerate(cache.lengths.tolist()):
+            cache.slots[row, start:] = cache.own_slots[row]
+        cache.slots.copy_(cache.slots[parents])
+        for row, start in enumerate(cache.lengths.tolist()):
+            cache.slots[row, start] = cache.own_slots[row]
+        tokens = torch.randint(0, 31, (4, 1), generator=generator)
+        sequences = [torch.cat([sequences[parent], token]) for parent, token in zip(parents, tokens, strict=True)]
+        logits = model(tokens, cache=cache).logits[:, -1]
+        for row, sequence in enumerate(sequences):
+            torch.testing.assert_close(logits[row], model(sequence[None]).logits[0, -1], rtol=0, atol=1e-4)
+
+
+def test_memory_of_branches():
+    """The prompts once, a continuation per row, and one prompt of slack."""
+    cache = BranchedKVCache(CONFIG, num_prompts=2, prompt_length=100, num_rows=16, max_new_tokens=8)
+    token_bytes = 2 * 16 * 4  # layers, channels, float32
+    assert cache.k.untyped_storage().nbytes() == (2 * 100 + 16 * 8 + 100) * token_bytes
+    assert cache.prompts.k.untyped_storage().data_ptr() == cache.k.untyped_storage().data_ptr()

@@ -1,0 +1,82 @@
+"""The state of greedy decoding and sampling: the tokens of sequences that grow by one in every step."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arfast.generate.options import GenerationOptions
+from arfast.generate.processors import Processor
+from arfast.generate.sampling import Sampler
+
+
+class Continuation:
+    """The new tokens of R sequences, greedy or sampled, all of it on the device: no step waits for the host.
+
+    Args:
+        prompts: int64 [R, P].
+        options: end tokens, padding, sampling.
+        streams: (seed, sample) of every row.
+        processors: what changes logits before a token is chosen. They run on the host.
+
+    Attributes:
+        tokens: int64 [R], chosen last.
+        history: int64 [R, P + max_new_tokens].
+    """
+
+    def __init__(
+        self,
+        prompts: Tensor,
+        options: GenerationOptions,
+        streams: list[tuple[int, int]],
+        processors: Sequence[Processor] = (),
+    ):
+        self.options, self.processors, self.prompt_length = options, processors, prompts.shape[1]
+        rows, device = len(prompts), prompts.device
+        self.history = F.pad(prompts, (0, options.max_new_tokens), value=options.pad_token_id)
+        self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._column = torch.full((1,), self.prompt_length, dtype=torch.int64, device=device)
+        self._ends = torch.tensor(options.eos_token_id, dtype=torch.int64, device=device)
+        self._going = torch.ones(rows, dtype=torch.bool, device=device)
+        self._lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._finite = torch.ones(rows, dtype=torch.bool, device=device)
+        self._sampler = None
+        if options.do_sample:
+            filters = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+            self._sampler = Sampler(streams, device, **filters)
+
+    def choose(self, logits: Tensor) -> None:
+        """The next tokens, given the logits [R, V]."""
+        best, tokens = logits.max(-1)
+        self._finite &= best.isfinite()
+        if self._sampler is not None:
+            tokens = self._sampler(logits)
+        if len(self._ends) > 0:
+            tokens = torch.where(self._going, tokens, self.options.pad_token_id)
+            self._lengths += self._going
+            self._going &= ~torch.isin(tokens, self._ends)
+        self.history.index_copy_(1, self._column, tokens[:, None])
+        self._column += 1
+        self.tokens.copy_(tokens)
+
+    def process(self, logits: Tensor, step: int) -> Tensor:
+        """The logits as the processors leave them in a step, counted from 0."""
+        if self.processors:
+            logits = logits.float()
+        for processor in self.processors:
+            logits = processor(self.history[:, : self.prompt_length + step], logits)
+        return logits
+
+    def is_done(self, step: int) -> bool:
+        """Whether all sequences have ended, `step` being the last step done; waits for the device."""
+        if not bool(self._finite.all()):
+            broken = (~self._finite).nonzero().flatten().tolist()
+            raise ValueError(f"generate: logits must be finite, got others for sequences {broken} by step {step}")
+        return len(self._ends) > 0 and not bool(self._going.any())
+
+    def sequences(self) -> Tensor:
+        """int64 [R, P + T]: T is the longest of them, end tokens included."""
+        if len(self._ends) == 0:
+            return self.history
+        return self.history[:, : self.prompt_length + int(self._lengths.max())]
