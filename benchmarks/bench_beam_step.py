@@ -25,7 +25,7 @@ def from_the_same_state(step):
     return restarted
 
 
-def torch_prune(logits, scores, *, num_candidates, banned):
+def torch_prune(logits, scores, *, num_candidates, **options):
     best, parents, tokens = log_softmax_topk(logits, scores, num_candidates)
     return best, parents, tokens, best  # finite as lse is; the reference asks no more of it
 

@@ -13,7 +13,7 @@ _ops = torch.ops.arfast
 
 
 def beam_prune(
-    logits: Tensor, scores: Tensor, *, num_candidates: int, banned: Tensor | None = None
+    logits: Tensor, scores: Tensor, *, num_candidates: int, banned: Tensor | None = None, log_probs: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The `num_candidates` best continuations of each group of K beams, in a total order.
 
@@ -26,8 +26,10 @@ def beam_prune(
         logits: [B*K, V], float32, bfloat16 or float16, or float64, which is rounded to float32; K * V < 2^31.
         scores: [B, K] float32, the running log-probabilities of the beams.
         num_candidates: M >= 1.
-        banned: [B*K, V] bool; true keeps a token out of the candidates but not out of lse, as transformers' processors
-            do in beam search.
+        banned: [B*K, V], [1, V] or [V] bool, the last two for all beams; true keeps a token out of the candidates but
+            not out of lse, as transformers' processors do in beam search.
+        log_probs: whether the logits already are log-probabilities, which something may have changed since: they are
+            not normalised again, and a finite lse counts and is returned as 0.
 
     Returns:
         scores [B, M] float32, descending; parents [B, M] int32, the beam in [0, K); tokens [B, M] int32 in [0, V);
@@ -46,14 +48,16 @@ def beam_prune(
     """
     if needs_grad(logits, scores):
         logits, scores = logits.detach(), scores.detach()
-    return _ops.beam_prune(logits, scores, num_candidates, banned)
+    return _ops.beam_prune(logits, scores, num_candidates, banned, log_probs)
 
 
-def beam_prune_reference(logits, scores, *, num_candidates, banned=None):
+def beam_prune_reference(logits, scores, *, num_candidates, banned=None, log_probs=False):
     """The specification of `beam_prune` in plain torch; in float64 when `scores` is float64."""
     (groups, beams), vocab_size = scores.shape, logits.shape[1]
     logits = logits.to(torch.float32).to(scores.dtype)
     lse = torch.logsumexp(logits, -1)
+    if log_probs:
+        lse = torch.where(lse.isfinite(), 0, lse)
     total = (logits - lse[:, None]) + scores.reshape(-1, 1)
     allowed = total > -torch.inf if banned is None else (total > -torch.inf) & ~banned
     total = torch.where(allowed, total, -torch.inf).view(groups, beams * vocab_size)
@@ -64,7 +68,7 @@ def beam_prune_reference(logits, scores, *, num_candidates, banned=None):
 
 
 @register_fake("beam_prune")
-def _(logits, scores, num_candidates, banned):
+def _(logits, scores, num_candidates, banned, log_probs):
     shape = (scores.shape[0], num_candidates)
     integers = [scores.new_empty(shape, dtype=torch.int32) for _ in range(2)]
     return scores.new_empty(shape), *integers, scores.new_empty(scores.shape)

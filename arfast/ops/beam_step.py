@@ -32,6 +32,7 @@ class BeamState:
         early_stopping: True: an item is finished with its K-th hypothesis. False: when its best beam, at its present
             length, would not beat its worst hypothesis. "never": the same at the length that suits the beam best.
         longest_counts: whether that length is L.
+        min_length: tokens in `ends` are no candidates of an item that has fewer than this; they still count in lse.
         lengths: int32 [B], tokens generated so far. At L a step changes nothing.
         running: float32 [B, K], the scores of the beams, descending: sums of log-probabilities.
         parents, tokens: int32 [L, B, K], per step the beam that a beam continues, and with which token.
@@ -40,7 +41,7 @@ class BeamState:
         endings: int32 [B, K, 3], where they ended: (the last step or -1 for none, the beam it continues, the token).
         improvable: bool [B], once false an item accepts no more.
         status: int32 [B], a sum of 1: the item's hypotheses can still change; 2: some candidate of the last step did
-            not end; 4: a row of its logits had no finite log-sum-exp.
+            not end; 4: a row of its logits had no finite log-sum-exp: NaN, infinity or nothing but -inf.
         next_tokens: int64 [B*K], to be fed to the model.
         rows: int64 [B*K], the row of the step's logits that each beam continues.
         slots: int32 [B*K, S] or None, `beam_slots` of `attention_decode`: the slot of the caches that holds a position
@@ -67,6 +68,7 @@ class BeamState:
     slots: Tensor | None = None
     prompt_lengths: Tensor | None = None
     own_slots: Tensor | None = None
+    min_length: int = 0
 
     @classmethod
     def start(
@@ -78,6 +80,7 @@ class BeamState:
         ends: tuple[int, ...] = (),
         length_penalty: float = 1.0,
         early_stopping: bool | str = False,
+        min_length: int = 0,
         device: torch.device | str = "cpu",
     ) -> "BeamState":
         """The state before the first step, in which an item has one row of logits and no beams yet."""
@@ -102,10 +105,11 @@ class BeamState:
             status=integers(batch).fill_(CAN_CHANGE | GO_ON),
             next_tokens=torch.zeros(batch * num_beams, dtype=torch.int64, device=device),
             rows=torch.zeros(batch * num_beams, dtype=torch.int64, device=device),
+            min_length=min_length,
         )
 
 
-def beam_step(logits: Tensor, state: BeamState, *, banned: Tensor | None = None) -> None:
+def beam_step(logits: Tensor, state: BeamState, *, banned: Tensor | None = None, log_probs: bool = False) -> None:
     """Advance `state`, in place, by the best continuations of its beams: see `beam_prune` for their order.
 
     The candidates are the M = max(2, 1 + number of end tokens) * K best continuations of an item, which always leaves K
@@ -114,7 +118,7 @@ def beam_step(logits: Tensor, state: BeamState, *, banned: Tensor | None = None)
     Args:
         logits: [B*K, V], float32, bfloat16 or float16, or float64 on the CPU; [B, V] in the first step.
         state: see BeamState; K <= 128, at most 8 end tokens, every tensor contiguous.
-        banned: as for `beam_prune`.
+        banned, log_probs: as for `beam_prune`.
 
     Raises:
         RuntimeError: an argument does not fit: `beam_step: <argument> must <rule>, got <actual>`.
@@ -132,13 +136,13 @@ def beam_step(logits: Tensor, state: BeamState, *, banned: Tensor | None = None)
         raise RuntimeError(f"beam_step: early_stopping must be True, False or 'never', got {state.early_stopping!r}")
     s = state
     _ops.beam_step(
-        logits.detach(), banned, s.ends, s.length_powers, _EARLY_STOPPING[s.early_stopping], s.longest_counts,
-        s.lengths, s.running, s.parents, s.tokens, s.log_probs, s.scores, s.endings, s.improvable, s.status,
-        s.next_tokens, s.rows, s.slots, s.prompt_lengths, s.own_slots,
+        logits.detach(), banned, log_probs, s.ends, s.length_powers, _EARLY_STOPPING[s.early_stopping],
+        s.longest_counts, s.min_length, s.lengths, s.running, s.parents, s.tokens, s.log_probs, s.scores, s.endings,
+        s.improvable, s.status, s.next_tokens, s.rows, s.slots, s.prompt_lengths, s.own_slots,
     )  # fmt: skip
 
 
-def beam_step_reference(logits, state, *, banned=None, prune=beam_prune_reference):
+def beam_step_reference(logits, state, *, banned=None, log_probs=False, prune=beam_prune_reference):
     """The specification of `beam_step` in plain torch, for items that are all equally far."""
     (batch, beams), step = state.running.shape, int(state.lengths[0])
     if step == len(state.parents):
@@ -146,7 +150,10 @@ def beam_step_reference(logits, state, *, banned=None, prune=beam_prune_referenc
     per_item = len(logits) // batch
     count = max(2, 1 + len(state.ends)) * beams
     so_far = state.running[:, :per_item]
-    scores, parents, tokens, lse = prune(logits, so_far, num_candidates=count, banned=banned)
+    if step < state.min_length and len(state.ends) > 0:
+        banned = torch.zeros_like(logits, dtype=torch.bool) if banned is None else banned.expand(logits.shape).clone()
+        banned[:, state.ends] = True
+    scores, parents, tokens, lse = prune(logits, so_far, num_candidates=count, banned=banned, log_probs=log_probs)
     exists = scores > -torch.inf
     ends = (torch.isin(tokens, state.ends) | (step + 1 == len(state.parents))) & exists
 

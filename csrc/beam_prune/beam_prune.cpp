@@ -16,11 +16,12 @@ struct Pruning {
   Tensor logits, scores;
   std::optional<Tensor> banned;
   int64_t num_candidates;
+  bool log_probs;
   Tensor out_scores, parents, tokens, lse;
 
   Pruning(const char* op, const Tensor& logits, const Tensor& scores, int64_t num_candidates,
-          const std::optional<Tensor>& banned)
-      : op(op), logits(logits), scores(scores), banned(banned), num_candidates(num_candidates) {
+          const std::optional<Tensor>& banned, bool log_probs)
+      : op(op), logits(logits), scores(scores), banned(banned), num_candidates(num_candidates), log_probs(log_probs) {
     check_and_prepare();
     const int64_t groups = scores.size(0);
     out_scores = new_empty(scores, {groups, num_candidates}, ScalarType::Float);
@@ -40,7 +41,8 @@ struct Pruning {
         .scores = static_cast<const float*>(scores.data_ptr()),
         .banned = static_cast<const bool*>(pointer_or_null(banned)),
         .logits_stride = logits.stride(0),
-        .banned_stride = stride_or_zero(banned, 0),
+        .banned_stride = banned && banned->dim() == 2 && banned->size(0) > 1 ? banned->stride(0) : 0,
+        .log_probs = log_probs,
         .out_scores = static_cast<float*>(out_scores.data_ptr()),
         .parents = static_cast<int32_t*>(parents.data_ptr()),
         .tokens = static_cast<int32_t*>(tokens.data_ptr()),
@@ -78,7 +80,12 @@ struct Pruning {
     check_same_device(op, "scores", scores, "logits", logits);
     if (num_candidates < 1) fail(op, "num_candidates", "be at least 1", std::to_string(num_candidates));
     if (banned) {
-      check_shape(op, "banned", *banned, "[B*K, V]", {logits.size(0), vocab_size});
+      if (banned->dim() == 1) {
+        check_shape(op, "banned", *banned, "[V]", {vocab_size});
+      } else {
+        const int64_t rows = banned->dim() == 2 && banned->size(0) == 1 ? 1 : logits.size(0);
+        check_shape(op, "banned", *banned, "[B*K, V]", {rows, vocab_size});
+      }
       check_dtype(op, "banned", *banned, ScalarType::Bool);
       check_same_device(op, "banned", *banned, "logits", logits);
       banned = with_dense_rows(*banned);
@@ -90,8 +97,8 @@ struct Pruning {
 
 // -> (scores [B, M], parents int32 [B, M], tokens int32 [B, M], lse [B, K])
 std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune(Tensor logits, Tensor scores, int64_t num_candidates,
-                                                      std::optional<Tensor> banned) {
-  const Pruning pruning("beam_prune", logits, scores, num_candidates, banned);
+                                                      std::optional<Tensor> banned, bool log_probs) {
+  const Pruning pruning("beam_prune", logits, scores, num_candidates, banned, log_probs);
   pruning.run({});
   return {pruning.out_scores, pruning.parents, pruning.tokens, pruning.lse};
 }
@@ -108,10 +115,11 @@ T* state_data(const char* name, const Tensor& tensor, const char* shape, std::in
   return static_cast<T*>(tensor.data_ptr());
 }
 
-void beam_step(Tensor logits, std::optional<Tensor> banned, Tensor ends, Tensor length_powers, int64_t early_stopping,
-               bool longest_counts, Tensor lengths, Tensor running, Tensor parents, Tensor tokens, Tensor log_probs,
-               Tensor scores, Tensor endings, Tensor improvable, Tensor status, Tensor next_tokens, Tensor rows,
-               std::optional<Tensor> slots, std::optional<Tensor> prompt_lengths, std::optional<Tensor> own_slots) {
+void beam_step(Tensor logits, std::optional<Tensor> banned, bool log_probs, Tensor ends, Tensor length_powers,
+               int64_t early_stopping, bool longest_counts, int64_t min_length, Tensor lengths, Tensor running,
+               Tensor parents, Tensor tokens, Tensor token_log_probs, Tensor scores, Tensor endings, Tensor improvable,
+               Tensor status, Tensor next_tokens, Tensor rows, std::optional<Tensor> slots,
+               std::optional<Tensor> prompt_lengths, std::optional<Tensor> own_slots) {
   constexpr const char* kOp = "beam_step";
   check_shape(kOp, "logits", logits, "[B*K, V]", {kAny, kAny});
   check_shape(kOp, "running", running, "[B, K]", {kAny, kAny});
@@ -124,6 +132,7 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, Tensor ends, Tensor 
   const int64_t length = parents.size(0);
   check(length >= 1, kOp, "parents", "have room for a step", shape_of(parents));
   check_range(kOp, "early_stopping", early_stopping, 0 <= early_stopping && early_stopping <= 2, "be 0, 1 or 2");
+  check(min_length >= 0, kOp, "min_length", "be at least 0", std::to_string(min_length));
   const bool first = logits.size(0) == groups && beams > 1;  // one row per group, which all its beams continue
   check(first || logits.size(0) == groups * beams, kOp, "logits", "have B*K rows, or B in the first step",
         shape_of(logits));
@@ -136,6 +145,7 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, Tensor ends, Tensor 
   BeamState state{
       .num_beams = beams,
       .max_length = length,
+      .min_length = min_length,
       .num_ends = num_ends,
       .ends = state_data<int64_t>("ends", ends, "[number of end tokens]", {num_ends}, ScalarType::Long, logits),
       .length_powers =
@@ -146,7 +156,7 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, Tensor ends, Tensor 
       .running = state_data<float>("running", running, "[B, K]", {groups, beams}, ScalarType::Float, logits),
       .parents = static_cast<int32_t*>(step_data("parents", parents, ScalarType::Int)),
       .tokens = static_cast<int32_t*>(step_data("tokens", tokens, ScalarType::Int)),
-      .log_probs = static_cast<float*>(step_data("log_probs", log_probs, ScalarType::Float)),
+      .log_probs = static_cast<float*>(step_data("log_probs", token_log_probs, ScalarType::Float)),
       .scores = state_data<float>("scores", scores, "[B, K]", {groups, beams}, ScalarType::Float, logits),
       .endings = state_data<int32_t>("endings", endings, "[B, K, 3]", {groups, beams, 3}, ScalarType::Int, logits),
       .improvable = state_data<bool>("improvable", improvable, "[B]", {groups}, ScalarType::Bool, logits),
@@ -170,19 +180,22 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, Tensor ends, Tensor 
   }
   const Tensor so_far = first ? torch::stable::narrow(running, 1, 0, 1) : running;
   const int64_t num_candidates = std::max<int64_t>(2, 1 + num_ends) * beams;  // leaves K that do not end
-  Pruning(kOp, logits, so_far, num_candidates, banned).run(state);
+  Pruning(kOp, logits, so_far, num_candidates, banned, log_probs).run(state);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
   m.def(
-      "beam_prune(Tensor logits, Tensor scores, int num_candidates, Tensor? banned) -> (Tensor, Tensor, Tensor, "
+      "beam_prune(Tensor logits, Tensor scores, int num_candidates, Tensor? banned, bool log_probs) -> (Tensor, "
+      "Tensor, Tensor, "
       "Tensor)");
   m.def(
-      "beam_step(Tensor logits, Tensor? banned, Tensor ends, Tensor length_powers, int early_stopping, bool "
-      "longest_counts, Tensor(a!) lengths, Tensor(b!) running, Tensor(c!) parents, Tensor(d!) tokens, Tensor(e!) "
-      "log_probs, Tensor(f!) scores, Tensor(g!) endings, Tensor(h!) improvable, Tensor(i!) status, Tensor(j!) "
+      "beam_step(Tensor logits, Tensor? banned, bool log_probs, Tensor ends, Tensor length_powers, int early_stopping, "
+      "bool "
+      "longest_counts, int min_length, Tensor(a!) lengths, Tensor(b!) running, Tensor(c!) parents, Tensor(d!) tokens, "
+      "Tensor(e!) "
+      "token_log_probs, Tensor(f!) scores, Tensor(g!) endings, Tensor(h!) improvable, Tensor(i!) status, Tensor(j!) "
       "next_tokens, Tensor(k!) rows, Tensor(l!)? slots, Tensor? prompt_lengths, Tensor? own_slots) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) {

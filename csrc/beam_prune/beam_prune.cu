@@ -33,14 +33,14 @@ struct Smem {
 // Where the parts of the rows leave what the merge needs.
 struct Workspace {
   LogSum* sums;           // [B * K, parts]
-  uint64_t* candidates;   // [B * K, parts, M + 1]: keys of logit and token, 0 for none
+  uint64_t* candidates;   // [B * K, parts, list capacity]: keys of logit and token, 0 for none
   uint32_t* num_arrived;  // [B], zero before the launch
 };
 
 __device__ Workspace workspace_of(const BeamPruneParams& params) {
   const int64_t rows = params.num_groups * params.num_beams;
   auto* candidates = static_cast<uint64_t*>(params.workspace);
-  auto* sums = reinterpret_cast<LogSum*>(candidates + rows * params.num_parts * (params.num_candidates + 1));
+  auto* sums = reinterpret_cast<LogSum*>(candidates + rows * params.num_parts * beam_prune_list_capacity(params));
   return {sums, candidates, params.num_arrived};
 }
 
@@ -57,8 +57,7 @@ __device__ LogSum block_log_sum(LogSum mine, Smem& smem) {
   return combine_warp(other);
 }
 
-// One part of one row: its log-sum-exp, and its M + 1 best tokens. The one more tells whether tokens that were left out
-// could tie with the last one kept.
+// One part of one row: its log-sum-exp, and its best tokens.
 template <typename T>
 __device__ void scan_part(const BeamPruneParams& params, const Workspace& workspace, int64_t row, int64_t part,
                           Smem& smem) {
@@ -86,7 +85,7 @@ __device__ void scan_part(const BeamPruneParams& params, const Workspace& worksp
     if (column >= 0 && column < params.vocab_size) mine.sum += exp_below(x, mine.max);
   });
   const LogSum all = block_log_sum(mine, smem);
-  const int64_t slot = row * params.num_parts + part, capacity = params.num_candidates + 1;
+  const int64_t slot = row * params.num_parts + part, capacity = beam_prune_list_capacity(params);
   if (threadIdx.x == 0) workspace.sums[slot] = all;
   uint64_t* out = workspace.candidates + slot * capacity;
   for (int64_t i = threadIdx.x; i < capacity; i += kThreads) out[i] = 0;
@@ -112,7 +111,7 @@ __device__ float score_of(const BeamPruneParams& params, int64_t row, float logi
 __device__ uint64_t group_key(const BeamPruneParams& params, int64_t row, float logit, uint32_t token) {
   const float score = score_of(params, row, logit);
   const uint32_t beam = static_cast<uint32_t>(row % params.num_beams);
-  if (!(score > -INFINITY)) return 0;
+  if (!(score > -INFINITY) || ends_too_early(params, row / params.num_beams, token)) return 0;
   return candidate_key(score, beam * static_cast<uint32_t>(params.vocab_size) + token);
 }
 
@@ -143,7 +142,7 @@ __device__ void select_from_all_tokens(const BeamPruneParams& params, int64_t gr
 
 template <typename T>
 __device__ void merge_group(const BeamPruneParams& params, const Workspace& workspace, int64_t group, Smem& smem) {
-  const int64_t first_row = group * params.num_beams, capacity = params.num_candidates + 1;
+  const int64_t first_row = group * params.num_beams, capacity = beam_prune_list_capacity(params);
   const int lane = threadIdx.x % kWarpSize;
   for (int64_t beam = threadIdx.x / kWarpSize; beam < params.num_beams; beam += kThreads / kWarpSize) {
     LogSum mine{-INFINITY, 0};
@@ -151,7 +150,8 @@ __device__ void merge_group(const BeamPruneParams& params, const Workspace& work
       mine = combine(mine, workspace.sums[(first_row + beam) * params.num_parts + part]);
     }
     mine = combine_warp(mine);
-    if (lane == 0) params.lse[first_row + beam] = mine.max + logf(mine.sum);
+    const float lse = mine.max + logf(mine.sum);
+    if (lane == 0) params.lse[first_row + beam] = params.log_probs && fabsf(lse) < INFINITY ? 0 : lse;
   }
   for (int64_t i = threadIdx.x; i < params.num_candidates; i += kThreads) {  // what stays when there are too few
     write_candidate(params, group, i, candidate_key(-INFINITY, 0));

@@ -21,11 +21,12 @@ struct BeamPruneParams {
   const float* scores;     // [B, K], dense: what each beam has so far
   const bool* banned;      // [B * K, V] or nullptr: true keeps a token out of the selection, not out of lse
   int64_t logits_stride;
-  int64_t banned_stride;
-  float* out_scores;  // [B, M], dense, descending
-  int32_t* parents;   // [B, M], dense
-  int32_t* tokens;    // [B, M], dense
-  float* lse;         // [B, K], dense
+  int64_t banned_stride;  // 0: the same for all rows
+  bool log_probs;         // whether the logits are log-probabilities, and a finite lse counts as 0
+  float* out_scores;      // [B, M], dense, descending
+  int32_t* parents;       // [B, M], dense
+  int32_t* tokens;        // [B, M], dense
+  float* lse;             // [B, K], dense
   // Of the CUDA implementation: a row is scanned in num_parts parts of part_vectors 16-byte vectors.
   int64_t num_parts;
   int64_t part_vectors;
@@ -49,9 +50,25 @@ inline void choose_beam_prune_parts(int64_t element_size, BeamPruneParams& param
   params.num_parts = (vectors - 1) / params.part_vectors + 1;
 }
 
-// The best M + 1 tokens of every part as 8-byte keys, then its sum as two floats.
-inline int64_t beam_prune_workspace_bytes(const BeamPruneParams& params) {
-  return params.num_groups * params.num_beams * params.num_parts * (params.num_candidates + 2) * 8;
+// How many of its best tokens the scan keeps. One more than asked for tells whether tokens left out could tie with the
+// last one; those that must not end a hypothesis yet are sorted out at the merge.
+static constexpr int64_t beam_prune_list_capacity(const BeamPruneParams& params) {
+  return params.num_candidates + 1 + (params.state.min_length > 0 ? params.state.num_ends : 0);
+}
+
+// The best tokens of every part as 8-byte keys, then its sum as two floats.
+static constexpr int64_t beam_prune_workspace_bytes(const BeamPruneParams& params) {
+  return params.num_groups * params.num_beams * params.num_parts * (beam_prune_list_capacity(params) + 1) * 8;
+}
+
+// Whether a token would end a hypothesis that is too short for it.
+static constexpr bool ends_too_early(const BeamPruneParams& params, int64_t group, int64_t token) {
+  const BeamState& state = params.state;
+  if (state.min_length == 0 || state.lengths[group] >= state.min_length) return false;
+  for (int64_t i = 0; i < state.num_ends; ++i) {
+    if (state.ends[i] == token) return true;
+  }
+  return false;
 }
 
 ARFAST_CPU_FUNCTION(beam_prune, BeamPruneParams)

@@ -19,8 +19,7 @@ namespace {
 struct Workspace {
   explicit Workspace(const BeamPruneParams& params)
       : units_per_row((params.vocab_size + kSegment - 1) / kSegment),
-        // One more than asked for tells whether the tokens left out could tie with the last one.
-        list_capacity(std::min(params.num_candidates, params.vocab_size) + 1),
+        list_capacity(std::min(beam_prune_list_capacity(params), params.vocab_size + 1)),
         num_units(params.num_groups * params.num_beams * units_per_row),
         sums(new PartialSum[num_units]),
         list_sizes(new int64_t[num_units]()),
@@ -66,6 +65,8 @@ void scan_units(const BeamPruneParams& params, int64_t first, int64_t last, Work
 
 // One beam of a group, at the merge.
 struct Beam {
+  const BeamPruneParams& params;
+  int64_t group;
   float lse;
   float running;
   int64_t first_index;  // parent * V
@@ -76,7 +77,8 @@ struct Beam {
   // Scores of NaN or -infinity are no candidates.
   void push(float logit, int64_t token, TopList& best) const {
     const float value = score(logit);
-    if (value >= best.threshold() && value > -kInfinity) best.push({value, static_cast<int32_t>(first_index + token)});
+    if (!(value >= best.threshold() && value > -kInfinity) || ends_too_early(params, group, token)) return;
+    best.push({value, static_cast<int32_t>(first_index + token)});
   }
 
   // Rounding gives different logits the same score, and then the smaller token goes first: if the list's last logit
@@ -87,8 +89,10 @@ struct Beam {
 Beam collect_beam(const BeamPruneParams& params, int64_t row, const Workspace& workspace) {
   const int64_t first_unit = row * workspace.units_per_row;
   const RowSum row_sum = merge_sums(workspace.sums.get() + first_unit, workspace.units_per_row);
-  Beam beam{static_cast<float>(row_sum.max + std::log(row_sum.sum)), params.scores[row],
-            row % params.num_beams * params.vocab_size, TopList(workspace.list_capacity)};
+  float lse = static_cast<float>(row_sum.max + std::log(row_sum.sum));
+  if (params.log_probs && std::isfinite(lse)) lse = 0;
+  const int64_t first_index = row % params.num_beams * params.vocab_size;
+  Beam beam{params, row / params.num_beams, lse, params.scores[row], first_index, TopList(workspace.list_capacity)};
   for (int64_t unit = first_unit; unit < first_unit + workspace.units_per_row; ++unit) {
     const Candidate* candidates = workspace.lists.get() + unit * workspace.list_capacity;
     for (int64_t i = 0; i < workspace.list_sizes[unit]; ++i) beam.list.push(candidates[i]);

@@ -16,6 +16,7 @@ enum class EarlyStopping : int64_t { kFalse, kTrue, kNever };
 struct BeamState {
   int64_t num_beams;   // K
   int64_t max_length;  // L
+  int64_t min_length;  // no token ends a hypothesis before it has as many
   int64_t num_ends;
   const int64_t* ends;         // [num_ends], the tokens that end a hypothesis
   const float* length_powers;  // [L + 1]: length^length_penalty; the first is not read

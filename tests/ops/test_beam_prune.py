@@ -43,7 +43,7 @@ def inputs(groups, beams, vocab_size, dtype=torch.float32, scale=2.0):
     return logits, torch.randn(groups, beams) * 3
 
 
-def expected_order(logits, scores, lse, num_candidates, banned=None):
+def expected_order(logits, scores, lse, num_candidates, *, banned=None, log_probs=False):
     """The contract once more, from the op's own lse: so the float32 scores and their ties are equal to the last bit."""
     total = (logits.float() - lse.view(-1, 1)) + scores.view(-1, 1)
     if banned is not None:
@@ -65,12 +65,12 @@ def candidates_of(best, parents, tokens):
     ]
 
 
-def check(logits, scores, num_candidates, banned=None):
-    out = beam_prune(logits, scores, num_candidates=num_candidates, banned=banned)
+def check(logits, scores, num_candidates, **options):
+    out = beam_prune(logits, scores, num_candidates=num_candidates, **options)
     best, parents, tokens, lse = out
-    assert candidates_of(best, parents, tokens) == expected_order(logits, scores, lse, num_candidates, banned)
-    exact = beam_prune_reference(logits, scores.double(), num_candidates=num_candidates, banned=banned)
-    baseline = beam_prune_reference(logits, scores, num_candidates=num_candidates, banned=banned)
+    assert candidates_of(best, parents, tokens) == expected_order(logits, scores, lse, num_candidates, **options)
+    exact = beam_prune_reference(logits, scores.double(), num_candidates=num_candidates, **options)
+    baseline = beam_prune_reference(logits, scores, num_candidates=num_candidates, **options)
     assert_accurate(lse, exact[3], baseline[3], name="lse")
     assert_accurate(best, exact[0], baseline[0], name="scores")
     return out
@@ -87,7 +87,7 @@ def test_reference_is_the_contract(groups, beams, vocab_size, num_candidates):
     logits, scores = inputs(groups, beams, vocab_size)
     banned = torch.rand(logits.shape) < 0.3
     best, parents, tokens, lse = beam_prune_reference(logits, scores, num_candidates=num_candidates, banned=banned)
-    assert candidates_of(best, parents, tokens) == expected_order(logits, scores, lse, num_candidates, banned)
+    assert candidates_of(best, parents, tokens) == expected_order(logits, scores, lse, num_candidates, banned=banned)
 
 
 def test_equals_log_softmax_and_topk():
@@ -129,7 +129,8 @@ def test_random_cases_with_many_ties(seed, device):
         logits[torch.rand(logits.shape) < random.choice([0.0, 0.5])] = -INF
         scores = torch.randint(-2, 1, (groups, beams)) * random.choice([1.0, 3e7])
         banned = torch.rand(logits.shape) < random.choice([0.0, 0.3, 0.9])
-        check(logits, scores.float(), num_candidates, banned if random.integers(2) else None)
+        options = dict(banned=banned if random.integers(2) else None, log_probs=bool(random.integers(2)))
+        check(logits, scores.float(), num_candidates, **options)
 
 
 @pytest.mark.parametrize("running", [-1e9, -3e5, 1e7])
@@ -212,8 +213,40 @@ def test_banned_tokens_stay_in_lse(share, dtype, device):
     logits, scores = inputs(2, 3, 17001, dtype)
     banned = torch.rand(logits.shape) < share
     banned[0, logits[0].argmax()] = True
-    _, _, _, lse = check(logits, scores, 9, banned)
+    _, _, _, lse = check(logits, scores, 9, banned=banned)
     assert_bitwise_equal(lse, beam_prune(logits, scores, num_candidates=9)[3])
+
+
+@pytest.mark.parametrize("vocab_size", [1, 33, 20001])
+def test_one_row_of_banned_tokens_for_all_beams(vocab_size, device):
+    logits, scores = inputs(2, 3, vocab_size)
+    banned = torch.rand(vocab_size) < 0.5
+    expected = check(logits, scores, 9, banned=banned.repeat(6, 1))
+    for row in (banned, banned[None], banned.expand(6, -1), torch.stack([banned, ~banned], 1)[:, 0]):
+        for a, b in zip(check(logits, scores, 9, banned=row), expected, strict=True):
+            assert_bitwise_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_probs_are_not_normalised_again(dtype, poisoned, device):
+    """Rows that sum to anything; and which of them are broken is still told."""
+    logits, scores = inputs(2, 4, 20000, dtype)
+    for position in (0, 19000):
+        logits[1, position], logits[2, position], logits[3] = NAN, INF, -INF
+        logits[4:, position] = -INF
+        best, parents, tokens, lse = check(logits, scores, 8, log_probs=True)
+        assert lse[0].isfinite().tolist() == [True, False, False, False]
+        assert lse[0, 0] == 0 and (lse[1] == 0).all() and lse[0, 1].isnan()
+        assert (parents[0] == 0).all()
+        rows = torch.arange(2)[:, None] * 4 + parents
+        assert torch.equal(best, logits[rows.long(), tokens.long()].float() + scores.flatten()[rows.long()])
+
+
+def test_normalised_twice_is_normalised_once(device):
+    logits, scores = inputs(2, 3, 500)
+    given = beam_prune(torch.log_softmax(logits, -1), scores, num_candidates=6, log_probs=True)
+    for a, b in zip(given[1:3], beam_prune(logits, scores, num_candidates=6)[1:3], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_strided_and_misaligned_inputs_give_the_same_bits(device):
@@ -273,8 +306,9 @@ def test_no_gradient():
 
 def test_opcheck():
     logits, scores = inputs(2, 3, 40)
-    torch.library.opcheck(torch.ops.arfast.beam_prune, (logits, scores, 6, None))
-    torch.library.opcheck(torch.ops.arfast.beam_prune, (logits.bfloat16(), scores, 6, torch.rand(logits.shape) < 0.5))
+    torch.library.opcheck(torch.ops.arfast.beam_prune, (logits, scores, 6, None, False))
+    banned = torch.rand(logits.shape) < 0.5
+    torch.library.opcheck(torch.ops.arfast.beam_prune, (logits.bfloat16(), scores, 6, banned, True))
 
 
 def test_compile():
@@ -307,6 +341,15 @@ def test_compile():
         (
             dict(banned=torch.zeros(6, 8, dtype=torch.bool)),
             r"banned must have shape \[B\*K, V\] = \[6, 9\], got \[6, 8\]",
+        ),
+        (dict(banned=torch.zeros(8, dtype=torch.bool)), r"banned must have shape \[V\] = \[9\], got \[8\]"),
+        (
+            dict(banned=torch.zeros(1, 8, dtype=torch.bool)),
+            r"banned must have shape \[B\*K, V\] = \[1, 9\], got \[1, 8\]",
+        ),
+        (
+            dict(banned=torch.zeros(2, 9, dtype=torch.bool)),
+            r"banned must have shape \[B\*K, V\] = \[6, 9\], got \[2, 9\]",
         ),
         (dict(banned=torch.zeros(6, 9)), "banned must be bool, got float32"),
     ],

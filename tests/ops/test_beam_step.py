@@ -44,10 +44,10 @@ def assert_same_state(actual, expected):
         assert_bitwise_equal(tensors(actual)[name], value, name=name)
 
 
-def start(size, device, mode=False, length_penalty=1.0, cache=None):
+def start(size, device, mode=False, length_penalty=1.0, cache=None, **options):
     items, beams, vocab_size, max_length, num_ends = size
     ends = torch.randperm(vocab_size)[:num_ends].tolist()
-    options = dict(ends=tuple(ends), length_penalty=length_penalty, early_stopping=mode, device=device)
+    options |= dict(ends=tuple(ends), length_penalty=length_penalty, early_stopping=mode, device=device)
     state = BeamState.start(items, beams, max_length, **options)
     if cache is not None:
         rows = torch.arange(items, dtype=torch.int32, device=device).repeat_interleave(beams) * beams
@@ -79,14 +79,14 @@ def test_most_beams():
 
 
 def compare_steps(size, device, mode):
-    for length_penalty in (0.0, 1.0, -1.0):
-        ours = start(size, device, mode, length_penalty, cache=size[3] + 9)
+    for length_penalty, log_probs, min_length in ((0.0, False, 0), (1.0, True, 2), (-1.0, False, 100)):
+        ours = start(size, device, mode, length_penalty, cache=size[3] + 9, min_length=min_length)
         expected = copy.deepcopy(ours)
         for step in range(size[3] + 1):
             logits = step_logits(size, ours, step == 0)
-            beam_step(logits, ours)
+            beam_step(logits, ours, log_probs=log_probs)
             if len(ours.lengths) > 0:
-                beam_step_reference(logits, expected, prune=beam_prune)
+                beam_step_reference(logits, expected, log_probs=log_probs, prune=beam_prune)
             assert_same_state(ours, expected)
 
 
@@ -118,6 +118,29 @@ def test_banned_tokens(device):
     beam_step_reference(logits, expected, banned=banned.to(device), prune=beam_prune)
     assert_same_state(ours, expected)
     assert not banned[torch.arange(2).repeat_interleave(3), ours.next_tokens.cpu()].any()
+
+
+@pytest.mark.parametrize("vocab_size", [4, 9, 20000])
+def test_minimum_length(vocab_size, device):
+    """The best tokens are ends, which count in the normaliser. Items may be at different lengths."""
+    state = start((2, 2, vocab_size, 6, 2), device, min_length=3)
+    state.lengths[1] = 2
+    for step in range(4):
+        logits = torch.randn(2 if step == 0 else 4, vocab_size)
+        logits[:, state.ends.cpu()] = 9.0
+        log_probs = torch.log_softmax(logits, -1)
+        beam_step(logits.to(device), state)
+        beams = state.tokens[step, 0], state.tokens[step + 2, 1]
+        for item, (tokens, first) in enumerate(zip(beams, (3, 1), strict=True)):
+            accepted = state.endings[item, :, 0] >= 0
+            assert accepted.any() == (step >= first), (step, item)
+            if step < first:
+                assert not torch.isin(tokens, state.ends).any()
+                assert state.status[item] & GO_ON
+        if step == 0:
+            allowed = torch.ones(vocab_size, dtype=torch.bool)
+            allowed[state.ends.cpu()] = False
+            torch.testing.assert_close(state.running[0, 0].cpu(), log_probs[0, allowed].max())
 
 
 def test_an_item_is_independent_of_the_others(device):
@@ -239,7 +262,7 @@ def test_opcheck():
     state = start((2, 2, 9, 3, 1), "cpu", cache=8)
     s = state
     arguments = (
-        torch.randn(2, 9), None, s.ends, s.length_powers, 0, False, s.lengths, s.running, s.parents, s.tokens,
+        torch.randn(2, 9), None, False, s.ends, s.length_powers, 0, False, 0, s.lengths, s.running, s.parents, s.tokens,
         s.log_probs, s.scores, s.endings, s.improvable, s.status, s.next_tokens, s.rows, s.slots, s.prompt_lengths,
         s.own_slots,
     )  # fmt: skip
@@ -282,6 +305,7 @@ def changed(**changes):
         (changed(next_tokens=torch.zeros(2, dtype=torch.int64)), "next_tokens must have shape"),
         (changed(rows=torch.zeros(6, dtype=torch.int32)), "rows must be int64"),
         (changed(slots=torch.zeros(6, 5, dtype=torch.int32)), "slots must come with prompt_lengths"),
+        (changed(min_length=-1), "min_length must be at least 0, got -1"),
         (changed(own_slots=torch.zeros(6, dtype=torch.int32)), "own_slots must come with slots, got them alone"),
         (changed(scores=torch.zeros(2, 3, device="meta")), "tensors must be on one device"),
     ],

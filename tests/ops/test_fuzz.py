@@ -191,6 +191,7 @@ OPS = {
             "scores": Tensor("B K", "float32"),
             "num_candidates": Option((1, 2, 9), (0, -1, -HUGE)),
             "banned": Tensor("B*K V", "bool", True),
+            "log_probs": Option((False, True)),
         },
         sizes={"K": SIZES[1:7], "V": SIZES[1:]},
         compare=same_candidates,
