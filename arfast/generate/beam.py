@@ -54,6 +54,8 @@ class BeamSearch:
         self.states = [self._state(batch, group, cache, device) for group in range(self.num_groups)]
         self.history = [prompts] * self.num_groups if processors else None
         self._counts: Tensor | None = None  # [B, V], how often the groups before chose a token in this step
+        allowed = options.allowed_tokens
+        self._banned = None if allowed is None or options.do_sample else ~allowed.to(device)[None]
 
     def _state(self, batch: int, group: int, cache: BranchedKVCache | None, device: torch.device) -> ops.BeamState:
         options = self.options
@@ -64,6 +66,7 @@ class BeamSearch:
             ends=tuple(options.eos_token_id),
             length_penalty=options.length_penalty,
             early_stopping=options.early_stopping,
+            min_length=0 if options.do_sample else options.min_new_tokens,
             device=device,
         )
         rows = len(state.next_tokens)
@@ -94,8 +97,8 @@ class BeamSearch:
                 mine -= self.options.diversity_penalty * self._counts.repeat_interleave(len(mine) // batch, 0)
             for processor in self.processors:
                 mine = processor(self.history[group], mine)
-            more = dict(log_probs=True, generator_state=self.generator_state) if by_score else {}
-            ops.beam_step(mine, state, **more)
+            banned = None if self._banned is None else self._banned.expand(mine.shape)
+            ops.beam_step(mine, state, banned=banned, log_probs=by_score)
             if diverse:
                 chosen, goes_on = state.next_tokens.view(batch, -1), (state.status & GOES_ON) == GOES_ON
                 self._counts.scatter_add_(1, chosen, goes_on[:, None].expand(chosen.shape).float())

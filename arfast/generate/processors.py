@@ -29,12 +29,13 @@ def make_processors(
     processors: list[Processor] = []
     if options.repetition_penalty != 1:
         processors.append(RepetitionPenalty(options.repetition_penalty, padding))
-    if options.min_new_tokens > 0 and options.eos_token_id:
+    by_search = options.num_beams > 1 and not options.do_sample  # what it bans needs no processor
+    if options.min_new_tokens > 0 and options.eos_token_id and not by_search:
         processors.append(MinNewTokens(options.min_new_tokens, options.eos_token_id, prompt_length))
     if options.prefix_allowed_tokens_fn is not None:
         processors.append(AllowedContinuations(options.prefix_allowed_tokens_fn, num_prompts))
-    if options.allowed_tokens is not None:
-        processors.append(AllowedTokens(options.allowed_tokens))
+    if options.allowed_tokens is not None and not by_search:
+        processors.append(AllowedTokens(options.allowed_tokens.to(padding.device)))
     processors += options.logits_processor
     if options.do_sample and options.num_beams > 1:  # elsewhere ops.sample filters
         processors += _filters(options)
@@ -94,8 +95,6 @@ class AllowedTokens:
         self.allowed = allowed
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.allowed.device != scores.device:
-            self.allowed = self.allowed.to(scores.device)
         return scores.masked_fill_(~self.allowed, -math.inf)
 
 
