@@ -278,11 +278,13 @@ def test_on_the_cpu_nothing_is_captured():
     assert step.graph is None
 
 
+BEAMS = dict(num_beams=4)
+GROUPS = BEAMS | dict(num_beam_groups=2, diversity_penalty=0.7)
 WAYS = [
     {},
-    dict(do_sample=True, seed=4, num_return_sequences=3),
-    dict(num_beams=4),
-    dict(num_beams=4, num_beam_groups=2),
+    dict(do_sample=True, seed=4, num_return_sequences=3, temperature=0.4),
+    BEAMS,
+    BEAMS | dict(num_beam_groups=2),
 ]
 
 
@@ -335,3 +337,16 @@ def test_errors(target):
         cache.select(torch.tensor([0, 1], device=target))
         with pytest.raises(ValueError, match="DecodeStep: cache must keep its memory, got another one"):
             step(torch.tensor([1, 2], device=target))
+
+
+@pytest.mark.parametrize("options", WAYS + [dict(repetition_penalty=1.3, min_new_tokens=9), GROUPS], ids=str)
+def test_generate_on_the_emulated_gpu(options, request):
+    """The whole loop, prompts padded, captured where it can be: the tokens of the CPU, whose choices are clear."""
+    model = make(initializer_range=0.6).bfloat16()
+    prompts, mask = torch.tensor([[1, 1, 2, 3], [7, 5, 6, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    options = dict(max_new_tokens=10, eos_token_id=[17], pad_token_id=1, attention_mask=mask) | options
+    expected = generate(model, prompts, **options)
+    request.getfixturevalue("emulator")
+    with pretended_gpu(), recorded_graphs():
+        actual = generate(model, prompts, **options)
+    assert torch.equal(actual, expected) and actual.shape[1] > 9
