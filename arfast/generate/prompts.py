@@ -1,5 +1,6 @@
 """Prompts of different lengths, padded on the left, on their way into a cache."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -44,13 +45,22 @@ def stored_prompts(
 
     With one row per prompt the cache is ready, else it is still to be branched.
     """
-    batch, longest = len(input_ids), int(mask.sum(-1).max())
+    batch, (shortest, longest) = len(input_ids), (int(length) for length in mask.sum(-1).aminmax())
+    _check_context(model.config.max_position_embeddings, longest, max_new_tokens)
     if rows_per_prompt == 1:
         cache = StaticKVCache(model.config, batch, longest + max_new_tokens, *_kind(model))
         return prefill(model, input_ids, mask, cache), cache
     rows = batch * rows_per_prompt
-    cache = BranchedKVCache(model.config, batch, longest, rows, max_new_tokens, *_kind(model))
+    cache = BranchedKVCache(model.config, batch, longest, rows, max_new_tokens, shortest, *_kind(model))
     return prefill(model, input_ids, mask, cache.prompts), cache
+
+
+def _check_context(context: int, prompt_length: int, max_new_tokens: int) -> None:
+    rule = f"fit the context, max_position_embeddings={context}"
+    require(prompt_length <= context, "input_ids", rule, f"a prompt of {prompt_length} tokens")
+    if prompt_length + max_new_tokens > context:
+        sizes = f"max_position_embeddings={context}, got prompts of {prompt_length} and max_new_tokens={max_new_tokens}"
+        warnings.warn(f"generate: tokens past the context are a guess: {sizes}", stacklevel=5)
 
 
 def _kind(model: Any) -> tuple[torch.dtype, torch.device]:

@@ -191,6 +191,8 @@ class BranchedKVCache(KVCache):
         config: a CausalLMConfig.
         num_prompts, prompt_length: B and P.
         num_rows, max_new_tokens: R and T.
+        shortest_prompt: a bound on the prompts' lengths from below. The memory holds prompt_length - shortest_prompt
+            tokens more than are ever stored.
         dtype, device: as for StaticKVCache.
 
     Attributes:
@@ -216,14 +218,15 @@ class BranchedKVCache(KVCache):
         prompt_length: int,
         num_rows: int,
         max_new_tokens: int,
+        shortest_prompt: int = 1,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
         self._prompt_length, self._max_new_tokens = prompt_length, max_new_tokens
         prompt_tokens, max_length = num_prompts * prompt_length, prompt_length + max_new_tokens
         heads = (config.num_key_value_heads, config.head_dim)
-        # P more, so that the view of the last slot, which also has P + T positions, ends within them.
-        num_tokens = prompt_tokens + num_rows * max_new_tokens + prompt_length
+        # The last slot is that of the last row, if its prompt is short; it has P + T positions all the same.
+        num_tokens = prompt_tokens + num_rows * max_new_tokens + prompt_length - shortest_prompt
         memory = [
             torch.zeros((config.num_hidden_layers, num_tokens, *heads), dtype=dtype, device=device) for _ in range(2)
         ]

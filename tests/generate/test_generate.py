@@ -264,3 +264,11 @@ IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 def test_errors(change, message, model):
     with pytest.raises(ValueError, match="generate: " + message):
         generate(model, **(dict(input_ids=IDS, max_new_tokens=2) | change))
+
+
+def test_the_context(model):
+    short = CausalLM(model.config.replace(max_position_embeddings=4), seed=3)
+    with pytest.raises(ValueError, match="generate: input_ids must fit the context, max_position_embeddings=4, got a"):
+        generate(short, torch.arange(5)[None], 1)
+    with pytest.warns(UserWarning, match="past the context are a guess: max_position_embeddings=4, got prompts of 3"):
+        assert generate(short, torch.arange(3)[None], 2).shape == (1, 5)

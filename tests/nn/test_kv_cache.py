@@ -116,7 +116,7 @@ PROMPT_LENGTHS = [5, 2, 7]
 
 def branched(model, ids, prompt_of, max_new_tokens):
     """A cache with prompts of different lengths, branched."""
-    cache = BranchedKVCache(CONFIG, 3, 7, len(prompt_of), max_new_tokens)
+    cache = BranchedKVCache(CONFIG, 3, 7, len(prompt_of), max_new_tokens, shortest_prompt=2)
     packed = torch.cat([row[:length] for row, length in zip(ids, PROMPT_LENGTHS, strict=True)])
     offsets = torch.tensor([0, *PROMPT_LENGTHS]).cumsum(0).int()
     model(packed[None], cu_seqlens=offsets, cache=cache.prompts)
@@ -160,8 +160,8 @@ def test_a_branch_takes_over_the_past_of_another(model, ids):
 
 
 def test_memory_of_branches():
-    """The prompts once, a continuation per row, and one prompt of slack."""
-    cache = BranchedKVCache(CONFIG, num_prompts=2, prompt_length=100, num_rows=16, max_new_tokens=8)
+    """The prompts once, and a continuation per row."""
+    cache = BranchedKVCache(CONFIG, 2, 100, num_rows=16, max_new_tokens=8, shortest_prompt=99)
     token_bytes = 2 * 16 * 4  # layers, channels, float32
-    assert cache.k.untyped_storage().nbytes() == (2 * 100 + 16 * 8 + 100) * token_bytes
+    assert cache.k.untyped_storage().nbytes() == (2 * 100 + 16 * 8 + 1) * token_bytes
     assert cache.prompts.k.untyped_storage().data_ptr() == cache.k.untyped_storage().data_ptr()
