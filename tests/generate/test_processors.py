@@ -169,3 +169,16 @@ def test_errors(change, message, pair):
 def test_a_penalty_for_groups_needs_groups(pair):
     with pytest.warns(UserWarning, match="generate: diversity_penalty has no effect without num_beam_groups > 1"):
         generate(pair[1], torch.tensor([[2, 3]]), 2, num_beams=2, diversity_penalty=1.0)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_padding_counts_as_said_in_no_row(num_beams, tiny_pair, padded_prompts):
+    """The model likes the padding token best, and must get to say it once."""
+    _, ours = tiny_pair(60, 5, 0.8, torch.eye(60)[PAD] * 5)
+    input_ids, mask = padded_prompts(2, 6, 60)
+    options = dict(max_new_tokens=6, num_beams=num_beams, repetition_penalty=3.0, pad_token_id=PAD, eos_token_id=[])
+    together = generate(ours, input_ids, attention_mask=mask, **options)[:, 6:]
+    for row in range(2):
+        prompt = input_ids[row : row + 1, mask[row].bool()]
+        assert torch.equal(generate(ours, prompt, **options)[0, prompt.shape[1] :], together[row])
+    assert (together == PAD).any()
