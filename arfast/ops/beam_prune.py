@@ -5,6 +5,7 @@ arXiv 1805.02867, section 4.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from arfast.ops._library import needs_grad, register_fake
@@ -51,18 +52,23 @@ def beam_prune(
     return _ops.beam_prune(logits, scores, num_candidates, banned, log_probs)
 
 
-def beam_prune_reference(logits, scores, *, num_candidates, banned=None, log_probs=False):
-    """The specification of `beam_prune` in plain torch; in float64 when `scores` is float64."""
+def beam_prune_reference(logits, scores, *, num_candidates, banned=None, log_probs=False, noise=0.0):
+    """The specification of `beam_prune` in plain torch; in float64 when `scores` is float64. `noise` [B*K, V] is added
+    to the logits for the order of the candidates, not for their scores."""
     (groups, beams), vocab_size = scores.shape, logits.shape[1]
     logits = logits.to(torch.float32).to(scores.dtype)
     lse = torch.logsumexp(logits, -1)
     if log_probs:
         lse = torch.where(lse.isfinite(), 0, lse)
-    total = (logits - lse[:, None]) + scores.reshape(-1, 1)
-    allowed = total > -torch.inf if banned is None else (total > -torch.inf) & ~banned
-    total = torch.where(allowed, total, -torch.inf).view(groups, beams * vocab_size)
-    total = torch.nn.functional.pad(total, (0, max(0, num_candidates - total.shape[1])), value=-torch.inf)
-    best, index = (x[:, :num_candidates] for x in torch.sort(total, dim=-1, descending=True, stable=True))
+    total, order = ((x - lse[:, None]) + scores.reshape(-1, 1) for x in (logits, logits + noise))
+    allowed = order > -torch.inf if banned is None else (order > -torch.inf) & ~banned
+    missing = max(0, num_candidates - beams * vocab_size)
+    total, order = (
+        F.pad(torch.where(allowed, x, -torch.inf).view(groups, beams * vocab_size), (0, missing), value=-torch.inf)
+        for x in (total, order)
+    )
+    index = order.sort(dim=-1, descending=True, stable=True).indices[:, :num_candidates]
+    best = total.gather(1, index)
     index = torch.where(best > -torch.inf, index, 0).int()
     return best, index // vocab_size, index % vocab_size, lse.view(groups, beams)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arfast.ops._gumbel import gumbel_noise
 from arfast.ops._library import register_fake
 from arfast.ops.beam_prune import beam_prune_reference
 
@@ -109,7 +110,14 @@ class BeamState:
         )
 
 
-def beam_step(logits: Tensor, state: BeamState, *, banned: Tensor | None = None, log_probs: bool = False) -> None:
+def beam_step(
+    logits: Tensor,
+    state: BeamState,
+    *,
+    banned: Tensor | None = None,
+    log_probs: bool = False,
+    generator_state: Tensor | None = None,
+) -> None:
     """Advance `state`, in place, by the best continuations of its beams: see `beam_prune` for their order.
 
     The candidates are the M = max(2, 1 + number of end tokens) * K best continuations of an item, which always leaves K
@@ -119,6 +127,12 @@ def beam_step(logits: Tensor, state: BeamState, *, banned: Tensor | None = None,
         logits: [B*K, V], float32, bfloat16 or float16, or float64 on the CPU; [B, V] in the first step.
         state: see BeamState; K <= 128, at most 8 end tokens, every tensor contiguous.
         banned, log_probs: as for `beam_prune`.
+        generator_state: int64 [B, 3], an item's (seed, sample, step): its candidates are then drawn without replacement
+            from the softmax of all their scores, in this order, by the M largest sums of logit and Gumbel noise (Kool
+            et al. 2019, arXiv 1903.06059), which is a function of this state and of k * V + v. Those that end and are
+            among the K drawn first become hypotheses, the K best by score of the others the beams: transformers'
+            `do_sample`. The call adds 1 to the step, on the device. The draw does not depend on the batch or the number
+            of threads; nor on the device, but for the last bit of lse, which `log_probs` makes exact.
 
     Raises:
         RuntimeError: an argument does not fit: `beam_step: <argument> must <rule>, got <actual>`.
@@ -139,10 +153,13 @@ def beam_step(logits: Tensor, state: BeamState, *, banned: Tensor | None = None,
         logits.detach(), banned, log_probs, s.ends, s.length_powers, _EARLY_STOPPING[s.early_stopping],
         s.longest_counts, s.min_length, s.lengths, s.running, s.parents, s.tokens, s.log_probs, s.scores, s.endings,
         s.improvable, s.status, s.next_tokens, s.rows, s.slots, s.prompt_lengths, s.own_slots,
+        generator_state,
     )  # fmt: skip
 
 
-def beam_step_reference(logits, state, *, banned=None, log_probs=False, prune=beam_prune_reference):
+def beam_step_reference(
+    logits, state, *, banned=None, log_probs=False, generator_state=None, prune=beam_prune_reference
+):
     """The specification of `beam_step` in plain torch, for items that are all equally far."""
     (batch, beams), step = state.running.shape, int(state.lengths[0])
     if step == len(state.parents):
@@ -153,7 +170,11 @@ def beam_step_reference(logits, state, *, banned=None, log_probs=False, prune=be
     if step < state.min_length and len(state.ends) > 0:
         banned = torch.zeros_like(logits, dtype=torch.bool) if banned is None else banned.expand(logits.shape).clone()
         banned[:, state.ends] = True
-    scores, parents, tokens, lse = prune(logits, so_far, num_candidates=count, banned=banned, log_probs=log_probs)
+    options = dict(num_candidates=count, banned=banned, log_probs=log_probs)
+    if generator_state is not None:
+        options["noise"] = gumbel_noise(generator_state, per_item * logits.shape[1]).view(logits.shape)
+        generator_state[:, 2] += 1
+    scores, parents, tokens, lse = prune(logits, so_far, **options)
     exists = scores > -torch.inf
     ends = (torch.isin(tokens, state.ends) | (step + 1 == len(state.parents))) & exists
 
@@ -165,7 +186,9 @@ def beam_step_reference(logits, state, *, banned=None, log_probs=False, prune=be
     endings = torch.stack([torch.full_like(parents, step), parents, tokens], dim=-1)[:, :beams]
     endings = torch.cat([state.endings, endings], dim=1).gather(1, order[:, :beams, None].expand(-1, -1, 3))
 
-    going = ends.sort(dim=-1, stable=True).indices[:, :beams]  # the first K that do not end
+    by_score = scores.sort(dim=-1, descending=True, stable=True).indices
+    by_end = ends.gather(1, by_score).sort(dim=-1, stable=True).indices
+    going = by_score.gather(1, by_end)[:, :beams]  # the K best that do not end, then those that do
     scores, parents, tokens = (x.gather(1, going) for x in (scores, parents, tokens))
     first_row = torch.arange(batch, device=logits.device)[:, None]
     _move_slots(state, step, parents)

@@ -54,6 +54,7 @@ class Advance {
     team_.sync();
     write_running();
     move_slots();
+    if (params_.generator_state != nullptr && team_.index() == 0) ++params_.generator_state[group_ * 3 + 2];
   }
 
  private:
@@ -75,13 +76,16 @@ class Advance {
     });
   }
 
-  // The candidates are in the order of their scores: the first K that go on are the best, and ending ones fill up.
+  // The K best of those that go on, and ending ones fill up. Candidates are in the order of their scores unless they
+  // were drawn.
   ARFAST_DEVICE void choose_beams() {
+    const bool drawn = params_.generator_state != nullptr;
     for_each(params_.num_candidates, [&](int64_t i) {
       const int32_t* ends = scratch_.ends;
       int64_t rank = 0;
-      for (int64_t j = 0; j < (ends[i] ? params_.num_candidates : i) && rank < beams_; ++j) {
-        rank += !ends[j] || (ends[i] && j < i);
+      for (int64_t j = 0; j < (ends[i] || drawn ? params_.num_candidates : i) && rank < beams_; ++j) {
+        const bool better = scores_[j] > scores_[i] || (scores_[j] == scores_[i] && j < i);
+        rank += ends[j] != ends[i] ? !ends[j] : better;
       }
       if (rank < beams_) scratch_.chosen[rank] = static_cast<int32_t>(i);
     });

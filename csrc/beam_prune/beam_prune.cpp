@@ -17,6 +17,7 @@ struct Pruning {
   std::optional<Tensor> banned;
   int64_t num_candidates;
   bool log_probs;
+  int64_t* generator_state = nullptr;
   Tensor out_scores, parents, tokens, lse;
 
   Pruning(const char* op, const Tensor& logits, const Tensor& scores, int64_t num_candidates,
@@ -47,6 +48,7 @@ struct Pruning {
         .parents = static_cast<int32_t*>(parents.data_ptr()),
         .tokens = static_cast<int32_t*>(tokens.data_ptr()),
         .lse = static_cast<float*>(lse.data_ptr()),
+        .generator_state = generator_state,
         .num_parts = 0,
         .part_vectors = 0,
         .workspace = nullptr,
@@ -119,7 +121,8 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, bool log_probs, Tens
                int64_t early_stopping, bool longest_counts, int64_t min_length, Tensor lengths, Tensor running,
                Tensor parents, Tensor tokens, Tensor token_log_probs, Tensor scores, Tensor endings, Tensor improvable,
                Tensor status, Tensor next_tokens, Tensor rows, std::optional<Tensor> slots,
-               std::optional<Tensor> prompt_lengths, std::optional<Tensor> own_slots) {
+               std::optional<Tensor> prompt_lengths, std::optional<Tensor> own_slots,
+               std::optional<Tensor> generator_state) {
   constexpr const char* kOp = "beam_step";
   check_shape(kOp, "logits", logits, "[B*K, V]", {kAny, kAny});
   check_shape(kOp, "running", running, "[B, K]", {kAny, kAny});
@@ -180,7 +183,12 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, bool log_probs, Tens
   }
   const Tensor so_far = first ? torch::stable::narrow(running, 1, 0, 1) : running;
   const int64_t num_candidates = std::max<int64_t>(2, 1 + num_ends) * beams;  // leaves K that do not end
-  Pruning(kOp, logits, so_far, num_candidates, banned, log_probs).run(state);
+  Pruning pruning(kOp, logits, so_far, num_candidates, banned, log_probs);
+  if (generator_state) {
+    pruning.generator_state =
+        state_data<int64_t>("generator_state", *generator_state, "[B, 3]", {groups, 3}, ScalarType::Long, logits);
+  }
+  pruning.run(state);
 }
 
 }  // namespace
@@ -196,7 +204,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
       "longest_counts, int min_length, Tensor(a!) lengths, Tensor(b!) running, Tensor(c!) parents, Tensor(d!) tokens, "
       "Tensor(e!) "
       "token_log_probs, Tensor(f!) scores, Tensor(g!) endings, Tensor(h!) improvable, Tensor(i!) status, Tensor(j!) "
-      "next_tokens, Tensor(k!) rows, Tensor(l!)? slots, Tensor? prompt_lengths, Tensor? own_slots) -> ()");
+      "next_tokens, Tensor(k!) rows, Tensor(l!)? slots, Tensor? prompt_lengths, Tensor? own_slots, Tensor(m!)? "
+      "generator_state) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) {
   m.impl("beam_prune", TORCH_BOX(&beam_prune));

@@ -57,12 +57,18 @@ __device__ LogSum block_log_sum(LogSum mine, Smem& smem) {
   return combine_warp(other);
 }
 
+template <typename T>
+__device__ const T* row_logits(const BeamPruneParams& params, int64_t row) {
+  return static_cast<const T*>(params.logits) + row * params.logits_stride;
+}
+
 // One part of one row: its log-sum-exp, and its best tokens.
 template <typename T>
 __device__ void scan_part(const BeamPruneParams& params, const Workspace& workspace, int64_t row, int64_t part,
                           Smem& smem) {
-  const RowOf<const T> logits(static_cast<const T*>(params.logits) + row * params.logits_stride, params.vocab_size);
+  const RowOf<const T> logits(row_logits<T>(params, row), params.vocab_size);
   const bool* banned = params.banned != nullptr ? params.banned + row * params.banned_stride : nullptr;
+  const GumbelNoise noise = noise_of_row(params, row);
   const int64_t first = part * params.part_vectors, end = min(first + params.part_vectors, logits.num_vectors());
   Vector16<T> held[kHeldVectors<T>];
 #pragma unroll
@@ -92,12 +98,16 @@ __device__ void scan_part(const BeamPruneParams& params, const Workspace& worksp
   select_largest<kThreads>(
       capacity,
       [&](const auto& f) {
-        for_each([&](float x, int64_t column) {
+        const auto push = [&](float x, int64_t column) {
           // NaN compares false; what sticks out of the row is -infinity.
           if (x > -INFINITY && !(banned != nullptr && banned[column])) {
-            f(candidate_key(x, static_cast<uint32_t>(column)));
+            f(candidate_key(noise.add_to(x, column), static_cast<uint32_t>(column)));
           }
-        });
+        };
+        if (!noise.exists()) return for_each(push);
+        const int64_t begin = max(logits.column(first), int64_t{0}), stop = min(logits.column(end), params.vocab_size);
+#pragma unroll 1  // the noise is long
+        for (int64_t i = begin + threadIdx.x; i < stop; i += kThreads) push(to_float(row_logits<T>(params, row)[i]), i);
       },
       [&](int64_t rank, uint64_t key) { out[rank] = key; }, smem.select);
 }
@@ -115,12 +125,19 @@ __device__ uint64_t group_key(const BeamPruneParams& params, int64_t row, float 
   return candidate_key(score, beam * static_cast<uint32_t>(params.vocab_size) + token);
 }
 
+template <typename T>
 __device__ void write_candidate(const BeamPruneParams& params, int64_t group, int64_t rank, uint64_t key) {
   const int64_t at = group * params.num_candidates + rank;
   const uint32_t vocab_size = static_cast<uint32_t>(params.vocab_size);
-  params.out_scores[at] = key_value(key);
-  params.parents[at] = static_cast<int32_t>(key_index(key) / vocab_size);
-  params.tokens[at] = static_cast<int32_t>(key_index(key) % vocab_size);
+  const uint32_t parent = key_index(key) / vocab_size, token = key_index(key) % vocab_size;
+  float score = key_value(key);
+  if (params.generator_state != nullptr && score > -INFINITY) {  // it has noise
+    const int64_t row = group * params.num_beams + parent;
+    score = score_of(params, row, to_float(row_logits<T>(params, row)[token]));
+  }
+  params.out_scores[at] = score;
+  params.parents[at] = static_cast<int32_t>(parent);
+  params.tokens[at] = static_cast<int32_t>(token);
 }
 
 // Every token of the group's rows, for the rare group in which rounding made scores equal at the end of the list.
@@ -133,11 +150,11 @@ __device__ void select_from_all_tokens(const BeamPruneParams& params, int64_t gr
         for (int64_t i = threadIdx.x; i < total; i += kThreads) {
           const int64_t row = group * params.num_beams + i / params.vocab_size, token = i % params.vocab_size;
           if (params.banned != nullptr && params.banned[row * params.banned_stride + token]) continue;
-          const float x = to_float(static_cast<const T*>(params.logits)[row * params.logits_stride + token]);
+          const float x = noise_of_row(params, row).add_to(to_float(row_logits<T>(params, row)[token]), token);
           f(group_key(params, row, x, static_cast<uint32_t>(token)));
         }
       },
-      [&](int64_t rank, uint64_t key) { write_candidate(params, group, rank, key); }, smem.select);
+      [&](int64_t rank, uint64_t key) { write_candidate<T>(params, group, rank, key); }, smem.select);
 }
 
 template <typename T>
@@ -154,7 +171,7 @@ __device__ void merge_group(const BeamPruneParams& params, const Workspace& work
     if (lane == 0) params.lse[first_row + beam] = params.log_probs && fabsf(lse) < INFINITY ? 0 : lse;
   }
   for (int64_t i = threadIdx.x; i < params.num_candidates; i += kThreads) {  // what stays when there are too few
-    write_candidate(params, group, i, candidate_key(-INFINITY, 0));
+    write_candidate<T>(params, group, i, candidate_key(-INFINITY, 0));
   }
   if (threadIdx.x == 0) {
     smem.last_key = 0;
@@ -174,7 +191,7 @@ __device__ void merge_group(const BeamPruneParams& params, const Workspace& work
         for (int64_t i = threadIdx.x; i < total; i += kThreads) f(key_at(i));
       },
       [&](int64_t rank, uint64_t key) {
-        write_candidate(params, group, rank, key);
+        write_candidate<T>(params, group, rank, key);
         if (rank == params.num_candidates - 1) smem.last_key = key;
       },
       smem.select);

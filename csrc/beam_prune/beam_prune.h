@@ -8,6 +8,7 @@
 #include "core/cpu_target.h"
 #include "core/cuda_function.h"
 #include "core/dtype.h"
+#include "core/gumbel.h"
 
 namespace arfast {
 
@@ -21,12 +22,13 @@ struct BeamPruneParams {
   const float* scores;     // [B, K], dense: what each beam has so far
   const bool* banned;      // [B * K, V] or nullptr: true keeps a token out of the selection, not out of lse
   int64_t logits_stride;
-  int64_t banned_stride;  // 0: the same for all rows
-  bool log_probs;         // whether the logits are log-probabilities, and a finite lse counts as 0
-  float* out_scores;      // [B, M], dense, descending
-  int32_t* parents;       // [B, M], dense
-  int32_t* tokens;        // [B, M], dense
-  float* lse;             // [B, K], dense
+  int64_t banned_stride;     // 0: the same for all rows
+  bool log_probs;            // whether the logits are log-probabilities, and a finite lse counts as 0
+  float* out_scores;         // [B, M], dense, descending
+  int32_t* parents;          // [B, M], dense
+  int32_t* tokens;           // [B, M], dense
+  float* lse;                // [B, K], dense
+  int64_t* generator_state;  // [B, 3], dense, or nullptr: candidates are drawn without replacement, in this order
   // Of the CUDA implementation: a row is scanned in num_parts parts of part_vectors 16-byte vectors.
   int64_t num_parts;
   int64_t part_vectors;
@@ -59,6 +61,12 @@ static constexpr int64_t beam_prune_list_capacity(const BeamPruneParams& params)
 // The best tokens of every part as 8-byte keys, then its sum as two floats.
 static constexpr int64_t beam_prune_workspace_bytes(const BeamPruneParams& params) {
   return params.num_groups * params.num_beams * params.num_parts * (beam_prune_list_capacity(params) + 1) * 8;
+}
+
+// What is added to the logits of a row for the order of the candidates, not to their scores.
+static constexpr GumbelNoise noise_of_row(const BeamPruneParams& params, int64_t row) {
+  const int64_t group = row / params.num_beams, first = row % params.num_beams * params.vocab_size;
+  return {params.generator_state != nullptr ? params.generator_state + group * 3 : nullptr, first};
 }
 
 // Whether a token would end a hypothesis that is too short for it.

@@ -42,9 +42,25 @@ const bool* row_banned(const BeamPruneParams& params, int64_t row) {
   return params.banned != nullptr ? params.banned + row * params.banned_stride : nullptr;
 }
 
+// The segment of a row with its noise.
+template <typename T>
+void add_noise(const GumbelNoise& noise, const Segment<T>& from, std::vector<float>& logits, Segment<float>& noisy) {
+  logits.resize(kSegment);
+  noisy.logits = logits.data();
+  noisy.banned = from.banned;
+  noisy.first_token = from.first_token;
+  noisy.size = from.size;
+  for (int64_t i = 0; i < from.size; ++i) {
+    logits[i] = noise.add_to(static_cast<float>(to_acc(from.logits[i])), from.first_token + i);
+  }
+  sum_segment(noisy);  // for its maxima
+}
+
 template <typename T>
 void scan_units(const BeamPruneParams& params, int64_t first, int64_t last, Workspace& workspace) {
   TopList list(workspace.list_capacity);
+  std::vector<float> noisy_logits;
+  Segment<float> noisy;
   Segment<T> segment;
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t row = unit / workspace.units_per_row;
@@ -53,7 +69,13 @@ void scan_units(const BeamPruneParams& params, int64_t first, int64_t last, Work
     segment.logits = row_logits<T>(params, row) + segment.first_token;
     segment.banned = params.banned != nullptr ? row_banned(params, row) + segment.first_token : nullptr;
     workspace.sums[unit] = sum_segment(segment);
-    select_from_segment(segment, list);
+    const GumbelNoise noise = noise_of_row(params, row);
+    if (noise.exists()) {
+      add_noise(noise, segment, noisy_logits, noisy);
+      select_from_segment(noisy, list);
+    } else {
+      select_from_segment(segment, list);
+    }
     if (unit + 1 == last || (unit + 1) % workspace.units_per_row == 0) {
       list.cut();
       workspace.list_sizes[unit] = list.size();
@@ -105,19 +127,26 @@ template <typename T>
 void push_all_tokens(const BeamPruneParams& params, int64_t row, const Beam& beam, TopList& best) {
   const T* logits = row_logits<T>(params, row);
   const bool* banned = row_banned(params, row);
+  const GumbelNoise noise = noise_of_row(params, row);
   for (int64_t token = 0; token < params.vocab_size; ++token) {
     if (banned != nullptr && banned[token]) continue;
-    beam.push(static_cast<float>(to_acc(logits[token])), token, best);
+    beam.push(noise.add_to(static_cast<float>(to_acc(logits[token])), token), token, best);
   }
 }
 
-void write_group(const BeamPruneParams& params, int64_t group, const TopList& best) {
+template <typename T>
+void write_group(const BeamPruneParams& params, int64_t group, const std::vector<Beam>& beams, const TopList& best) {
   for (int64_t i = 0; i < params.num_candidates; ++i) {
     const int64_t at = group * params.num_candidates + i;
     const Candidate candidate = i < best.size() ? best.begin()[i] : Candidate{-kInfinity, 0};
+    const int64_t parent = candidate.index / params.vocab_size, token = candidate.index % params.vocab_size;
     params.out_scores[at] = candidate.value;
-    params.parents[at] = static_cast<int32_t>(candidate.index / params.vocab_size);
-    params.tokens[at] = static_cast<int32_t>(candidate.index % params.vocab_size);
+    if (params.generator_state != nullptr && candidate.value > -kInfinity) {  // its value has noise
+      const T logit = row_logits<T>(params, group * params.num_beams + parent)[token];
+      params.out_scores[at] = beams[parent].score(static_cast<float>(to_acc(logit)));
+    }
+    params.parents[at] = static_cast<int32_t>(parent);
+    params.tokens[at] = static_cast<int32_t>(token);
   }
 }
 
@@ -146,7 +175,7 @@ void merge_group(const BeamPruneParams& params, int64_t group, const Workspace& 
     }
   }
   best.sort();
-  write_group(params, group, best);
+  write_group<T>(params, group, beams, best);
 }
 
 // The one thread of a team, which waits for nobody.
