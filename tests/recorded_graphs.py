@@ -53,7 +53,8 @@ class _Recorder(TorchDispatchMode):
         for i, argument in enumerate(function._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 tensor = args[i] if i < len(args) else kwargs[argument.name]
-                self.changed.insert(0, (tensor, tensor.clone()))
+                if tensor is not None:
+                    self.changed.insert(0, (tensor, tensor.clone()))
         outputs = function(*args, **kwargs)
         self.graph.operations.append((function, args, kwargs, _tensors(outputs)))
         return outputs

@@ -98,7 +98,8 @@ class BeamSearch:
             for processor in self.processors:
                 mine = processor(self.history[group], mine)
             banned = None if self._banned is None else self._banned.expand(mine.shape)
-            ops.beam_step(mine, state, banned=banned, log_probs=by_score)
+            options = dict(log_probs=by_score, generator_state=self.generator_state)
+            ops.beam_step(mine, state, banned=banned, **options)
             if diverse:
                 chosen, goes_on = state.next_tokens.view(batch, -1), (state.status & GOES_ON) == GOES_ON
                 self._counts.scatter_add_(1, chosen, goes_on[:, None].expand(chosen.shape).float())

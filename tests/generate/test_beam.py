@@ -1,6 +1,7 @@
 """The rules of beam search that random configurations (test_transformers.py) do not reach, and its scores."""
 
 import pytest
+import scipy.stats
 import torch
 
 from arfast.generate import generate, score
@@ -166,3 +167,40 @@ def test_scores_are_the_log_probabilities_of_the_sequences(length_penalty, tiny_
     whole, mask = torch.cat([input_ids, tokens], 1), torch.cat([mask, torch.ones_like(tokens)], 1)
     sums = score(ours.model, whole, prompt_lengths=mask[:, :5].sum(-1), attention_mask=mask).sums
     torch.testing.assert_close(scores.double() * 12.0**length_penalty, sums, rtol=1e-5, atol=0)
+
+
+def test_beams_that_are_drawn():
+    """Two of the first tokens are drawn without replacement, and the likelier one comes back: chi-square over seeds."""
+    from tiny_models import TINY
+
+    from arfast.models import CausalLM
+
+    model, prompt = CausalLM(TINY.replace(vocab_size=12), seed=3), torch.tensor([[7, 3, 9]])
+    options = dict(do_sample=True, num_beams=2, max_new_tokens=1, top_k=0, temperature=0.7, eos_token_id=[])
+    draws = generate(model, prompt.expand(4000, 3), seed=0, **options)[:, -1]
+    assert torch.equal(generate(model, prompt.expand(5, 3), seed=100, **options)[:, -1], draws[100:105])
+    p = (model(prompt).logits[0, -1].double() / 0.7).softmax(-1).detach()
+    pairs = p[:, None] * p * (1 / (1 - p[:, None]) + 1 / (1 - p))
+    expected = (pairs * (p[:, None] > p)).sum(-1)
+    torch.testing.assert_close(expected.sum(), torch.tensor(1.0, dtype=torch.float64))
+    counts, likely = torch.bincount(draws, minlength=12), expected > 5 / 4000
+    assert (
+        scipy.stats.chisquare(
+            [*counts[likely], counts[~likely].sum()], [*4000 * expected[likely], 4000 * expected[~likely].sum()]
+        ).pvalue
+        > 1e-4
+    )
+
+
+def test_filters_of_drawn_beams(tiny_pair, padded_prompts):
+    """At a low temperature the best continuations are drawn; bans hold at a high one."""
+    _, ours = tiny_pair(60, 1)
+    input_ids, mask = padded_prompts(3, 5, 60)
+    options = dict(attention_mask=mask, do_sample=True, num_beams=3, seed=1, pad_token_id=PAD)
+    cold = generate(ours, input_ids, 8, temperature=1e-4, top_k=0, **options)
+    assert torch.equal(cold, generate(ours, input_ids, 8, attention_mask=mask, num_beams=3))
+    allowed = torch.arange(60) % 2 == 0
+    warm = generate(ours, input_ids, 8, temperature=2.0, top_k=0, allowed_tokens=allowed, eos_token_id=[4, 8],
+                    min_new_tokens=8, num_return_sequences=3, **options)[:, 5:]  # fmt: skip
+    assert warm.shape == (9, 8) and (warm % 2 == 0).all() and not torch.isin(warm, torch.tensor([4, 8])).any()
+    assert len({tuple(row) for row in warm.tolist()}) == 9
