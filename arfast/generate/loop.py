@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from arfast.generate.beam import beam_search
-from arfast.generate.continuation import Continuation
 from arfast.generate.decode import DecodeStep, looks_up
+from arfast.generate.decoding_state import DecodingState
 from arfast.generate.options import GenerationOptions, describe, is_integer, require, special_tokens
 from arfast.generate.processors import make_processors
 from arfast.generate.prompts import prompt_mask, stored_prompts
@@ -157,18 +157,18 @@ def _extend(
         cache.branch(torch.arange(batch, device=logits.device).repeat_interleave(copies))
     processors = make_processors(options, (~mask).sum(-1), input_ids.shape[1], batch)
     streams = [(seed, sample) for seed in seeds for sample in range(copies)]
-    continuation = Continuation(input_ids, options, streams, processors)
-    decode = DecodeStep(model, cache, None if processors else continuation.choose)
+    state = DecodingState(input_ids, options, streams, processors)
+    decode = DecodeStep(model, cache, None if processors else state.choose)
     for step in range(options.max_new_tokens):
         if step > 0:
-            logits = decode(continuation.tokens)
+            logits = decode(state.tokens)
         if step == 0 or processors:
-            continuation.choose(continuation.process(logits, step))
+            state.choose(state.process(logits, step))
         if streamer is not None:
-            streamer.put(continuation.tokens.to("cpu", copy=True))  # the next step overwrites them
-        if (streamer is not None or looks_up(step, options.max_new_tokens, logits)) and continuation.is_done(step):
+            streamer.put(state.tokens.to("cpu", copy=True))  # the next step overwrites them
+        if (streamer is not None or looks_up(step, options.max_new_tokens, logits)) and state.is_done(step):
             break
-    return continuation.sequences()
+    return state.sequences()
 
 
 def _seeds_of(seed: int | Sequence[int] | None, batch: int) -> list[int]:

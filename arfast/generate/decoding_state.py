@@ -11,7 +11,7 @@ from arfast.generate.processors import Processor
 from arfast.generate.sampling import Sampler
 
 
-class Continuation:
+class DecodingState:
     """The new tokens of R sequences, greedy or sampled, all of it on the device: no step waits for the host.
 
     Args:
