@@ -122,11 +122,18 @@ class BeamSearch:
     def hypotheses(self) -> tuple[Tensor, Tensor]:
         """(tokens int64 [B * n, T], scores [B * n]) of the n = num_return_sequences best per item, padded at the end.
 
-        An item has fewer only if its vocabulary is too small; then the rest is padding with the score -1e9.
+        An item has fewer only if its vocabulary or the constraints leave no more; then the rest is padding with the
+        score -1e9.
+
+        Raises:
+            ValueError: an item has none.
         """
         tokens, lengths, scores = (torch.cat(x, dim=1) for x in zip(*map(self._hypotheses, self.states), strict=True))
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         best = order[:, : self.options.num_return_sequences]
+        nothing = (lengths == 0).all(-1).nonzero().flatten().tolist()
+        if nothing:
+            raise ValueError(f"generate: constraints must leave a token to every prompt, got none for {nothing}")
         tokens = tokens.gather(1, best[:, :, None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
         return tokens[:, : int(lengths.gather(1, best).max())], scores[:, : best.shape[1]].flatten()
 

@@ -182,3 +182,11 @@ def test_padding_counts_as_said_in_no_row(num_beams, tiny_pair, padded_prompts):
         prompt = input_ids[row : row + 1, mask[row].bool()]
         assert torch.equal(generate(ours, prompt, **options)[0, prompt.shape[1] :], together[row])
     assert (together == PAD).any()
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_constraints_that_leave_nothing(num_beams, pair):
+    only_ends = torch.arange(60) == 7
+    with pytest.raises(ValueError, match="generate: (logits must be finite|constraints must leave a token)"):
+        generate(pair[1], torch.tensor([[2, 3]]), 3, num_beams=num_beams, allowed_tokens=only_ends, min_new_tokens=2,
+                 eos_token_id=7)  # fmt: skip
