@@ -139,15 +139,9 @@ class BeamSearch:
 
     def _hypotheses(self, state: ops.BeamState) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, K / G, L], their numbers and scores [B, K / G] of a group."""
-        count = state.scores.shape[1]
-        last, beams, tokens = state.endings[:, :count].long().unbind(-1)
-        columns = []
-        for step in reversed(range(self.options.max_new_tokens)):
-            before = step < last
-            column = torch.where(before, state.tokens[step].long().gather(1, beams), self.options.pad_token_id)
-            columns.append(torch.where(step == last, tokens, column))
-            beams = torch.where(before, state.parents[step].long().gather(1, beams), beams)
-        return torch.stack(columns[::-1], dim=-1), last + 1, state.scores
+        tokens, _, lengths, scores = ops.beam_hypotheses(state, pad_token_id=self.options.pad_token_id)
+        beams = state.scores.shape
+        return tokens.unflatten(0, beams), lengths.view(beams), scores.view(beams)
 
 
 def beam_search(

@@ -2,6 +2,7 @@
 
 from arfast.ops.attention import attention, attention_reference
 from arfast.ops.attention_decode import attention_decode, attention_decode_reference
+from arfast.ops.beam_hypotheses import beam_hypotheses, beam_hypotheses_reference
 from arfast.ops.beam_prune import beam_prune, beam_prune_reference
 from arfast.ops.beam_step import BeamState, beam_step, beam_step_reference
 from arfast.ops.cross_entropy import cross_entropy, cross_entropy_reference
@@ -30,6 +31,8 @@ __all__ = [
     "attention_decode",
     "attention_decode_reference",
     "attention_reference",
+    "beam_hypotheses",
+    "beam_hypotheses_reference",
     "beam_prune",
     "beam_prune_reference",
     "beam_step",

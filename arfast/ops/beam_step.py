@@ -40,6 +40,7 @@ class BeamState:
         log_probs: float32 [L, B, K], of the tokens.
         scores: float32 [B, K], of the finished hypotheses, descending; -1e9 for none.
         endings: int32 [B, K, 3], where they ended: (the last step or -1 for none, the beam it continues, the token).
+        ending_log_probs: float32 [B, K], of these tokens.
         improvable: bool [B], once false an item accepts no more.
         status: int32 [B], a sum of 1: the item's hypotheses can still change; 2: some candidate of the last step did
             not end; 4: a row of its logits had no finite log-sum-exp: NaN, infinity or nothing but -inf.
@@ -62,6 +63,7 @@ class BeamState:
     log_probs: Tensor
     scores: Tensor
     endings: Tensor
+    ending_log_probs: Tensor
     improvable: Tensor
     status: Tensor
     next_tokens: Tensor
@@ -102,6 +104,7 @@ class BeamState:
             log_probs=torch.zeros(max_length, *beams, device=device),
             scores=torch.full(beams, NO_HYPOTHESIS, device=device),
             endings=torch.tensor([-1, 0, 0], dtype=torch.int32, device=device).repeat(*beams, 1),
+            ending_log_probs=torch.zeros(beams, device=device),
             improvable=torch.ones(batch, dtype=torch.bool, device=device),
             status=integers(batch).fill_(CAN_CHANGE | GO_ON),
             next_tokens=torch.zeros(batch * num_beams, dtype=torch.int64, device=device),
@@ -152,7 +155,7 @@ def beam_step(
     _ops.beam_step(
         logits.detach(), banned, log_probs, s.ends, s.length_powers, _EARLY_STOPPING[s.early_stopping],
         s.longest_counts, s.min_length, s.lengths, s.running, s.parents, s.tokens, s.log_probs, s.scores, s.endings,
-        s.improvable, s.status, s.next_tokens, s.rows, s.slots, s.prompt_lengths, s.own_slots,
+        s.ending_log_probs, s.improvable, s.status, s.next_tokens, s.rows, s.slots, s.prompt_lengths, s.own_slots,
         generator_state,
     )  # fmt: skip
 
@@ -185,15 +188,17 @@ def beam_step_reference(
     merged, order = torch.cat([state.scores, new], dim=1).sort(dim=1, descending=True, stable=True)
     endings = torch.stack([torch.full_like(parents, step), parents, tokens], dim=-1)[:, :beams]
     endings = torch.cat([state.endings, endings], dim=1).gather(1, order[:, :beams, None].expand(-1, -1, 3))
+    log_probs = scores - so_far.gather(1, parents.long())
+    state.ending_log_probs.copy_(torch.cat([state.ending_log_probs, log_probs], dim=1).gather(1, order[:, :beams]))
 
     by_score = scores.sort(dim=-1, descending=True, stable=True).indices
     by_end = ends.gather(1, by_score).sort(dim=-1, stable=True).indices
     going = by_score.gather(1, by_end)[:, :beams]  # the K best that do not end, then those that do
-    scores, parents, tokens = (x.gather(1, going) for x in (scores, parents, tokens))
+    scores, parents, tokens, log_probs = (x.gather(1, going) for x in (scores, parents, tokens, log_probs))
     first_row = torch.arange(batch, device=logits.device)[:, None]
     _move_slots(state, step, parents)
     state.parents[step], state.tokens[step] = parents, tokens
-    state.log_probs[step] = scores - so_far.gather(1, parents.long())
+    state.log_probs[step] = log_probs
     state.next_tokens.copy_(tokens.flatten())
     state.rows.copy_((first_row * per_item + parents).flatten())
     state.running.copy_(scores.masked_fill(ends.gather(1, going), -torch.inf))  # what ended goes nowhere

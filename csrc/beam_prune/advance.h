@@ -23,6 +23,7 @@ struct AdvanceScratch {
   float running[kMaxStateBeams];
   float scores[kMaxStateBeams];
   int32_t endings[kMaxStateBeams * 3];
+  float ending_log_probs[kMaxStateBeams];
   int32_t slots[kSlots];
 };
 
@@ -64,6 +65,9 @@ class Advance {
   }
 
   ARFAST_DEVICE bool exists(int64_t candidate) const { return scores_[candidate] > -INFINITY; }
+  ARFAST_DEVICE float log_prob(int64_t candidate) const {
+    return scores_[candidate] - params_.scores[group_ * params_.num_beams + parents_[candidate]];
+  }
   ARFAST_DEVICE int64_t length() const { return step_ + 1; }
   ARFAST_DEVICE int64_t beam_at(int64_t k) const { return group_ * beams_ + k; }
   ARFAST_DEVICE int64_t at_step(int64_t k) const { return (step_ * params_.num_groups + group_) * beams_ + k; }
@@ -123,6 +127,7 @@ class Advance {
       ending[0] = candidate < 0 ? endings[i * 3] : static_cast<int32_t>(step_);
       ending[1] = candidate < 0 ? endings[i * 3 + 1] : parents_[candidate];
       ending[2] = candidate < 0 ? endings[i * 3 + 2] : tokens_[candidate];
+      scratch_.ending_log_probs[rank] = candidate < 0 ? state_.ending_log_probs[beam_at(i)] : log_prob(candidate);
     });
   }
 
@@ -132,7 +137,7 @@ class Advance {
       scratch_.running[k] = scratch_.ends[candidate] ? -INFINITY : scores_[candidate];  // what ended goes nowhere
       state_.parents[at_step(k)] = static_cast<int32_t>(parent);
       state_.tokens[at_step(k)] = tokens_[candidate];
-      state_.log_probs[at_step(k)] = scores_[candidate] - params_.scores[group_ * params_.num_beams + parent];
+      state_.log_probs[at_step(k)] = log_prob(candidate);
       state_.next_tokens[beam_at(k)] = tokens_[candidate];
       state_.rows[beam_at(k)] = group_ * params_.num_beams + parent;
     });
@@ -141,6 +146,7 @@ class Advance {
   ARFAST_DEVICE void write_finished() {
     for_each(beams_, [&](int64_t k) {
       state_.scores[beam_at(k)] = scratch_.scores[k];
+      state_.ending_log_probs[beam_at(k)] = scratch_.ending_log_probs[k];
       for (int64_t j = 0; j < 3; ++j) state_.endings[beam_at(k) * 3 + j] = scratch_.endings[k * 3 + j];
     });
   }

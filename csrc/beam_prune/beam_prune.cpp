@@ -119,9 +119,9 @@ T* state_data(const char* name, const Tensor& tensor, const char* shape, std::in
 
 void beam_step(Tensor logits, std::optional<Tensor> banned, bool log_probs, Tensor ends, Tensor length_powers,
                int64_t early_stopping, bool longest_counts, int64_t min_length, Tensor lengths, Tensor running,
-               Tensor parents, Tensor tokens, Tensor token_log_probs, Tensor scores, Tensor endings, Tensor improvable,
-               Tensor status, Tensor next_tokens, Tensor rows, std::optional<Tensor> slots,
-               std::optional<Tensor> prompt_lengths, std::optional<Tensor> own_slots,
+               Tensor parents, Tensor tokens, Tensor token_log_probs, Tensor scores, Tensor endings,
+               Tensor ending_log_probs, Tensor improvable, Tensor status, Tensor next_tokens, Tensor rows,
+               std::optional<Tensor> slots, std::optional<Tensor> prompt_lengths, std::optional<Tensor> own_slots,
                std::optional<Tensor> generator_state) {
   constexpr const char* kOp = "beam_step";
   check_shape(kOp, "logits", logits, "[B*K, V]", {kAny, kAny});
@@ -162,6 +162,8 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, bool log_probs, Tens
       .log_probs = static_cast<float*>(step_data("log_probs", token_log_probs, ScalarType::Float)),
       .scores = state_data<float>("scores", scores, "[B, K]", {groups, beams}, ScalarType::Float, logits),
       .endings = state_data<int32_t>("endings", endings, "[B, K, 3]", {groups, beams, 3}, ScalarType::Int, logits),
+      .ending_log_probs =
+          state_data<float>("ending_log_probs", ending_log_probs, "[B, K]", {groups, beams}, ScalarType::Float, logits),
       .improvable = state_data<bool>("improvable", improvable, "[B]", {groups}, ScalarType::Bool, logits),
       .status = state_data<int32_t>("status", status, "[B]", {groups}, ScalarType::Int, logits),
       .next_tokens =
@@ -203,7 +205,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
       "bool "
       "longest_counts, int min_length, Tensor(a!) lengths, Tensor(b!) running, Tensor(c!) parents, Tensor(d!) tokens, "
       "Tensor(e!) "
-      "token_log_probs, Tensor(f!) scores, Tensor(g!) endings, Tensor(h!) improvable, Tensor(i!) status, Tensor(j!) "
+      "token_log_probs, Tensor(f!) scores, Tensor(g!) endings, Tensor(n!) ending_log_probs, Tensor(h!) improvable, "
+      "Tensor(i!) status, Tensor(j!) "
       "next_tokens, Tensor(k!) rows, Tensor(l!)? slots, Tensor? prompt_lengths, Tensor? own_slots, Tensor(m!)? "
       "generator_state) -> ()");
 }

@@ -62,27 +62,31 @@ __device__ const T* row_logits(const BeamPruneParams& params, int64_t row) {
   return static_cast<const T*>(params.logits) + row * params.logits_stride;
 }
 
-// One part of one row: its log-sum-exp, and its best tokens.
-template <typename T>
+// One part of one row: its log-sum-exp, and its best tokens. The logits stay in registers, but for drawing: the noise
+// is long, and the loop around it should not be unrolled.
+template <typename T, bool kDrawn>
 __device__ void scan_part(const BeamPruneParams& params, const Workspace& workspace, int64_t row, int64_t part,
                           Smem& smem) {
+  constexpr int kVectors = kHeldVectors<T>, kUnrolled = kDrawn ? 1 : kVectors;
   const RowOf<const T> logits(row_logits<T>(params, row), params.vocab_size);
   const bool* banned = params.banned != nullptr ? params.banned + row * params.banned_stride : nullptr;
   const GumbelNoise noise = noise_of_row(params, row);
   const int64_t first = part * params.part_vectors, end = min(first + params.part_vectors, logits.num_vectors());
-  Vector16<T> held[kHeldVectors<T>];
+  Vector16<T> held[kUnrolled];
 #pragma unroll
-  for (int k = 0; k < kHeldVectors<T>; ++k) {
+  for (int k = 0; k < kVectors && !kDrawn; ++k) {
     const int64_t j = first + threadIdx.x + k * kThreads;
     if (j < end) held[k] = logits.load(j);
   }
   const auto for_each = [&](const auto& f) {
-#pragma unroll
-    for (int k = 0; k < kHeldVectors<T>; ++k) {
+#pragma unroll kUnrolled
+    for (int k = 0; k < kVectors; ++k) {
       const int64_t j = first + threadIdx.x + k * kThreads;
       if (j >= end) break;
+      if constexpr (kDrawn) held[0] = logits.load(j);
+      const Vector16<T>& vector = held[kDrawn ? 0 : k];
 #pragma unroll
-      for (int i = 0; i < Vector16<T>::kSize; ++i) f(to_float(held[k].elements[i]), logits.column(j) + i);
+      for (int i = 0; i < Vector16<T>::kSize; ++i) f(to_float(vector.elements[i]), logits.column(j) + i);
     }
   };
   LogSum mine{-INFINITY, 0};
@@ -98,16 +102,12 @@ __device__ void scan_part(const BeamPruneParams& params, const Workspace& worksp
   select_largest<kThreads>(
       capacity,
       [&](const auto& f) {
-        const auto push = [&](float x, int64_t column) {
+        for_each([&](float x, int64_t column) {
           // NaN compares false; what sticks out of the row is -infinity.
           if (x > -INFINITY && !(banned != nullptr && banned[column])) {
-            f(candidate_key(noise.add_to(x, column), static_cast<uint32_t>(column)));
+            f(candidate_key(kDrawn ? noise.add_to(x, column) : x, static_cast<uint32_t>(column)));
           }
-        };
-        if (!noise.exists()) return for_each(push);
-        const int64_t begin = max(logits.column(first), int64_t{0}), stop = min(logits.column(end), params.vocab_size);
-#pragma unroll 1  // the noise is long
-        for (int64_t i = begin + threadIdx.x; i < stop; i += kThreads) push(to_float(row_logits<T>(params, row)[i]), i);
+        });
       },
       [&](int64_t rank, uint64_t key) { out[rank] = key; }, smem.select);
 }
@@ -125,13 +125,13 @@ __device__ uint64_t group_key(const BeamPruneParams& params, int64_t row, float 
   return candidate_key(score, beam * static_cast<uint32_t>(params.vocab_size) + token);
 }
 
-template <typename T>
+template <typename T, bool kDrawn>
 __device__ void write_candidate(const BeamPruneParams& params, int64_t group, int64_t rank, uint64_t key) {
   const int64_t at = group * params.num_candidates + rank;
   const uint32_t vocab_size = static_cast<uint32_t>(params.vocab_size);
   const uint32_t parent = key_index(key) / vocab_size, token = key_index(key) % vocab_size;
   float score = key_value(key);
-  if (params.generator_state != nullptr && score > -INFINITY) {  // it has noise
+  if (kDrawn && score > -INFINITY) {  // it has noise
     const int64_t row = group * params.num_beams + parent;
     score = score_of(params, row, to_float(row_logits<T>(params, row)[token]));
   }
@@ -141,7 +141,7 @@ __device__ void write_candidate(const BeamPruneParams& params, int64_t group, in
 }
 
 // Every token of the group's rows, for the rare group in which rounding made scores equal at the end of the list.
-template <typename T>
+template <typename T, bool kDrawn>
 __device__ void select_from_all_tokens(const BeamPruneParams& params, int64_t group, Smem& smem) {
   const int64_t total = params.num_beams * params.vocab_size;
   select_largest<kThreads>(
@@ -150,14 +150,15 @@ __device__ void select_from_all_tokens(const BeamPruneParams& params, int64_t gr
         for (int64_t i = threadIdx.x; i < total; i += kThreads) {
           const int64_t row = group * params.num_beams + i / params.vocab_size, token = i % params.vocab_size;
           if (params.banned != nullptr && params.banned[row * params.banned_stride + token]) continue;
-          const float x = noise_of_row(params, row).add_to(to_float(row_logits<T>(params, row)[token]), token);
+          float x = to_float(row_logits<T>(params, row)[token]);
+          if constexpr (kDrawn) x = noise_of_row(params, row).add_to(x, token);
           f(group_key(params, row, x, static_cast<uint32_t>(token)));
         }
       },
-      [&](int64_t rank, uint64_t key) { write_candidate<T>(params, group, rank, key); }, smem.select);
+      [&](int64_t rank, uint64_t key) { write_candidate<T, kDrawn>(params, group, rank, key); }, smem.select);
 }
 
-template <typename T>
+template <typename T, bool kDrawn>
 __device__ void merge_group(const BeamPruneParams& params, const Workspace& workspace, int64_t group, Smem& smem) {
   const int64_t first_row = group * params.num_beams, capacity = beam_prune_list_capacity(params);
   const int lane = threadIdx.x % kWarpSize;
@@ -171,7 +172,7 @@ __device__ void merge_group(const BeamPruneParams& params, const Workspace& work
     if (lane == 0) params.lse[first_row + beam] = params.log_probs && fabsf(lse) < INFINITY ? 0 : lse;
   }
   for (int64_t i = threadIdx.x; i < params.num_candidates; i += kThreads) {  // what stays when there are too few
-    write_candidate<T>(params, group, i, candidate_key(-INFINITY, 0));
+    write_candidate<T, kDrawn>(params, group, i, candidate_key(-INFINITY, 0));
   }
   if (threadIdx.x == 0) {
     smem.last_key = 0;
@@ -191,7 +192,7 @@ __device__ void merge_group(const BeamPruneParams& params, const Workspace& work
         for (int64_t i = threadIdx.x; i < total; i += kThreads) f(key_at(i));
       },
       [&](int64_t rank, uint64_t key) {
-        write_candidate<T>(params, group, rank, key);
+        write_candidate<T, kDrawn>(params, group, rank, key);
         if (rank == params.num_candidates - 1) smem.last_key = key;
       },
       smem.select);
@@ -204,7 +205,7 @@ __device__ void merge_group(const BeamPruneParams& params, const Workspace& work
     if (key >> 32 >= smem.last_key >> 32) atomicOr(&smem.may_lack_ties, 1);
   }
   __syncthreads();
-  if (smem.may_lack_ties) select_from_all_tokens<T>(params, group, smem);
+  if (smem.may_lack_ties) select_from_all_tokens<T, kDrawn>(params, group, smem);
 }
 
 // All threads of the block.
@@ -214,16 +215,16 @@ struct BlockTeam {
   __device__ static void sync() { __syncthreads(); }
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) beam_prune_kernel(BeamPruneParams params) {
+template <typename T, bool kDrawn>
+__global__ void __launch_bounds__(kThreads, kDrawn ? 3 : 2) beam_prune_kernel(BeamPruneParams params) {
   Smem& smem = shared_storage<Smem>();
   const Workspace workspace = workspace_of(params);
   const int64_t part = blockIdx.x % params.num_parts, row = blockIdx.x / params.num_parts;
   const int64_t group = row / params.num_beams;
-  scan_part<T>(params, workspace, row, part, smem);
+  scan_part<T, kDrawn>(params, workspace, row, part, smem);
   const uint32_t expected = static_cast<uint32_t>(params.num_beams * params.num_parts);
   if (!arrive_last(workspace.num_arrived + group, expected, smem.is_last)) return;
-  merge_group<T>(params, workspace, group, smem);
+  merge_group<T, kDrawn>(params, workspace, group, smem);
   if (params.state.lengths == nullptr) return;
   __syncthreads();  // the candidates, from any thread
   Advance(params, group, smem.advance, BlockTeam{}).run();
@@ -237,7 +238,9 @@ const char* beam_prune_cuda(const BeamPruneParams& params, void* stream) {
   if (blocks > 0x7fffffff) return "B * K * V is too large for one launch";
   const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(kThreads), sizeof(Smem)};
   return dispatch_gpu_dtype(params.dtype, [&](auto tag) {
-    return launch(beam_prune_kernel<typename decltype(tag)::type>, shape, stream, params);
+    using T = typename decltype(tag)::type;
+    return params.generator_state != nullptr ? launch(beam_prune_kernel<T, true>, shape, stream, params)
+                                             : launch(beam_prune_kernel<T, false>, shape, stream, params);
   });
 }
 

@@ -42,25 +42,36 @@ const bool* row_banned(const BeamPruneParams& params, int64_t row) {
   return params.banned != nullptr ? params.banned + row * params.banned_stride : nullptr;
 }
 
-// The segment of a row with its noise.
+// Bits below this have less noise than the bound, which the error of noise and scores may not make a lie: most tokens
+// are dismissed before their noise is computed.
+uint64_t least_bits(float score, float threshold) {
+  const double bound = static_cast<double>(threshold) - score,
+               error = 1e-3 + 1e-6 * (std::abs(threshold) + std::abs(score));
+  const double above = -std::expm1(-std::exp(error - bound)) * 18446744073709551616.0 * 1.000001 + 2;
+  return above < 18446744073709551616.0 ? 0 - static_cast<uint64_t>(above) : 0;
+}
+
+// select_from_segment for logits with noise.
 template <typename T>
-void add_noise(const GumbelNoise& noise, const Segment<T>& from, std::vector<float>& logits, Segment<float>& noisy) {
-  logits.resize(kSegment);
-  noisy.logits = logits.data();
-  noisy.banned = from.banned;
-  noisy.first_token = from.first_token;
-  noisy.size = from.size;
-  for (int64_t i = 0; i < from.size; ++i) {
-    logits[i] = noise.add_to(static_cast<float>(to_acc(from.logits[i])), from.first_token + i);
+void draw_from_segment(const Segment<T>& segment, const GumbelNoise& noise, TopList& list) {
+  for (int64_t first = 0; first < segment.size; first += kTile) {
+    const float best = reduce_max(segment.maxima[first / kTile]);
+    if (best == -kInfinity) continue;
+    const uint64_t least = least_bits(best, list.threshold());
+    const bool* banned = segment.tile_banned(first);
+    for (int64_t i = 0; i < segment.tile_size(first); ++i) {
+      const int64_t token = segment.first_token + first + i;
+      const uint64_t bits = noise.bits(token);
+      if (bits < least || (banned != nullptr && banned[i])) continue;
+      const float value = static_cast<float>(to_acc(segment.logits[first + i])) + gumbel_of(bits);
+      if (value > list.threshold()) list.push({value, static_cast<int32_t>(token)});
+    }
   }
-  sum_segment(noisy);  // for its maxima
 }
 
 template <typename T>
 void scan_units(const BeamPruneParams& params, int64_t first, int64_t last, Workspace& workspace) {
   TopList list(workspace.list_capacity);
-  std::vector<float> noisy_logits;
-  Segment<float> noisy;
   Segment<T> segment;
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t row = unit / workspace.units_per_row;
@@ -71,8 +82,7 @@ void scan_units(const BeamPruneParams& params, int64_t first, int64_t last, Work
     workspace.sums[unit] = sum_segment(segment);
     const GumbelNoise noise = noise_of_row(params, row);
     if (noise.exists()) {
-      add_noise(noise, segment, noisy_logits, noisy);
-      select_from_segment(noisy, list);
+      draw_from_segment(segment, noise, list);
     } else {
       select_from_segment(segment, list);
     }

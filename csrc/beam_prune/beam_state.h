@@ -29,6 +29,7 @@ struct BeamState {
   float* log_probs;               // [L, B, K], of the tokens
   float* scores;                  // [B, K], of the finished hypotheses, descending
   int32_t* endings;               // [B, K, 3]: (the last step or -1 for none, the beam it continues, the token)
+  float* ending_log_probs;        // [B, K], of these tokens
   bool* improvable;               // [B], once false it stays false
   int32_t* status;                // [B], the flags below
   int64_t* next_tokens;           // [B * K], to be fed to the model

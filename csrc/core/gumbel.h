@@ -75,8 +75,9 @@ class GumbelNoise {
                         : 0) {}
 
   constexpr bool exists() const { return exists_; }
+  constexpr uint64_t bits(int64_t candidate) const { return mix64(stream_ + static_cast<uint64_t>(candidate)); }
   constexpr float add_to(float score, int64_t candidate) const {
-    return exists_ ? score + gumbel_of(mix64(stream_ + static_cast<uint64_t>(candidate))) : score;
+    return exists_ ? score + gumbel_of(bits(candidate)) : score;
   }
 
  private:

@@ -72,6 +72,20 @@ def test_every_dtype_and_misaligned_rows(vocab_size, dtype, device):
     assert_same_state(ours, expected)
 
 
+@pytest.mark.parametrize("scale, offset", [(0.0, 0.0), (1e-4, 0.0), (1e4, 0.0), (1.0, -1e6), (1.0, 1e9)])
+def test_extreme_values(scale, offset, device):
+    """Also where rounding makes scores with noise equal: the smaller token goes first."""
+    logits = torch.randn(6, 20000) * scale + offset
+    ours = start((2, 3, 20000, 5, 1), device)
+    ours.lengths.fill_(1)
+    ours.running.copy_(torch.tensor([0.0, -0.5, -3.0]))
+    generator = generators(2, device)
+    expected, reference_generator = copy.deepcopy((ours, generator))
+    beam_step(logits.to(device), ours, log_probs=True, generator_state=generator)
+    beam_step_reference(logits.to(device), expected, log_probs=True, generator_state=reference_generator)
+    assert_same_state(ours, expected)
+
+
 def test_logits_are_normalised(device):
     """The same draws as from log_softmax, but for the rounding of scores."""
     logits = (torch.randn(6, 3000) * 3).to(device)

@@ -263,8 +263,8 @@ def test_opcheck():
     s = state
     arguments = (
         torch.randn(2, 9), None, False, s.ends, s.length_powers, 0, False, 0, s.lengths, s.running, s.parents, s.tokens,
-        s.log_probs, s.scores, s.endings, s.improvable, s.status, s.next_tokens, s.rows, s.slots, s.prompt_lengths,
-        s.own_slots, torch.zeros(2, 3, dtype=torch.int64),
+        s.log_probs, s.scores, s.endings, s.ending_log_probs, s.improvable, s.status, s.next_tokens, s.rows, s.slots,
+        s.prompt_lengths, s.own_slots, torch.zeros(2, 3, dtype=torch.int64),
     )  # fmt: skip
     torch.library.opcheck(torch.ops.arfast.beam_step.default, arguments)
 
