@@ -2,6 +2,7 @@
 
 from arfast.generate.decode import DecodeStep
 from arfast.generate.loop import generate
+from arfast.generate.output import GenerationOutput
 from arfast.generate.score import SequenceScores, score
 
-__all__ = ["DecodeStep", "SequenceScores", "generate", "score"]
+__all__ = ["DecodeStep", "GenerationOutput", "SequenceScores", "generate", "score"]

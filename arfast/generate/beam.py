@@ -119,8 +119,9 @@ class BeamSearch:
             raise ValueError(f"generate: logits must be finite, got others for prompts {broken} by step {step}")
         return not any(flags & GOES_ON == GOES_ON for group in status for flags in group)
 
-    def hypotheses(self) -> tuple[Tensor, Tensor]:
-        """(tokens int64 [B * n, T], scores [B * n]) of the n = num_return_sequences best per item, padded at the end.
+    def hypotheses(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens int64 [B * n, T], their log-probabilities [B * n, T], scores [B * n]) of the n = num_return_sequences
+        best per item, padded at the end.
 
         An item has fewer only if its vocabulary or the constraints leave no more; then the rest is padding with the
         score -1e9.
@@ -128,25 +129,23 @@ class BeamSearch:
         Raises:
             ValueError: an item has none.
         """
-        tokens, lengths, scores = (torch.cat(x, dim=1) for x in zip(*map(self._hypotheses, self.states), strict=True))
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        best = order[:, : self.options.num_return_sequences]
+        options, (batch, beams) = self.options, self.states[0].running.shape
+        found = [ops.beam_hypotheses(state, pad_token_id=options.pad_token_id) for state in self.states]
+        tokens, log_probs, lengths, scores = (
+            torch.cat([x.unflatten(0, (batch, beams)) for x in parts], dim=1) for parts in zip(*found, strict=True)
+        )
         nothing = (lengths == 0).all(-1).nonzero().flatten().tolist()
         if nothing:
             raise ValueError(f"generate: constraints must leave a token to every prompt, got none for {nothing}")
-        tokens = tokens.gather(1, best[:, :, None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
-        return tokens[:, : int(lengths.gather(1, best).max())], scores[:, : best.shape[1]].flatten()
-
-    def _hypotheses(self, state: ops.BeamState) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [B, K / G, L], their numbers and scores [B, K / G] of a group."""
-        tokens, _, lengths, scores = ops.beam_hypotheses(state, pad_token_id=self.options.pad_token_id)
-        beams = state.scores.shape
-        return tokens.unflatten(0, beams), lengths.view(beams), scores.view(beams)
+        best = scores.sort(dim=1, descending=True, stable=True).indices[:, : options.num_return_sequences]
+        longest, items = int(lengths.gather(1, best).max()), torch.arange(batch, device=best.device)[:, None]
+        tokens, log_probs, scores = (x[items, best].flatten(0, 1) for x in (tokens, log_probs, scores))
+        return tokens[:, :longest], log_probs[:, :longest], scores
 
 
 def beam_search(
     model: Any, input_ids: Tensor, mask: Tensor, options: GenerationOptions, seeds: Sequence[int] = ()
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Beams that continue the prompts [B, P]: see `BeamSearch.hypotheses`. seeds: one per prompt, with do_sample."""
     batch = len(input_ids)
     logits, cache = stored_prompts(model, input_ids, mask, options.num_beams, options.max_new_tokens)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arfast.generate.options import GenerationOptions
+from arfast.generate.output import GenerationOutput
 from arfast.generate.processors import Processor
 from arfast.generate.sampling import Sampler
 
@@ -19,10 +20,12 @@ class DecodingState:
         options: end tokens, padding, sampling.
         streams: (seed, sample) of every row.
         processors: what changes logits before a token is chosen. They run on the host.
+        with_logprobs: whether log-probabilities are kept.
 
     Attributes:
         tokens: int64 [R], chosen last.
         history: int64 [R, P + max_new_tokens].
+        logprobs: float32 [R, max_new_tokens], of the new tokens; 0 after a sequence's end.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class DecodingState:
         options: GenerationOptions,
         streams: list[tuple[int, int]],
         processors: Sequence[Processor] = (),
+        with_logprobs: bool = False,
     ):
         self.options, self.processors, self.prompt_length = options, processors, prompts.shape[1]
         rows, device = len(prompts), prompts.device
@@ -41,17 +45,22 @@ class DecodingState:
         self._going = torch.ones(rows, dtype=torch.bool, device=device)
         self._lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self._finite = torch.ones(rows, dtype=torch.bool, device=device)
+        self.logprobs = torch.zeros(rows, options.max_new_tokens, device=device) if with_logprobs else None
         self._sampler = None
         if options.do_sample:
             filters = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
             self._sampler = Sampler(streams, device, **filters)
+        elif with_logprobs:
+            self._sampler = Sampler(streams, device, temperature=0.0)
 
     def choose(self, logits: Tensor) -> None:
         """The next tokens, given the logits [R, V]."""
         best, tokens = logits.max(-1)
         self._finite &= best.isfinite()
         if self._sampler is not None:
-            tokens = self._sampler(logits)
+            tokens, logprobs = self._sampler(logits)
+        if self.logprobs is not None:
+            self.logprobs.index_copy_(1, self._column - self.prompt_length, (logprobs * self._going)[:, None])
         if len(self._ends) > 0:
             tokens = torch.where(self._going, tokens, self.options.pad_token_id)
             self._lengths += self._going
@@ -75,8 +84,10 @@ class DecodingState:
             raise ValueError(f"generate: logits must be finite, got others for sequences {broken} by step {step}")
         return len(self._ends) > 0 and not bool(self._going.any())
 
-    def sequences(self) -> Tensor:
-        """int64 [R, P + T]: T is the longest of them, end tokens included."""
-        if len(self._ends) == 0:
-            return self.history
-        return self.history[:, : self.prompt_length + int(self._lengths.max())]
+    def result(self) -> GenerationOutput:
+        """T is the length of the longest sequence, its end token included."""
+        new = self.options.max_new_tokens if len(self._ends) == 0 else int(self._lengths.max())
+        sequences = self.history[:, : self.prompt_length + new]
+        if self.logprobs is None:
+            return GenerationOutput(sequences)
+        return GenerationOutput(sequences, self.logprobs.sum(-1), self.logprobs[:, :new])

@@ -10,6 +10,7 @@ from arfast.generate.beam import beam_search
 from arfast.generate.decode import DecodeStep, looks_up
 from arfast.generate.decoding_state import DecodingState
 from arfast.generate.options import GenerationOptions, describe, is_integer, require, special_tokens
+from arfast.generate.output import GenerationOutput
 from arfast.generate.processors import make_processors
 from arfast.generate.prompts import prompt_mask, stored_prompts
 
@@ -49,7 +50,8 @@ def generate(
     attention_mask: Tensor | None = None,
     seed: int | Sequence[int] | None = None,
     streamer: Streamer | None = None,
-) -> Tensor:
+    return_dict_in_generate: bool = False,
+) -> Tensor | GenerationOutput:
     """Continue prompts: greedily, by sampling or by beam search, with transformers' names and meanings.
 
     On a GPU every step replays a CUDA graph where `DecodeStep` can capture one, of the model and, unless there are
@@ -86,10 +88,11 @@ def generate(
             on its own seed and logits alone. None: taken from torch's global generator.
         streamer: put() gets the prompts, then the new tokens [B] of every step; end() comes last, also after an error.
             Not with beams.
+        return_dict_in_generate: also give the log-probability of every token.
 
     Returns:
         int64 [B * num_return_sequences, P + new]: the prompts as they were given, and what was added; new is at most
-        max_new_tokens, and less if all sequences ended.
+        max_new_tokens, and less if all sequences ended. With return_dict_in_generate a GenerationOutput.
 
     Raises:
         ValueError: `generate: <argument> must <rule>, got <actual>`; also when the model's logits are NaN or infinite.
@@ -130,15 +133,17 @@ def generate(
     prompts = input_ids.repeat_interleave(num_return_sequences, dim=0)
     if num_beams > 1:
         require(streamer is None, "streamer", "be None with num_beams > 1", type(streamer).__name__)
-        new, _ = beam_search(model, input_ids, mask, options, seeds)
-        return torch.cat([prompts, new], dim=1)
-    try:
-        if streamer is not None:
-            streamer.put(prompts.cpu())
-        return _extend(model, input_ids, mask, options, seeds, streamer)
-    finally:
-        if streamer is not None:
-            streamer.end()
+        new, logprobs, scores = beam_search(model, input_ids, mask, options, seeds)
+        output = GenerationOutput(torch.cat([prompts, new], dim=1), scores, logprobs)
+    else:
+        try:
+            if streamer is not None:
+                streamer.put(prompts.cpu())
+            output = _extend(model, input_ids, mask, options, seeds, streamer, return_dict_in_generate)
+        finally:
+            if streamer is not None:
+                streamer.end()
+    return output if return_dict_in_generate else output.sequences
 
 
 def _extend(
@@ -148,7 +153,8 @@ def _extend(
     options: GenerationOptions,
     seeds: list[int],
     streamer: Streamer | None,
-) -> Tensor:
+    with_logprobs: bool,
+) -> GenerationOutput:
     """The prompts [B, P], each num_return_sequences times, with what greedy decoding or sampling adds."""
     copies, batch = options.num_return_sequences, len(input_ids)
     logits, cache = stored_prompts(model, input_ids, mask, copies, options.max_new_tokens)
@@ -157,7 +163,7 @@ def _extend(
         cache.branch(torch.arange(batch, device=logits.device).repeat_interleave(copies))
     processors = make_processors(options, (~mask).sum(-1), input_ids.shape[1], batch)
     streams = [(seed, sample) for seed in seeds for sample in range(copies)]
-    state = DecodingState(input_ids, options, streams, processors)
+    state = DecodingState(input_ids, options, streams, processors, with_logprobs)
     decode = DecodeStep(model, cache, None if processors else state.choose)
     for step in range(options.max_new_tokens):
         if step > 0:
@@ -168,7 +174,7 @@ def _extend(
             streamer.put(state.tokens.to("cpu", copy=True))  # the next step overwrites them
         if (streamer is not None or looks_up(step, options.max_new_tokens, logits)) and state.is_done(step):
             break
-    return state.sequences()
+    return state.result()
 
 
 def _seeds_of(seed: int | Sequence[int] | None, batch: int) -> list[int]:

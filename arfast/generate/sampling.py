@@ -20,7 +20,8 @@ class Sampler:
 
     Example:
         >>> sampler = Sampler([(7, 0), (8, 0)], temperature=0.8, top_k=50)
-        >>> sampler(torch.randn(2, 100)).shape
+        >>> tokens, logprobs = sampler(torch.randn(2, 100))
+        >>> tokens.shape
         torch.Size([2])
     """
 
@@ -28,9 +29,9 @@ class Sampler:
         self.generator_state = generator_state_of(streams, device)
         self.filters = filters
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Logits [B, V] -> int64 [B]."""
-        return ops.sample(logits, **self.filters, generator_state=self.generator_state)[0]
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, V] -> (tokens int64 [B], log-probabilities float32 [B])."""
+        return ops.sample(logits, **self.filters, generator_state=self.generator_state)
 
 
 def generator_state_of(streams: list[tuple[int, int]], device: torch.device | str = "cpu") -> Tensor:

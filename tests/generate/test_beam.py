@@ -31,7 +31,7 @@ def search(tables, options):
         items = [item for item in range(len(tables)) for _ in range(options.num_beams)]
         assert [row // (len(logits) // len(tables)) for row in rows.tolist()] == items
         logits = torch.stack([tables[b][step][token] for b, token in zip(items, tokens.tolist(), strict=True)])
-    tokens, scores = found.hypotheses()
+    tokens, _, scores = found.hypotheses()
     return tokens.tolist(), scores, step
 
 
@@ -143,7 +143,7 @@ def test_nothing_left_to_continue(end):
 
 
 def run(model, input_ids, mask, options):
-    """(tokens, scores) of beam search on a model."""
+    """(tokens, log-probabilities, scores) of beam search on a model."""
     with torch.no_grad():
         return beam_search(model, input_ids, mask.bool(), options)
 
@@ -162,7 +162,7 @@ def test_scores_are_the_log_probabilities_of_the_sequences(length_penalty, tiny_
     _, ours = tiny_pair(60, 1)
     input_ids, mask = padded_prompts(2, 5, 60)
     options = options_of(num_beams=4, num_return_sequences=3, length_penalty=length_penalty, max_new_tokens=12)
-    tokens, scores = run(ours, input_ids, mask, options)
+    tokens, _, scores = run(ours, input_ids, mask, options)
     input_ids, mask = input_ids.repeat_interleave(3, 0), mask.repeat_interleave(3, 0)
     whole, mask = torch.cat([input_ids, tokens], 1), torch.cat([mask, torch.ones_like(tokens)], 1)
     sums = score(ours.model, whole, prompt_lengths=mask[:, :5].sum(-1), attention_mask=mask).sums

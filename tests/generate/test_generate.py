@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 import torch
 
-from arfast.generate import generate
+from arfast.generate import generate, score
 from arfast.models import CausalLM, CausalLMConfig
 
 PAD = 1
@@ -272,3 +272,27 @@ def test_the_context(model):
         generate(short, torch.arange(5)[None], 1)
     with pytest.warns(UserWarning, match="past the context are a guess: max_position_embeddings=4, got prompts of 3"):
         assert generate(short, torch.arange(3)[None], 2).shape == (1, 5)
+
+
+OUTPUTS = [{}, dict(do_sample=True, top_k=5, temperature=0.7, seed=3, num_return_sequences=2), dict(num_beams=3)]
+OUTPUTS.append(dict(num_beams=4, num_beam_groups=2, num_return_sequences=3, length_penalty=0.5))
+
+
+@pytest.mark.parametrize("options", OUTPUTS, ids=str)
+def test_log_probabilities_of_new_tokens(options, model, padded_prompts):
+    """They are those that `score` gives the sequences, 0 after their end, and sum up to the scores."""
+    input_ids, mask = padded_prompts(3, 5, 101)
+    options = options | dict(max_new_tokens=9, attention_mask=mask, pad_token_id=PAD)
+    ends = generate(model, input_ids, **options)[:2, 9].tolist()
+    options["eos_token_id"] = ends
+    out = generate(model, input_ids, return_dict_in_generate=True, **options)
+    assert torch.equal(out.sequences, generate(model, input_ids, **options))
+    new = out.sequences[:, 5:]
+    ended = torch.isin(new, torch.tensor(ends)).cumsum(1) - torch.isin(new, torch.tensor(ends)).long() > 0
+    real = torch.cat([mask.repeat_interleave(len(new) // 3, 0), (~ended).long()], 1)
+    lengths = mask.sum(-1).repeat_interleave(len(new) // 3)
+    scores = score(model, out.sequences, prompt_lengths=lengths, attention_mask=real)
+    torch.testing.assert_close(out.token_logprobs, scores.token_logprobs[:, 5:], rtol=1e-4, atol=1e-5)
+    assert ended.any() and not out.token_logprobs[ended].any()
+    power = scores.num_tokens ** options.get("length_penalty", 1.0) if "num_beams" in options else 1
+    torch.testing.assert_close(out.sequences_scores.double() * power, scores.sums, rtol=1e-4, atol=1e-5)
