@@ -86,6 +86,23 @@ def test_bfloat16(model):
     assert result.token_logprobs.dtype == torch.float32 and (result.sums < 0).all()
 
 
+def test_logits_that_are_nan_are_an_error(model):
+    """One row of the head is enough, also if nobody asks for that token."""
+    broken = CausalLM(model.config, seed=3)
+    broken.head_weight.data[100, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"score: logits must not be NaN, got NaN in sequences \[0, 1\]"):
+        score(broken, torch.tensor([[1, 2, 3], [4, 5, 6]]))
+
+
+def test_padding_does_not_count_for_the_context(model):
+    short = CausalLM(model.config.replace(max_position_embeddings=4), seed=3)
+    input_ids, mask = torch.randint(0, 101, (2, 6)), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    assert score(short, input_ids, attention_mask=mask).num_tokens.tolist() == [3, 2]
+    message = "input_ids must have at most max_position_embeddings=4 tokens, got 5"
+    with pytest.raises(ValueError, match="score: " + message):
+        score(short, input_ids[:, :5])
+
+
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
@@ -94,6 +111,8 @@ IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
     [
         (dict(input_ids=[[1]]), r"input_ids must be an int64 tensor \[B, T\], got list"),
         (dict(input_ids=IDS.float()), r"input_ids must be an int64 tensor \[B, T\], got torch.float32 \[2, 3\]"),
+        (dict(input_ids=IDS + 97), r"input_ids must be in \[0, vocab_size=101\), got 101"),
+        (dict(input_ids=IDS - 2), r"input_ids must be in \[0, vocab_size=101\), got -1"),
         (dict(prompt_lengths=[1]), r"prompt_lengths must be one integer per sequence, \[2\], got torch.int64 \[1\]"),
         (
             dict(prompt_lengths=[1.0, 2.0]),
