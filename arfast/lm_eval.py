@@ -40,7 +40,7 @@ class ArfastLM(TemplateLM):
         pretrained: a model directory, or a CausalLM.
         tokenizer: its tokenizer or the directory of one; None: the model directory's.
         dtype: of the parameters, "float32", "bfloat16", ...; "auto": as stored.
-        device: None: cuda where there is one.
+        device: None: cuda where there is one; cuda without one, which the harness's command line asks for: cpu.
         batch_size: rows at a time; "auto" and None: 16.
         max_batch_size: of the harness, for batch sizes that it chooses; not used.
         max_length: tokens that a model sees at once; None: max_position_embeddings, which is the most.
@@ -68,7 +68,9 @@ class ArfastLM(TemplateLM):
                 raise ValueError("ArfastLM: tokenizer must be given with a model that is not read from a directory")
             self.model = pretrained
         else:
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            device = torch.device(device or "cuda")
+            if device.type == "cuda" and not torch.cuda.is_available():
+                device = torch.device("cpu")
             self.model = CausalLM.from_pretrained(pretrained, dtype=_dtype(dtype), device=device)
         source = pretrained if tokenizer is None else tokenizer
         self.tokenizer = source if isinstance(source, Tokenizer) else Tokenizer.load(source)

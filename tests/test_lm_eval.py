@@ -147,6 +147,7 @@ def test_models_and_argument_strings(checkpoint, adapter):
     assert made.model.head_weight.dtype == torch.bfloat16 and (made.batch_size, made.max_length) == (16, 64)
     assert made.loglikelihood(text, disable_tqdm=True)[0][0] == pytest.approx(expected[0][0], rel=0.05)
     assert made.tokenizer_name == adapter.tokenizer_name
+    assert ArfastLM(checkpoint, device="cuda:0").device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_long_contexts_lose_their_beginning_with_a_warning(adapter):

@@ -13,7 +13,8 @@ import sys
 VERBS = {
     "train": "train a language model, or continue a run",
     "generate": "continue a prompt with a trained model",
-    "eval": "measure loss, perplexity and bits per byte on text",
+    "score": "log-probabilities of a text after a prompt, or a ranking of alternatives",
+    "eval": "measure loss, perplexity and bits per byte on text, or run tasks of lm-evaluation-harness",
     "tokenize": "turn text into a data set of token shards",
     "info": "versions, what the library was built for, devices, threads",
     "doctor": "check the installation: ops, leaks, accumulation, checkpoints",
