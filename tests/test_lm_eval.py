@@ -182,17 +182,31 @@ def test_generation_ends_as_soon_as_all_have_stopped(adapter, monkeypatch):
         return generate(model, input_ids, streamer=streamer, **options)
 
     monkeypatch.setattr(type(adapter.model), "generate", watched)
-    contexts = ["def wrap", "import re"]
+    contexts = ["import re, textwrap", "def"]  # the longest first, as they are batched
     whole = adapter.generate_until(requests(*((text, dict(max_gen_toks=40)) for text in contexts)), disable_tqdm=True)
     rows = torch.stack(steps[1:], dim=1)  # behind the prompts
-    stop = next(text for text in (whole[0][i : i + 2] for i in range(9)) if text in whole[1])
-    ends = [next(n for n in range(41) if stop in adapter.tokenizer.decode(row[:n])) for row in rows]
-    assert 0 < min(ends) < max(ends) < 40
+    decode = adapter.tokenizer.decode
+    spans = [[decode(row[i : i + 3]) for i in range(first, 30)] for row, first in zip(rows, (4, 15), strict=True)]
+    stops = [next(text for text in texts if "\N{REPLACEMENT CHARACTER}" not in text) for texts in spans]
+    ends = [next(n for n in range(41) if any(stop in decode(row[:n]) for stop in stops)) for row in rows]
+    assert 0 < ends[0] < ends[1] < 40
     steps.clear()
-    arguments = dict(until=[stop, ""], max_gen_toks=40)
+    arguments = dict(until=[*stops, ""], max_gen_toks=40)
     stopped = adapter.generate_until(requests(*((text, arguments) for text in contexts)), disable_tqdm=True)
-    assert stopped == [text[: text.index(stop)] for text in whole]
-    assert len(steps) == 1 + max(ends)
+    assert stopped == [text[: text.index(stop)] for text, stop in zip(whole, stops, strict=True)]
+    assert len(steps) == 1 + ends[1]
+
+
+def test_requests_of_several_kinds_keep_their_order(adapter):
+    """Other arguments, other batches; the longest contexts go first."""
+    kinds = [dict(until=["e"], max_gen_toks=9), dict(max_gen_toks=5)]
+    texts = [(TEXT[i : i + 5 * i], kinds[i % 2]) for i in (1, 5, 2, 9, 4, 3, 6)]
+    alone = [adapter.generate_until(requests(text), disable_tqdm=True)[0] for text in texts]
+    assert adapter.generate_until(requests(*texts), disable_tqdm=True) == alone and len(set(alone)) > 3
+    pairs = [(text, TEXT[i : i + 4]) for i, (text, _) in enumerate(texts)]
+    alone = [adapter.loglikelihood(requests(pair), disable_tqdm=True)[0] for pair in pairs]
+    for ours, expected in zip(adapter.loglikelihood(requests(*pairs), disable_tqdm=True), alone, strict=True):
+        assert ours == (pytest.approx(expected[0], rel=1e-5), expected[1])
 
 
 def test_sampling_and_beams(adapter):
