@@ -92,6 +92,16 @@ def test_the_prompt_goes_through_the_model_once(window, model):
         assert scored.logprob == pytest.approx(alone(counting.model, context, continuation)[0], rel=1e-5)
 
 
+def test_experts(model):
+    """A token goes to the same experts in any batch."""
+    config = model.config.replace(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    sparse = CausalLM(config, seed=3)
+    groups = [[([1, 2, 3, 4], [5, 6]), ([1, 2, 3, 4], [7])], [([8], [9, 10])]]
+    for group, scores in zip(groups, score_continuations(sparse, groups), strict=True):
+        for (context, continuation), scored in zip(group, scores, strict=True):
+            assert scored.logprob == pytest.approx(alone(sparse, context, continuation)[0], rel=1e-5)
+
+
 def test_a_row_alone_is_one_pass(model):
     counting = Counting(model)
     score_continuations(counting, [[(list(range(50)), [1])], [(list(range(30)), [1, 2])]])

@@ -5,7 +5,10 @@ import torch
 from accuracy import assert_accurate
 
 from arfast.generate import score
+from arfast.generate.loop import beam_search, prefill
+from arfast.generate.options import GenerationOptions
 from arfast.models import CausalLM, CausalLMConfig
+from arfast.nn import StaticKVCache
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,36 @@ def test_padding_changes_nothing(side, model):
         assert (result.token_logprobs[row][~real] == 0).all() and not result.mask[row][~real].any()
         assert result.num_tokens[row] == alone.num_tokens[0]
         torch.testing.assert_close(result.sums[row], alone.sums[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_n_best_of_several_lengths(length_penalty, tiny_pair):
+    """The scores of beam search, where hypotheses end at different steps."""
+    _, ours = tiny_pair(23, 4, 0.15)
+    prompts, beams, ends = torch.randint(8, 23, (3, 5)), 6, torch.tensor([5, 6, 7])
+    defaults = dict(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, min_p=0.0, early_stopping=False)
+    counts = dict(num_beams=beams, num_return_sequences=beams, max_new_tokens=9)
+    special = dict(eos_token_id=tuple(ends.tolist()), pad_token_id=1)
+    options = GenerationOptions(**defaults, **counts, **special, length_penalty=length_penalty)
+    cache = StaticKVCache(ours.config, 3, 14)
+    with torch.no_grad():
+        logits = prefill(ours, prompts, torch.ones_like(prompts).bool(), cache)
+        tokens, scores = beam_search(ours, logits, cache, options)
+    ended = torch.isin(tokens, ends).cumsum(-1)
+    mask = (ended == 0) | ((ended == 1) & torch.isin(tokens, ends))
+    lengths = mask.sum(-1)
+    assert len(lengths.unique()) > 2
+    whole = torch.cat([prompts.repeat_interleave(beams, 0), tokens], 1)
+    mask = torch.cat([torch.ones(3 * beams, 5), mask], 1)
+    sums = score(ours.model, whole, [5] * 3 * beams, attention_mask=mask).sums
+    torch.testing.assert_close(scores.double() * lengths**length_penalty, sums, rtol=1e-5, atol=0)
+
+
+def test_logits_are_never_held_whole(model, monkeypatch):
+    input_ids = torch.randint(0, 101, (2, 60))
+    expected = score(model, input_ids).sums
+    monkeypatch.setattr(type(model), "_logits", None)
+    assert torch.equal(score(model, input_ids).sums, expected)
 
 
 def test_a_single_token_has_no_score(model):
