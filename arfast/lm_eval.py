@@ -75,8 +75,8 @@ class ArfastLM(TemplateLM):
         source = pretrained if tokenizer is None else tokenizer
         self.tokenizer = source if isinstance(source, Tokenizer) else Tokenizer.load(source)
         self._device = self.model.head_weight.device
-        given = None if str(batch_size).startswith("auto") else batch_size
-        given = _DEFAULT_BATCH_SIZE if given is None else int(given)
+        given = _DEFAULT_BATCH_SIZE if batch_size is None or str(batch_size).startswith("auto") else batch_size
+        given = int(given) if str(given).isdecimal() else given
         self.batch_size = check_integer("ArfastLM: batch_size", given, 1)
         limit = self.model.config.max_position_embeddings
         self.max_length = limit if max_length is None else check_integer("ArfastLM: max_length", max_length, 2, limit)

@@ -251,7 +251,8 @@ def test_errors(adapter, checkpoint, tmp_path):
         ArfastLM(checkpoint, dtype="int8")
     with pytest.raises(ValueError, match=r"ArfastLM: max_length must be an integer in \[2, 128\], got 129"):
         ArfastLM(checkpoint, max_length=129)
-    with pytest.raises(ValueError, match="ArfastLM: batch_size must be an integer at least 1, got 0"):
-        ArfastLM(checkpoint, batch_size=0)
+    for wrong in (0, "many"):
+        with pytest.raises(ValueError, match=f"ArfastLM: batch_size must be an integer at least 1, got {wrong!r}"):
+            ArfastLM(checkpoint, batch_size=wrong)
     with pytest.raises(FileNotFoundError, match="from_pretrained: path must be an existing directory"):
         ArfastLM(tmp_path / "nowhere")

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         # The reader has gone (`arfast generate | head`); Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, IndexError, RuntimeError, OSError, ImportError) as error:
         if arguments.traceback:
             raise
         text = " ".join(str(error).split()) or type(error).__name__

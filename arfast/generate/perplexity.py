@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from arfast.data.checks import check_integer
-from arfast.generate.options import describe
+from arfast.generate.options import describe, is_integer
 from arfast.generate.score import score
 
 
@@ -75,9 +75,8 @@ def corpus_perplexity(
     """
     limit = model.config.max_position_embeddings
     tokens = _as_tokens(token_ids)
-    if seqlen is None:
-        seqlen = limit
-    if not 2 <= seqlen <= limit:
+    seqlen = limit if seqlen is None else seqlen
+    if not (is_integer(seqlen) and 2 <= seqlen <= limit):
         raise ValueError(f"corpus_perplexity: seqlen must be in [2, max_position_embeddings={limit}], got {seqlen}")
     stride = seqlen if stride is None else check_integer("corpus_perplexity: stride", stride, 1, seqlen)
     check_integer("corpus_perplexity: batch_size", batch_size, 1)

@@ -152,6 +152,10 @@ def test_a_model_that_knows_fewer_tokens_than_its_tokenizer(run, tokenizer, tmp_
     tokenizer.save(tmp_path / "small")
     status, _, error = run("score", tmp_path / "small", "--text", TEXT[:100])
     assert status == 2 and "score: input_ids must be in [0, vocab_size=280), got 2" in error
+    (tmp_path / "text.txt").write_text(TEXT[:900])
+    for options in (["--stride", 32], []):
+        status, _, error = run("eval", tmp_path / "small", "--data", tmp_path / "text.txt", "--seqlen", 64, *options)
+        assert status == 2 and "input_ids must be in [0, vocab_size=280), got 2" in error.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,7 @@ def test_nan_is_an_error(token_ids):
         (dict(token_ids=[1.0, 2.0]), r"token_ids must be integers \[N\], got torch.float32 \[2\]"),
         (dict(seqlen=1), r"seqlen must be in \[2, max_position_embeddings=1024\], got 1"),
         (dict(seqlen=1025), r"seqlen must be in \[2, max_position_embeddings=1024\], got 1025"),
+        (dict(seqlen=16.0), r"seqlen must be in \[2, max_position_embeddings=1024\], got 16.0"),
         (dict(seqlen=32, stride=0), r"stride must be an integer in \[1, 32\], got 0"),
         (dict(seqlen=32, stride=33), r"stride must be an integer in \[1, 32\], got 33"),
         (dict(batch_size=0), "batch_size must be an integer at least 1, got 0"),
