@@ -181,7 +181,7 @@ class ArfastLM(TemplateLM):
         length = max(map(len, contexts))
         input_ids = torch.tensor([[0] * (length - len(row)) + row for row in contexts], device=self._device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in contexts], device=self._device)
-        ends = self._end_tokens()
+        ends = self._end_tokens(stops)
         collector = _Collector(self.tokenizer, stops, ends)
         if options.get("num_beams", 1) == 1:
             options = options | dict(streamer=collector)
@@ -194,12 +194,14 @@ class ArfastLM(TemplateLM):
             rows = collector.rows
         return (collector.text(row) for row in rows)
 
-    def _end_tokens(self) -> list[int]:
-        """The model's and the tokenizer's."""
+    def _end_tokens(self, stops: list[str]) -> list[int]:
+        """The model's, the tokenizer's, and special tokens among the stop strings, which a decoded text never shows."""
         ends = self.model.config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        last = self.tokenizer.eos_token_id
-        return ends if last is None or last in ends or last >= self.model.config.vocab_size else [*ends, last]
+        ends = () if ends is None else (ends,) if isinstance(ends, int) else ends
+        special = self.tokenizer.special_token_ids
+        own = [self.tokenizer.eos_token_id, *(special.get(stop) for stop in stops)]
+        known = [token for token in own if token is not None and token < self.model.config.vocab_size]
+        return list(dict.fromkeys([*ends, *known]))
 
 
 def generation_arguments(arguments: dict[str, Any], max_new_tokens: int) -> tuple[list[str], int, dict[str, Any]]:

@@ -197,6 +197,19 @@ def test_generation_ends_as_soon_as_all_have_stopped(adapter, monkeypatch):
     assert len(steps) == 1 + ends[1]
 
 
+def test_a_special_token_can_be_a_stop_string(adapter, monkeypatch):
+    """Decoded text does not show it."""
+    pad, end = adapter.tokenizer.pad_token_id, adapter.tokenizer.eos_token_id
+    tokens = torch.tensor([[*adapter.tokenizer.encode("so", add_special_tokens=False), pad, 65, 66]])
+
+    def given(model, input_ids, eos_token_id, streamer, **options):
+        assert eos_token_id == [end, pad]
+        return torch.cat([input_ids, tokens], 1)
+
+    monkeypatch.setattr(type(adapter.model), "generate", given)
+    assert adapter.generate_until(requests(("x", dict(until=["<|pad|>"], max_gen_toks=9))), disable_tqdm=True) == ["so"]
+
+
 def test_requests_of_several_kinds_keep_their_order(adapter):
     """Other arguments, other batches; the longest contexts go first."""
     kinds = [dict(until=["e"], max_gen_toks=9), dict(max_gen_toks=5)]
