@@ -13,7 +13,8 @@ import sys
 VERBS = {
     "train": "train a language model, or continue a run",
     "generate": "continue a prompt with a trained model",
-    "eval": "measure loss, perplexity and bits per byte on text",
+    "score": "log-probabilities of a text after a prompt, or a ranking of alternatives",
+    "eval": "measure loss, perplexity and bits per byte on text, or run tasks of lm-evaluation-harness",
     "tokenize": "turn text into a data set of token shards",
     "info": "versions, what the library was built for, devices, threads",
     "doctor": "check the installation: ops, leaks, accumulation, checkpoints",
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         # The reader has gone (`arfast generate | head`); Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, IndexError, RuntimeError, OSError, ImportError) as error:
         if arguments.traceback:
             raise
         text = " ".join(str(error).split()) or type(error).__name__

@@ -145,6 +145,12 @@ class Tokenizer:
         write_file(path / "tokenizer.json", self._content.encode())
         write_file(path / "tokenizer_config.json", json.dumps(config, indent=2).encode())
 
+    @property
+    def special_token_ids(self) -> dict[str, int]:
+        """Ids of all special tokens by their text, which `decode` leaves out: also of those without a role here."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, after the start token unless ``add_special_tokens`` is False."""
         check_text("Tokenizer: text", text)

@@ -1,8 +1,25 @@
-"""Decoding: greedy, sampling and beam search with a key-value cache, and scoring of given text."""
+"""Decoding: greedy, sampling and beam search with a key-value cache; scoring of given text, ranking, perplexity."""
 
+from arfast.generate.continuations import Continuation, encode_pair, score_continuations
 from arfast.generate.decode import DecodeStep
 from arfast.generate.loop import generate
 from arfast.generate.output import GenerationOutput
+from arfast.generate.perplexity import CorpusScores, corpus_perplexity
+from arfast.generate.ranking import FewShotPrompt, Ranked, rank
 from arfast.generate.score import SequenceScores, score
 
-__all__ = ["DecodeStep", "GenerationOutput", "SequenceScores", "generate", "score"]
+__all__ = [
+    "Continuation",
+    "CorpusScores",
+    "DecodeStep",
+    "FewShotPrompt",
+    "GenerationOutput",
+    "Ranked",
+    "SequenceScores",
+    "corpus_perplexity",
+    "encode_pair",
+    "generate",
+    "rank",
+    "score",
+    "score_continuations",
+]

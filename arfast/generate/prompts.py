@@ -48,10 +48,10 @@ def stored_prompts(
     batch, (shortest, longest) = len(input_ids), (int(length) for length in mask.sum(-1).aminmax())
     _check_context(model.config.max_position_embeddings, longest, max_new_tokens)
     if rows_per_prompt == 1:
-        cache = StaticKVCache(model.config, batch, longest + max_new_tokens, *_kind(model))
+        cache = StaticKVCache(model.config, batch, longest + max_new_tokens, *cache_kind(model))
         return prefill(model, input_ids, mask, cache), cache
     rows = batch * rows_per_prompt
-    cache = BranchedKVCache(model.config, batch, longest, rows, max_new_tokens, shortest, *_kind(model))
+    cache = BranchedKVCache(model.config, batch, longest, rows, max_new_tokens, shortest, *cache_kind(model))
     return prefill(model, input_ids, mask, cache.prompts), cache
 
 
@@ -63,7 +63,7 @@ def _check_context(context: int, prompt_length: int, max_new_tokens: int) -> Non
         warnings.warn(f"generate: tokens past the context are a guess: {sizes}", stacklevel=5)
 
 
-def _kind(model: Any) -> tuple[torch.dtype, torch.device]:
+def cache_kind(model: Any) -> tuple[torch.dtype, torch.device]:
     """dtype and device of a cache for the model."""
     weight = model.head_weight
     device = weight.device.type

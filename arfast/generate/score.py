@@ -48,17 +48,18 @@ def score(
     """How likely a model finds each token of given sequences.
 
     The logits are never held whole: see `arfast.ops.linear_cross_entropy`. Logarithms are taken in float32 and added up
-    in float64.
+    in float64. A sequence longer than the context that the model was made for is refused: transformers runs on, and the
+    numbers then mean little. `corpus_perplexity` slides a window over a long text.
 
     Args:
         model: a CausalLM.
-        input_ids: int64 [B, T].
+        input_ids: int64 [B, T], in [0, vocab_size), at most max_position_embeddings per sequence; padding not counted.
         prompt_lengths: [B], how many tokens at the start of each sequence, padding not counted, are given and not
             scored. None: all but the first, which nothing predicts, are scored.
         attention_mask: [B, T], 0 for padding, on either side. None: no padding.
 
     Raises:
-        ValueError: `score: <argument> must <rule>, got <actual>`.
+        ValueError: `score: <argument> must <rule>, got <actual>`; also when a log-probability is NaN.
 
     Example:
         >>> model = CausalLM(CausalLMConfig.preset("tiny"))
@@ -69,6 +70,7 @@ def score(
     if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.int64 or input_ids.dim() != 2:
         raise ValueError(f"score: input_ids must be an int64 tensor [B, T], got {describe(input_ids)}")
     real = _real_tokens(input_ids, attention_mask)
+    _check_tokens(input_ids[real], real.sum(-1), model.config)
     position = real.cumsum(-1) - 1
     mask = real & (position >= _prompt_lengths(prompt_lengths, real).clamp(min=1)[:, None])
     labels = input_ids.masked_fill(~mask, _IGNORED)
@@ -82,6 +84,9 @@ def score(
         loss = model(input_ids[real][None], labels=labels[real][None], cu_seqlens=offsets, reduction="none").loss
         logprobs[real] -= F.pad(loss, (1, -1)).flatten()
     sums = logprobs.double().sum(-1)
+    broken = sums.isnan().nonzero().flatten().tolist()
+    if broken:
+        raise ValueError(f"score: logits must not be NaN, got NaN in sequences {broken}")
     num_tokens = mask.sum(-1)
     return SequenceScores(logprobs, mask, sums, num_tokens, torch.exp(-sums / num_tokens))
 
@@ -94,6 +99,16 @@ def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         shapes = f"{list(input_ids.shape)}, got {list(attention_mask.shape)}"
         raise ValueError(f"score: attention_mask must have the shape of input_ids, {shapes}")
     return attention_mask.to(input_ids.device) != 0
+
+
+def _check_tokens(tokens: Tensor, lengths: Tensor, config: Any) -> None:
+    """tokens [N], what is not padding; lengths [B]."""
+    longest, limit = int(lengths.max()) if len(lengths) else 0, config.max_position_embeddings
+    if longest > limit:
+        raise ValueError(f"score: input_ids must have at most max_position_embeddings={limit} tokens, got {longest}")
+    wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+    if len(wrong) > 0:
+        raise ValueError(f"score: input_ids must be in [0, vocab_size={config.vocab_size}), got {int(wrong[0])}")
 
 
 def _prompt_lengths(lengths: Tensor | Sequence[int] | None, real: Tensor) -> Tensor:

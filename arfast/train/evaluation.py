@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from arfast.generate.perplexity import CorpusScores as Evaluation
+from arfast.generate.perplexity import corpus_scores
+
 from .inputs import model_inputs
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """loss: mean negative log-likelihood in nats per target token; perplexity: its exponential;
-    bits_per_byte: None when the number of bytes is not known; num_tokens: targets that were scored."""
-
-    loss: float
-    perplexity: float
-    bits_per_byte: float | None
-    num_tokens: int
 
 
 @contextlib.contextmanager
@@ -73,10 +63,4 @@ def evaluate(
                 break
     if num_tokens == 0:
         raise ValueError("evaluate: batches must hold at least one target token, got none")
-    loss = total / num_tokens
-    return Evaluation(
-        loss=loss,
-        perplexity=math.inf if loss > 700 else math.exp(loss),
-        bits_per_byte=loss / (math.log(2) * bytes_per_token) if bytes_per_token else None,
-        num_tokens=num_tokens,
-    )
+    return corpus_scores(total / num_tokens, num_tokens, bytes_per_token)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import arfast, last_line
 
 TINY = [
     "--preset",
@@ -24,17 +25,6 @@ TINY = [
     "--dtype",
     "float32",
 ]
-
-
-def arfast(*arguments, cwd=None, **options):
-    """Run a verb and return the finished process."""
-    command = [sys.executable, "-m", "arfast", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, **options)
-
-
-def last_line(process):
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +109,7 @@ def test_info_and_doctor():
     assert last_line(process)["failed"] == [] and "FAIL" not in process.stdout
 
 
-@pytest.mark.parametrize("verb", ["train", "generate", "eval", "tokenize", "info", "doctor"])
+@pytest.mark.parametrize("verb", ["train", "generate", "score", "eval", "tokenize", "info", "doctor"])
 def test_help_has_an_example(verb):
     process = arfast(verb, "--help")
     assert process.returncode == 0 and f"  arfast {verb}" in process.stdout

@@ -92,6 +92,12 @@ def test_special_tokens_of_transformers(tokenizer, auto_tokenizer):
     assert len(auto_tokenizer) == tokenizer.vocab_size
 
 
+def test_special_tokens_by_their_text(tokenizer):
+    ids = tokenizer.special_token_ids
+    assert list(ids) == SPECIAL_TOKENS
+    assert list(ids.values()) == [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+
+
 def test_save_and_load(tokenizer, saved):
     loaded = Tokenizer.load(saved)
     for key in ("fingerprint", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):

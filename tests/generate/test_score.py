@@ -4,7 +4,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 
-from arfast.generate import score
+from arfast.generate import generate, score
 from arfast.models import CausalLM, CausalLMConfig
 
 
@@ -69,6 +69,31 @@ def test_padding_changes_nothing(side, model):
         torch.testing.assert_close(result.sums[row], alone.sums[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_n_best_of_several_lengths(length_penalty, tiny_pair):
+    """The scores of beam search, where hypotheses end at different steps."""
+    _, ours = tiny_pair(23, 4, 0.15)
+    prompts, beams, ends = torch.randint(8, 23, (3, 5)), 6, torch.tensor([5, 6, 7])
+    counts = dict(num_beams=beams, num_return_sequences=beams, max_new_tokens=9)
+    special = dict(eos_token_id=ends.tolist(), pad_token_id=1, length_penalty=length_penalty)
+    out = generate(ours, prompts, **counts, **special, return_dict_in_generate=True)
+    tokens, scores = out.sequences[:, 5:], out.sequences_scores
+    ended = torch.isin(tokens, ends).cumsum(-1)
+    mask = (ended == 0) | ((ended == 1) & torch.isin(tokens, ends))
+    lengths = mask.sum(-1)
+    assert len(lengths.unique()) > 2
+    mask = torch.cat([torch.ones(3 * beams, 5), mask], 1)
+    sums = score(ours.model, out.sequences, [5] * 3 * beams, attention_mask=mask).sums
+    torch.testing.assert_close(scores.double() * lengths**length_penalty, sums, rtol=1e-5, atol=0)
+
+
+def test_logits_are_never_held_whole(model, monkeypatch):
+    input_ids = torch.randint(0, 101, (2, 60))
+    expected = score(model, input_ids).sums
+    monkeypatch.setattr(type(model), "_logits", None)
+    assert torch.equal(score(model, input_ids).sums, expected)
+
+
 def test_a_single_token_has_no_score(model):
     result = score(model, torch.tensor([[3], [4]]))
     assert result.num_tokens.tolist() == [0, 0] and result.sums.tolist() == [0, 0]
@@ -86,6 +111,23 @@ def test_bfloat16(model):
     assert result.token_logprobs.dtype == torch.float32 and (result.sums < 0).all()
 
 
+def test_logits_that_are_nan_are_an_error(model):
+    """One row of the head is enough, also if nobody asks for that token."""
+    broken = CausalLM(model.config, seed=3)
+    broken.head_weight.data[100, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"score: logits must not be NaN, got NaN in sequences \[0, 1\]"):
+        score(broken, torch.tensor([[1, 2, 3], [4, 5, 6]]))
+
+
+def test_padding_does_not_count_for_the_context(model):
+    short = CausalLM(model.config.replace(max_position_embeddings=4), seed=3)
+    input_ids, mask = torch.randint(0, 101, (2, 6)), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    assert score(short, input_ids, attention_mask=mask).num_tokens.tolist() == [3, 2]
+    message = "input_ids must have at most max_position_embeddings=4 tokens, got 5"
+    with pytest.raises(ValueError, match="score: " + message):
+        score(short, input_ids[:, :5])
+
+
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
@@ -94,6 +136,8 @@ IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
     [
         (dict(input_ids=[[1]]), r"input_ids must be an int64 tensor \[B, T\], got list"),
         (dict(input_ids=IDS.float()), r"input_ids must be an int64 tensor \[B, T\], got torch.float32 \[2, 3\]"),
+        (dict(input_ids=IDS + 97), r"input_ids must be in \[0, vocab_size=101\), got 101"),
+        (dict(input_ids=IDS - 2), r"input_ids must be in \[0, vocab_size=101\), got -1"),
         (dict(prompt_lengths=[1]), r"prompt_lengths must be one integer per sequence, \[2\], got torch.int64 \[1\]"),
         (
             dict(prompt_lengths=[1.0, 2.0]),
