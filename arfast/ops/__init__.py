@@ -21,6 +21,7 @@ from arfast.ops.router_losses import (
     router_z_loss_reference,
 )
 from arfast.ops.sample import sample, sample_reference
+from arfast.ops.speculative_verify import speculative_verify, speculative_verify_reference
 from arfast.ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
@@ -61,6 +62,8 @@ __all__ = [
     "router_z_loss_reference",
     "sample",
     "sample_reference",
+    "speculative_verify",
+    "speculative_verify_reference",
     "swiglu",
     "swiglu_reference",
 ]

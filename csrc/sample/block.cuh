@@ -5,7 +5,6 @@
 #include "core/reduce.cuh"
 #include "core/rows.cuh"
 #include "core/select.cuh"
-#include "sample/draw.h"
 #include "sample/sample.h"
 
 namespace arfast {

@@ -78,14 +78,14 @@ template <typename T>
 __device__ uint64_t smallest_kept_rank(const SampleParams& params, const RowOf<const T>& row,
                                        const SampleScores& scores, SampleSmem& smem) {
   uint64_t smallest = 0;
-  if (params.top_k > 0 && params.top_k < params.vocab_size) {
-    const auto limit = [&](uint64_t) { return static_cast<uint64_t>(params.top_k); };
+  if (params.filters.top_k > 0 && params.filters.top_k < params.vocab_size) {
+    const auto limit = [&](uint64_t) { return static_cast<uint64_t>(params.filters.top_k); };
     const auto one = [](float) { return uint64_t{1}; };
     smallest = rank_at(row, scores, 0, true, one, limit, smem);
     __syncthreads();
   }
-  if (params.top_p < 1) {
-    const auto limit = [&](uint64_t mass) { return nucleus_limit(params.top_p, mass); };
+  if (params.filters.top_p < 1) {
+    const auto limit = [&](uint64_t mass) { return nucleus_limit(params.filters.top_p, mass); };
     const auto weight = [&](float score) { return scores.weight(score); };
     smallest = rank_at(row, scores, smallest, false, weight, limit, smem);
     __syncthreads();
@@ -103,7 +103,7 @@ __device__ void draw_from_row(const SampleParams& params, const T* logits, const
     const float score = scores.score(to_float(logits[token]));
     if (!(score > -INFINITY) || scores.rank(score, token) < smallest) return uint64_t{0};
     const uint64_t weight = scores.weight(score);
-    return weight < params.min_weight ? uint64_t{0} : weight;
+    return weight < params.filters.min_weight ? uint64_t{0} : weight;
   };
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t size = (params.vocab_size + 255) / 256;
@@ -118,7 +118,7 @@ __device__ void draw_from_row(const SampleParams& params, const T* logits, const
   __syncthreads();
   const auto sum = [&](int segment) { return static_cast<uint64_t>(smem.sums[segment]); };
   const uint64_t mass = sum_where(256, [](int) { return true; }, sum);
-  const uint64_t number = random_below(state, params.state_column_stride, mass);
+  const uint64_t number = random_below(random_bits(state, params.state_column_stride), mass);
   const int mine = threadIdx.x;
   const uint64_t before_mine = sum_where(256, [&](int segment) { return segment < mine; }, sum);
   if (before_mine <= number && number - before_mine < sum(mine)) {

@@ -119,7 +119,7 @@ __device__ void finish_row(const SampleParams& params, const Workspace& workspac
   const T* logits = row_logits<T>(params, row);
   int64_t* state = params.generator_state + row * params.state_stride;
   const LogSum sum = row_log_sum(params, workspace.sums + first_part);
-  SampleScores scores{params.temperature, 0};
+  SampleScores scores{params.filters.temperature, 0};
   scores.best = scores.score(sum.max);
   if (scores.best == -INFINITY) {
     if (threadIdx.x == 0) smem.chosen = 0;
@@ -131,7 +131,7 @@ __device__ void finish_row(const SampleParams& params, const Workspace& workspac
   const int64_t token = static_cast<int64_t>(smem.chosen);
   params.tokens[row] = token;
   params.logprobs[row] = to_float(logits[token]) - sum.max - logf(sum.sum);
-  state[2 * params.state_column_stride] += 1;
+  advance_state(state, params.state_column_stride, 1);
 }
 
 template <typename T>
