@@ -3,5 +3,6 @@
 from arfast.generate.decode import DecodeStep
 from arfast.generate.loop import generate
 from arfast.generate.score import SequenceScores, score
+from arfast.generate.speculative import DraftStatistics
 
-__all__ = ["DecodeStep", "SequenceScores", "generate", "score"]
+__all__ = ["DecodeStep", "DraftStatistics", "SequenceScores", "generate", "score"]

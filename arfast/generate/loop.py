@@ -11,6 +11,7 @@ from arfast.generate.beam import BeamSearch
 from arfast.generate.decode import DecodeStep, decode_one_token
 from arfast.generate.options import GenerationOptions, describe, is_integer, require, special_tokens
 from arfast.generate.sampling import Sampler
+from arfast.generate.speculative import DraftStatistics, Speculation, speculate
 from arfast.nn import StaticKVCache
 
 
@@ -42,6 +43,11 @@ def generate(
     attention_mask: Tensor | None = None,
     seed: int | Sequence[int] | None = None,
     streamer: Streamer | None = None,
+    draft_model: Any | None = None,
+    num_draft_tokens: int | None = None,
+    prompt_lookup_num_tokens: int | None = None,
+    max_matching_ngram_size: int = 2,
+    draft_statistics: DraftStatistics | None = None,
 ) -> Tensor:
     """Continue prompts: greedily, by sampling or by beam search, with transformers' names and meanings.
 
@@ -66,6 +72,16 @@ def generate(
             on its own seed and logits alone. None: taken from torch's global generator.
         streamer: put() gets the prompts, then the new tokens [B] of every step; end() comes last, also after an error.
             Not with beams.
+        draft_model: a smaller CausalLM with the same vocabulary: it drafts tokens, the model verifies several of them
+            in one forward pass. Greedy decoding gives the same tokens (up to ties that rounding makes), sampling the
+            same distribution. Not with beams.
+        num_draft_tokens: tokens that draft_model drafts at a time. Then a prompt's result still depends on its own seed
+            and logits alone. None: as many as measured times and acceptance make worthwhile, none if they do not pay;
+            the result of sampling then depends on them, its distribution does not.
+        prompt_lookup_num_tokens: instead of draft_model, the most tokens to draft from the prompt and what was
+            generated: what came after the last tokens when they occurred before.
+        max_matching_ngram_size: so many last tokens are looked up, then fewer.
+        draft_statistics: counts of drafts are added to it.
 
     Returns:
         int64 [B * num_return_sequences, P + new]: the prompts as they were given, and what was added; new is at most
@@ -97,10 +113,13 @@ def generate(
         eos_token_id=eos,
         pad_token_id=pad if pad is not None else eos[0] if eos else 0,
     )
+    speculation = Speculation(draft_model, num_draft_tokens, prompt_lookup_num_tokens, max_matching_ngram_size)
+    speculation.check(model, options)
     mask = _prompt_mask(input_ids, attention_mask, None if pad in eos else pad)
     seeds = _seeds_of(seed, len(input_ids))
     prompts = input_ids.repeat_interleave(num_return_sequences, dim=0)
-    cache = _new_cache(model, len(input_ids), int(mask.sum(-1).max()) + max_new_tokens)
+    if not speculation.is_on:
+        cache = _new_cache(model, len(input_ids), int(mask.sum(-1).max()) + max_new_tokens)
     if num_beams > 1:
         require(streamer is None, "streamer", "be None with num_beams > 1", type(streamer).__name__)
         new, _ = beam_search(model, prefill(model, input_ids, mask, cache), cache, options)
@@ -108,7 +127,10 @@ def generate(
         streamer = streamer or _Silent()
         try:
             streamer.put(prompts.cpu())
-            new = _extend(model, prefill(model, input_ids, mask, cache), cache, options, seeds, streamer)
+            if speculation.is_on:
+                new = _speculate(model, input_ids, mask, options, seeds, streamer, speculation, draft_statistics)
+            else:
+                new = _extend(model, prefill(model, input_ids, mask, cache), cache, options, seeds, streamer)
         finally:
             streamer.end()
     return torch.cat([prompts, new], dim=1)
@@ -152,6 +174,33 @@ def _extend(
         if len(eos) > 0 and bool(finished.all()):
             break
     return torch.stack(steps, dim=1)
+
+
+def _speculate(
+    model: Any,
+    input_ids: Tensor,
+    mask: Tensor,
+    options: GenerationOptions,
+    seeds: list[int],
+    streamer: Streamer,
+    speculation: Speculation,
+    statistics: DraftStatistics | None,
+) -> Tensor:
+    """New tokens [B * n, T], as of `_extend`."""
+    copies, batch = options.num_return_sequences, len(input_ids)
+    capacity = int(mask.sum(-1).max()) + options.max_new_tokens + speculation.max_drafts
+    parents = torch.arange(batch, device=input_ids.device).repeat_interleave(copies)
+
+    def start(model: Any) -> tuple[Tensor, StaticKVCache]:
+        cache = _new_cache(model, batch, capacity)
+        logits = prefill(model, input_ids, mask, cache)
+        if copies > 1:
+            cache.select(parents)
+        return logits[parents], cache
+
+    sequences = [row[kept].tolist() for row, kept in zip(input_ids, mask) for _ in range(copies)]
+    streams = [(seed, sample) for seed in seeds for sample in range(copies)]
+    return speculate(model, start, sequences, options, speculation, streams, streamer, statistics or DraftStatistics())
 
 
 def beam_search(model: Any, logits: Tensor, cache: StaticKVCache, options: GenerationOptions) -> tuple[Tensor, Tensor]:

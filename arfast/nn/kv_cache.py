@@ -124,8 +124,15 @@ class StaticKVCache:
         self._reserve(self._longest + seqlen)
         self._longest = self._next_longest
 
-    def set_lengths(self, lengths: Tensor) -> None:
-        """Forget the tokens past `lengths` [batch], which must not exceed the present lengths."""
+    def set_lengths(self, lengths: Tensor, longest: int | None = None) -> None:
+        """Forget the tokens past `lengths` [batch], which must not exceed the present lengths.
+
+        With `longest`, their maximum, nothing is checked and the host does not wait for the device.
+        """
+        if longest is not None:
+            self.lengths.copy_(lengths)
+            self._longest = longest
+            return
         if lengths.shape != self.lengths.shape or bool(((lengths < 0) | (lengths > self.lengths)).any()):
             raise ValueError(f"StaticKVCache: lengths must be in [0, {self.lengths.tolist()}], got {lengths.tolist()}")
         self.lengths.copy_(lengths)
