@@ -218,7 +218,8 @@ class Continuations:
         width = max(map(len, self.new))
         pending = [len(new) for new, left in zip(self.new, self.remaining) if left > 0]
         for step in range(self.num_streamed, min(pending, default=width)):
-            self.streamer.put(self.padded()[:, step])
+            pad = self.options.pad_token_id
+            self.streamer.put(torch.tensor([new[step] if step < len(new) else pad for new in self.new]))
             self.num_streamed = step + 1
 
     def padded(self) -> Tensor:

@@ -7,6 +7,8 @@
 
 namespace arfast {
 
+using uint128 = unsigned __int128;
+
 // Which tokens of a row may be drawn. Greedy decoding is top_k = 1 with top_p = 0, which leaves the first of equal
 // tokens alone.
 struct TokenFilters {
@@ -76,9 +78,11 @@ static constexpr void advance_state(int64_t* state, int64_t stride, int64_t step
   step = static_cast<int64_t>(static_cast<uint64_t>(step) + static_cast<uint64_t>(steps));
 }
 
-// A number below `mass`: 48 random bits times `mass`, rounded down.
-static constexpr uint64_t random_below(uint64_t bits, uint64_t mass) {
-  return static_cast<uint64_t>(static_cast<unsigned __int128>(bits >> 16) * mass >> 48);
+// A number below `mass`, of 64 or 128 bits: 48 random bits times `mass`, rounded down.
+template <typename Mass>
+static constexpr Mass random_below(uint64_t bits, Mass mass) {
+  const uint128 wide = mass, low = static_cast<uint64_t>(wide), high = wide >> 64;
+  return static_cast<Mass>(((bits >> 16) * high << 16) + ((bits >> 16) * low >> 48));
 }
 
 }  // namespace arfast

@@ -7,7 +7,7 @@
 namespace arfast {
 
 // Collects what top_k leaves, in any order; false if tokens in no list may be among it, or if it is too much.
-__device__ inline bool collect_survivors(const SampleParams& params, const uint64_t* lists, const SampleScores& scores,
+__device__ inline bool collect_survivors(const SampleParams& params, const uint64_t* lists, const TokenScores& scores,
                                          SampleSmem& smem) {
   const int64_t capacity = sample_listed(params), num_parts = sample_parts(params), total = num_parts * capacity;
   if (threadIdx.x == 0) {
@@ -43,7 +43,7 @@ __device__ inline bool collect_survivors(const SampleParams& params, const uint6
 
 // Leaves the token in smem.chosen; false: nothing is drawn.
 __device__ inline bool draw_from_lists(const SampleParams& params, const uint64_t* lists, const int64_t* state,
-                                       const SampleScores& scores, SampleSmem& smem) {
+                                       const TokenScores& scores, SampleSmem& smem) {
   if (!collect_survivors(params, lists, scores, smem)) return false;
   const int count = smem.num_survivors;
   const auto weight = [&](int i) { return smem.weights[i]; };

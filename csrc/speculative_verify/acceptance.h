@@ -10,19 +10,11 @@
 
 namespace arfast {
 
-using uint128 = unsigned __int128;
-
 // Of a token in the distribution of a row.
 struct Share {
   uint64_t weight;
   uint64_t mass;
 };
-
-// A number below `mass`, as in sample: 48 random bits times `mass`, rounded down.
-static constexpr uint128 random_below(uint64_t bits, uint128 mass) {
-  const uint128 low = static_cast<uint64_t>(mass), high = mass >> 64;
-  return ((bits >> 16) * high << 16) + ((bits >> 16) * low >> 48);
-}
 
 // With probability min(1, p / q). Certain when p >= q > 0, since the random number is below q. A token that the draft
 // cannot have drawn (q = 0) is accepted when the target may draw it.

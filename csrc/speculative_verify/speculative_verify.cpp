@@ -65,9 +65,17 @@ std::tuple<Tensor, Tensor, Tensor> speculative_verify(Tensor target_logits, Tens
       .tokens = static_cast<int64_t*>(tokens.data_ptr()),
       .num_accepted = static_cast<int32_t*>(num_accepted.data_ptr()),
       .logprobs = static_cast<float*>(logprobs.data_ptr()),
-      .workspace = nullptr,
+      .rows = nullptr,
       .num_arrived = nullptr,
   };
+  Tensor rows, num_arrived;
+  if (!on_cpu(target_logits)) {
+    const int64_t bytes = batch * speculative_verify_rows(params) * sizeof(SpeculativeVerifyRow);
+    rows = new_empty(target_logits, {bytes}, ScalarType::Byte);
+    num_arrived = new_zeros(target_logits, {batch}, ScalarType::Int);
+    params.rows = static_cast<SpeculativeVerifyRow*>(rows.data_ptr());
+    params.num_arrived = static_cast<uint32_t*>(num_arrived.data_ptr());
+  }
   run(kOp, target_logits, params, speculative_verify_cpu, speculative_verify_cuda);
   return {tokens, num_accepted, logprobs};
 }

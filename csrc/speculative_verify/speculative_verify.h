@@ -11,6 +11,15 @@
 
 namespace arfast {
 
+// What the CUDA implementation finds out about a row of logits.
+struct SpeculativeVerifyRow {
+  float max;
+  float sum;          // of exp(x - max)
+  uint64_t smallest;  // rank of a token that the filters keep, but for min_p
+  uint64_t mass;      // of what they keep
+  uint64_t drafted;   // weight of the draft
+};
+
 struct SpeculativeVerifyParams {
   DType dtype;                // of target_logits and draft_logits
   int64_t batch;              // B
@@ -34,9 +43,14 @@ struct SpeculativeVerifyParams {
   int32_t* num_accepted;  // [B], dense
   float* logprobs;        // [B, G + 1], dense
   // Of the CUDA implementation.
-  void* workspace;        // speculative_verify_workspace_bytes(...)
-  uint32_t* num_arrived;  // [B], 0
+  SpeculativeVerifyRow* rows;  // [B, speculative_verify_rows(...)]
+  uint32_t* num_arrived;       // [B], 0
 };
+
+// Of one sequence: the target's, then the draft's.
+constexpr int64_t speculative_verify_rows(const SpeculativeVerifyParams& params) {
+  return params.num_drafts + 1 + (params.draft_logits != nullptr ? params.num_drafts : 0);
+}
 
 ARFAST_CPU_FUNCTION(speculative_verify, SpeculativeVerifyParams)
 ARFAST_CUDA_FUNCTION(speculative_verify, SpeculativeVerifyParams)
