@@ -1,6 +1,5 @@
 """How many tokens to draft: measured acceptance and times, and the length that is worth most by them."""
 
-import statistics
 import time
 from collections import deque
 
@@ -12,6 +11,7 @@ _LEAST_SPEEDUP = 1.05
 # One round in so many does the opposite: one without drafts measures a plain step, one with them whether they pay by
 # now.
 _PROBE = 32
+_FIRST = (0, 4, 0, 4)  # Twice, as the first times include what happens once.
 _DECAY = 0.95  # of a round's weight in the acceptance, with each round
 _PRIOR_ACCEPTED, _PRIOR_DECISIONS = 3.0, 4.0
 
@@ -54,14 +54,14 @@ class DraftLength:
         self.fixed = fixed
         self.accepted, self.decisions = _PRIOR_ACCEPTED, _PRIOR_DECISIONS
         self.round = 0
-        self.last = 0
-        # Of the latest rounds: seconds of plain steps, and per draft the seconds to draft and to verify.
-        self.plain: deque[float] = deque(maxlen=5)
+        # Of the latest rounds: seconds of plain steps, to draft a token, to verify so many.
+        self.plain: deque[float] = deque(maxlen=9)
         self.drafting: deque[float] = deque(maxlen=9)
         self.verifying: deque[tuple[int, float]] = deque(maxlen=9)
 
     def learn(self, drafted: list[int], accepted: list[int], num_drafts: int, clock: Clock) -> None:
         """From a round with `num_drafts` positions; drafted and accepted tokens of every row."""
+        # A rejection decides, too; drafts behind it do not.
         decisions = [right + (right < all_) for all_, right in zip(drafted, accepted)]
         if any(decisions):
             self.accepted = _DECAY * self.accepted + sum(accepted)
@@ -79,9 +79,8 @@ class DraftLength:
         if self.fixed is not None:
             return self.fixed
         self.round += 1
-        if self.round <= 3:
-            # The first times include what happens once. Then a plain step, and the same again with drafts.
-            return (0, 4, 0)[self.round - 1]
+        if self.round <= len(_FIRST):
+            return _FIRST[self.round - 1]
         acceptance, cost = self.accepted / self.decisions, self.cost
         best = max(range(1, MAX_DRAFTS + 1), key=lambda n: expected_speedup(n, acceptance, cost))
         pays = expected_speedup(best, acceptance, cost) >= _LEAST_SPEEDUP
@@ -90,6 +89,7 @@ class DraftLength:
 
     @property
     def cost(self) -> float:
-        plain = statistics.median(self.plain)
+        """From the shortest times: other processes only make them longer."""
+        plain = min(self.plain)
         longer = [max(seconds - plain, 0) / num_drafts for num_drafts, seconds in self.verifying]
-        return (statistics.median(self.drafting) + statistics.median(longer)) / plain if longer else 0.1
+        return (min(self.drafting) + min(longer)) / plain
