@@ -9,8 +9,8 @@ MAX_DRAFTS = 12
 # Drafting that promises less is left out.
 _LEAST_SPEEDUP = 1.05
 # One round in so many does the opposite: one without drafts measures a plain step, one with them whether they pay by
-# now.
-_PROBE = 32
+# now. After they turned out not to pay, which may have been bad luck, the first such rounds come soon.
+_LONGEST_WAIT, _SHORTEST_WAIT = 32, 4
 _FIRST = (0, 4, 0, 4)  # Twice, as the first times include what happens once.
 _DECAY = 0.95  # of a round's weight in the acceptance, with each round
 _PRIOR_ACCEPTED, _PRIOR_DECISIONS = 3.0, 4.0
@@ -54,6 +54,8 @@ class DraftLength:
         self.fixed = fixed
         self.accepted, self.decisions = _PRIOR_ACCEPTED, _PRIOR_DECISIONS
         self.round = 0
+        self.pays: bool | None = None
+        self.wait = self.rounds_left = 0  # rounds until the next that does the opposite
         # Of the latest rounds: seconds of plain steps, to draft a token, to verify so many.
         self.plain: deque[float] = deque(maxlen=9)
         self.drafting: deque[float] = deque(maxlen=9)
@@ -84,8 +86,18 @@ class DraftLength:
         acceptance, cost = self.accepted / self.decisions, self.cost
         best = max(range(1, MAX_DRAFTS + 1), key=lambda n: expected_speedup(n, acceptance, cost))
         pays = expected_speedup(best, acceptance, cost) >= _LEAST_SPEEDUP
-        is_probe = self.round % _PROBE == 0
-        return best if pays != is_probe else 0
+        return best if pays != self._is_probe(pays) else 0
+
+    def _is_probe(self, pays: bool) -> bool:
+        if pays != self.pays:
+            self.pays, self.wait = pays, _LONGEST_WAIT if pays else _SHORTEST_WAIT
+            self.rounds_left = self.wait
+        self.rounds_left -= 1
+        if self.rounds_left > 0:
+            return False
+        self.wait = min(2 * self.wait, _LONGEST_WAIT)
+        self.rounds_left = self.wait
+        return True
 
     @property
     def cost(self) -> float:

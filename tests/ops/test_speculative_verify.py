@@ -63,17 +63,18 @@ def check(target, tokens, draft, state, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch,num_drafts,vocab_size", SIZES)
-def test_forward(batch, num_drafts, vocab_size, dtype, poisoned, device):
-    for filters in [*FILTERS[:: 3 if vocab_size > 300 else 1], *OTHER_FILTERS]:
+def test_forward(batch, num_drafts, vocab_size, dtype, poisoned, device, implementation):
+    some = FILTERS[::5] if implementation != "cpu" or vocab_size > 300 else FILTERS
+    for filters in [*some, *OTHER_FILTERS]:
         target, tokens, draft, state = inputs(batch, num_drafts, vocab_size, dtype, **filters)
         check(target, tokens, draft, state, **filters)
         check(target, tokens, None, state, **filters)
 
 
 @pytest.mark.random_schedules
-@pytest.mark.parametrize("filters", [FILTERS[0], FILTERS[6], OTHER_FILTERS[0]], ids=str)
+@pytest.mark.parametrize("filters", [FILTERS[0], FILTERS[6]], ids=str)
 def test_large_vocabularies(filters, device):
-    target, tokens, draft, state = inputs(2, 2, 20011, torch.bfloat16, **filters)
+    target, tokens, draft, state = inputs(2, 1, 10007, torch.bfloat16, **filters)
     check(target, tokens, draft, state, **filters)
     check(target, tokens, None, state, **filters)
 
@@ -117,10 +118,10 @@ def test_without_drafts_it_is_sample(filters, device):
 
 @pytest.mark.parametrize("filters", [*FILTERS, *OTHER_FILTERS], ids=str)
 def test_equal_distributions_are_always_accepted(filters, device):
-    target, _, _, state = inputs(20, 4, 60)
+    target, _, _, state = inputs(8, 3, 60)
     draft = target[:, :-1].contiguous()
     _, num_accepted = check(target, drawn(draft, state, **filters), draft, state, **filters)
-    assert (num_accepted == 4).all()
+    assert (num_accepted == 3).all()
 
 
 @pytest.mark.parametrize("filters", [FILTERS[0], FILTERS[6], OTHER_FILTERS[0]], ids=str)
@@ -168,7 +169,7 @@ def test_rows_that_are_not_finite(dtype, poisoned, device):
     draft[6, 0, 5] = INF
     target[7, 0, ::2] = -INF
     draft[8, 0, 1::2] = -INF
-    for filters in [*FILTERS[::3], *OTHER_FILTERS]:
+    for filters in [*FILTERS[::6], *OTHER_FILTERS]:
         tokens = drawn(draft, state, **filters)
         for logits in (draft, None):
             before = state.clone()
@@ -189,10 +190,10 @@ def test_extreme_values(scale, temperature, device):
 
 def test_the_largest_sums(device):
     """All weights at 2^40: no product or sum of them overflows."""
-    target, state = torch.zeros(4, 2, 70_000), inputs(4, 0, 1)[-1]
-    draft = torch.zeros(4, 1, 70_000)
+    target, state = torch.zeros(2, 2, 70_000), inputs(2, 0, 1)[-1]
+    draft = torch.zeros(2, 1, 70_000)
     draft[:, :, 35_000:] = -INF
-    tokens = torch.tensor([[1], [34_999], [2], [3]])
+    tokens = torch.tensor([[1], [34_999]])
     check(target, tokens, draft, state)
     check(target, tokens, None, state)
 
