@@ -2,7 +2,7 @@
 
 The draft model is the first layers of the model; the others add little, so that most drafts are accepted. "forward
 passes" are those that the algorithm asks for: per round G steps of the draft model and one pass of G + 1 tokens. With c
-the cost of the one and v that of the other, in steps, a round takes as long as G c + v steps and gives (1 - a^(G + 1)) /
+the cost of the one and v that of the other, in steps, a round takes G c + v steps and gives (1 - a^(G + 1)) /
 (1 - a) tokens: the speed-up of Leviathan et al. (arXiv 2211.17192, theorem 3.8) for v = 1. The ratio to them is the
 share of it that is reached.
 """
