@@ -11,7 +11,8 @@ from harness import Case
 from arfast.ops import sample, sample_reference
 
 
-def warpers_multinomial(logits, generator, temperature, top_k, top_p):
+def warped(logits, temperature, top_k, top_p):
+    """The scores [R, V] that transformers' warpers leave."""
     scores = logits.float() / temperature
     if top_k:
         scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
@@ -20,7 +21,11 @@ def warpers_multinomial(logits, generator, temperature, top_k, top_p):
         removed = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
         removed[:, -1] = False
         scores = scores.masked_fill(removed.scatter(1, order, removed), -torch.inf)
-    return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+    return scores
+
+
+def warpers_multinomial(logits, generator, *filters):
+    return torch.multinomial(warped(logits, *filters).softmax(-1), 1).squeeze(1)
 
 
 def ours(logits, generator, temperature, top_k, top_p):

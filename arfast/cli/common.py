@@ -9,7 +9,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
 
 
-def load_checkpoint(arguments: argparse.Namespace):
+def load_checkpoint(path: str, dtype: str):
     """(model, tokenizer) of a model directory, on the GPU where there is one."""
     import torch
 
@@ -17,8 +17,8 @@ def load_checkpoint(arguments: argparse.Namespace):
     from arfast.models import CausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = CausalLM.from_pretrained(arguments.checkpoint, dtype=getattr(torch, arguments.dtype), device=device)
-    return model, Tokenizer.load(arguments.checkpoint)
+    model = CausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device=device)
+    return model, Tokenizer.load(path)
 
 
 def read_text(name: str, path: str) -> str:

@@ -67,7 +67,7 @@ def _score_documents(arguments):
     from arfast.data import PackedDataset, prepare_dataset
     from arfast.train import evaluate
 
-    model, tokenizer = load_checkpoint(arguments)
+    model, tokenizer = load_checkpoint(arguments.checkpoint, arguments.dtype)
     with tempfile.TemporaryDirectory() as temporary:
         directory, split = arguments.data, arguments.split or "validation"
         if not Path(directory, "dataset.json").is_file():
@@ -93,7 +93,7 @@ def _score_stream(arguments):
     if not Path(arguments.data).is_file():
         raise ValueError(f"eval: data must be a text file with stride, got {arguments.data!r}")
     text = read_text("eval: data", arguments.data)
-    model, tokenizer = load_checkpoint(arguments)
+    model, tokenizer = load_checkpoint(arguments.checkpoint, arguments.dtype)
     return corpus_perplexity(
         model,
         tokenizer.encode(text),
@@ -128,7 +128,7 @@ def _run_tasks(arguments):
     for name in names:
         if not manager.match_tasks([name]):
             raise ValueError(f"eval: tasks must be known to the harness (see `lm_eval ls tasks`), got {name!r}")
-    model, tokenizer = load_checkpoint(arguments)
+    model, tokenizer = load_checkpoint(arguments.checkpoint, arguments.dtype)
     adapter = ArfastLM(model, tokenizer, batch_size=arguments.batch_size, max_length=arguments.seqlen)
     results = simple_evaluate(
         model=adapter,

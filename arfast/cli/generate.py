@@ -5,15 +5,18 @@ CHECKPOINT is a run directory of `arfast train`, one of its steps, or another mo
 Examples:
   arfast generate runs/default --prompt "def main(" --max-new-tokens 100 --seed 1
   arfast generate runs/default --prompt "import " --num-beams 4
+  arfast generate runs/default --prompt "for name in names:" --temperature 0 --prompt-lookup 8
 """
 
 import argparse
 import sys
 import time
 
+from .common import add_checkpoint_arguments, load_checkpoint
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="model directory")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: 128)")
     parser.add_argument("--num-beams", type=int, default=1, help="more than 1: beam search (default: 1)")
@@ -21,34 +24,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=50, help="0: off (default: 50)")
     parser.add_argument("--top-p", type=float, default=1.0, help="(default: 1.0)")
     parser.add_argument("--min-p", type=float, default=0.0, help="(default: 0.0)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1: off (default: 1.0)")
+    parser.add_argument("--min-new-tokens", type=int, default=0, help="no end before (default: 0)")
     parser.add_argument("--length-penalty", type=float, default=1.0, help="of beam search (default: 1.0)")
+    parser.add_argument("--num-beam-groups", type=int, default=1, help="groups of beams that differ (default: 1)")
+    parser.add_argument("--diversity-penalty", type=float, default=0.0, help="between them (default: 0.0)")
+    parser.add_argument("--draft", metavar="CHECKPOINT", help="a smaller model that drafts what this one verifies")
+    parser.add_argument("--num-draft-tokens", type=int, help="at a time (default: as many as pay)")
+    parser.add_argument("--prompt-lookup", type=int, metavar="N", help="draft up to N tokens from the text so far")
     parser.add_argument("--seed", type=int, help="of the sampling (default: another one each time)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
 
 
 def run(arguments: argparse.Namespace) -> dict:
     import torch
 
-    from arfast.data import Tokenizer
-    from arfast.models import CausalLM
+    from arfast.generate import DraftStatistics
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = Tokenizer.load(arguments.checkpoint)
-    model = CausalLM.from_pretrained(arguments.checkpoint, dtype=getattr(torch, arguments.dtype), device=device)
+    model, tokenizer = load_checkpoint(arguments.checkpoint, arguments.dtype)
     ids = tokenizer.encode(arguments.prompt)
     if not ids:
         raise ValueError("generate: prompt must not be empty for a tokenizer without a start token, got ''")
-    sampled = arguments.num_beams == 1 and arguments.temperature > 0
     options = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    if sampled:
-        names = ("temperature", "top_k", "top_p", "min_p")
-        options |= dict(do_sample=True, seed=arguments.seed, **{name: getattr(arguments, name) for name in names})
+    names = ("repetition_penalty", "min_new_tokens")
     if arguments.num_beams != 1:
-        options |= dict(num_beams=arguments.num_beams, length_penalty=arguments.length_penalty)
+        names += ("num_beams", "length_penalty", "num_beam_groups", "diversity_penalty")
+    elif arguments.temperature > 0:
+        names += ("temperature", "top_k", "top_p", "min_p", "seed")
+        options["do_sample"] = True
+    options |= {name: getattr(arguments, name) for name in names}
+    statistics = DraftStatistics()
+    if arguments.draft is not None:
+        draft_model, draft_tokenizer = load_checkpoint(arguments.draft, arguments.dtype)
+        if draft_tokenizer.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"generate: draft must have the tokenizer of {arguments.checkpoint}, got {arguments.draft}"
+            )
+        options["draft_model"] = draft_model
+    options |= dict(num_draft_tokens=arguments.num_draft_tokens, prompt_lookup_num_tokens=arguments.prompt_lookup)
+    options["draft_statistics"] = statistics
     printer = _Printer(tokenizer, arguments.prompt)
     started = time.perf_counter()
     tokens = model.generate(
-        torch.tensor([ids], device=device),
+        torch.tensor([ids], device=model.head_weight.device),
         max_new_tokens=arguments.max_new_tokens,
         streamer=printer if arguments.num_beams == 1 else None,
         **options,
@@ -60,8 +77,13 @@ def run(arguments: argparse.Namespace) -> dict:
         printer.put(tokens[0, len(ids) :])
         printer.end()
     speed = len(new) / seconds
-    print(f"{len(new)} tokens, {speed:.1f} tokens per second", file=sys.stderr)
-    return dict(text=tokenizer.decode(new), tokens=len(new), tokens_per_second=round(speed, 1))
+    result = dict(text=tokenizer.decode(new), tokens=len(new), tokens_per_second=round(speed, 1))
+    summary = f"{len(new)} tokens, {speed:.1f} tokens per second"
+    if statistics.rounds > 0:
+        result |= dict(drafted=statistics.drafted, accepted=statistics.accepted)
+        summary += f", {statistics.accepted} of {statistics.drafted} drafted tokens accepted"
+    print(summary, file=sys.stderr)
+    return result
 
 
 class _Printer:

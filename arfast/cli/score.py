@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> dict:
         raise ValueError(f"score: normalize must be left out without alternatives, got {arguments.normalize!r}")
     if arguments.alternatives is not None and arguments.tokens:
         raise ValueError("score: tokens must be left out with alternatives, got --tokens")
-    model, tokenizer = load_checkpoint(arguments)
+    model, tokenizer = load_checkpoint(arguments.checkpoint, arguments.dtype)
     if arguments.alternatives is not None:
         return _rank(model, tokenizer, arguments)
     name = "text" if arguments.file is None else "file"

@@ -7,11 +7,13 @@ from arfast.generate.output import GenerationOutput
 from arfast.generate.perplexity import CorpusScores, corpus_perplexity
 from arfast.generate.ranking import FewShotPrompt, Ranked, rank
 from arfast.generate.score import SequenceScores, score
+from arfast.generate.speculative import DraftStatistics
 
 __all__ = [
     "Continuation",
     "CorpusScores",
     "DecodeStep",
+    "DraftStatistics",
     "FewShotPrompt",
     "GenerationOutput",
     "Ranked",

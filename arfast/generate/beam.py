@@ -31,7 +31,7 @@ class BeamSearch:
         device: of the logits.
         prompts: int64 [B, P], needed by processors.
         processors: what changes log-probabilities before beams are chosen. They run on the host.
-        cache: where beams share their past, branched with `prompt_of`.
+        cache: where beams share their past, branched into these rows.
         generator_state: int64 [B, 3], see `ops.sample`: draws continuations without replacement.
 
     Attributes:
@@ -76,12 +76,6 @@ class BeamSearch:
             state.slots, state.own_slots = cache.slots[mine], cache.own_slots[mine]
             state.prompt_lengths = cache.prompts.lengths
         return state
-
-    def prompt_of(self) -> Tensor:
-        """int64 [B * K]: the item of every row."""
-        batch, beams = self.states[0].running.shape
-        items = torch.arange(batch, device=self.tokens.device)
-        return items.repeat_interleave(beams).repeat(self.num_groups)
 
     def step(self, logits: Tensor) -> None:
         """Logits [B * K, V], or [B, V] after the prompts, where an item has no beams yet."""
@@ -143,18 +137,23 @@ class BeamSearch:
         return tokens[:, :longest], log_probs[:, :longest], scores
 
 
+def _prompt_of(batch: int, options: GenerationOptions, device: torch.device) -> Tensor:
+    """int64 [B * K]: the item of every row."""
+    groups = options.num_beam_groups
+    return torch.arange(batch, device=device).repeat_interleave(options.num_beams // groups).repeat(groups)
+
+
 def beam_search(
     model: Any, input_ids: Tensor, mask: Tensor, options: GenerationOptions, seeds: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Beams that continue the prompts [B, P]: see `BeamSearch.hypotheses`. seeds: one per prompt, with do_sample."""
     batch = len(input_ids)
-    logits, cache = stored_prompts(model, input_ids, mask, options.num_beams, options.max_new_tokens)
+    prompt_of = _prompt_of(batch, options, input_ids.device) if options.num_beams > 1 else None
+    logits, cache = stored_prompts(model, input_ids, mask, options.max_new_tokens, prompt_of)
     processors = make_processors(options, (~mask).sum(-1), input_ids.shape[1], batch)
     state = generator_state_of([(seed, 0) for seed in seeds], logits.device) if options.do_sample else None
     branched = cache if options.num_beams > 1 else None
     search = BeamSearch(batch, options, logits.device, input_ids, processors, branched, state)
-    if branched is not None:
-        branched.branch(search.prompt_of())
     search.step(logits)
     decode = DecodeStep(model, cache, None if processors else search.step)
     for step in range(options.max_new_tokens):

@@ -12,7 +12,8 @@ from arfast.generate.decoding_state import DecodingState
 from arfast.generate.options import GenerationOptions, describe, is_integer, require, special_tokens
 from arfast.generate.output import GenerationOutput
 from arfast.generate.processors import make_processors
-from arfast.generate.prompts import prompt_mask, stored_prompts
+from arfast.generate.prompts import check_context, prompt_mask, stored_prompts
+from arfast.generate.speculative import DraftStatistics, Speculation, speculate
 
 
 class Streamer(Protocol):
@@ -50,6 +51,11 @@ def generate(
     attention_mask: Tensor | None = None,
     seed: int | Sequence[int] | None = None,
     streamer: Streamer | None = None,
+    draft_model: Any | None = None,
+    num_draft_tokens: int | None = None,
+    prompt_lookup_num_tokens: int | None = None,
+    max_matching_ngram_size: int = 2,
+    draft_statistics: DraftStatistics | None = None,
     return_dict_in_generate: bool = False,
 ) -> Tensor | GenerationOutput:
     """Continue prompts: greedily, by sampling or by beam search, with transformers' names and meanings.
@@ -89,6 +95,16 @@ def generate(
         streamer: put() gets the prompts, then the new tokens [B] of every step; end() comes last, also after an error.
             Not with beams.
         return_dict_in_generate: also give the log-probability of every token.
+        draft_model: a smaller CausalLM with the same vocabulary: it drafts tokens, the model verifies several of them
+            in one forward pass. Greedy decoding gives the same tokens (up to ties that rounding makes), sampling the
+            same distribution. Not with beams.
+        num_draft_tokens: tokens that draft_model drafts at a time. Then a prompt's result still depends on its own seed
+            and logits alone. None: as many as measured times and acceptance make worthwhile, none if they do not pay;
+            the result of sampling then depends on them, its distribution does not.
+        prompt_lookup_num_tokens: instead of draft_model, the most tokens to draft from the prompt and what was
+            generated: what came after the last tokens when they occurred before.
+        max_matching_ngram_size: so many last tokens are looked up, then fewer.
+        draft_statistics: counts of drafts are added to it.
 
     Returns:
         int64 [B * num_return_sequences, P + new]: the prompts as they were given, and what was added; new is at most
@@ -128,7 +144,10 @@ def generate(
         eos_token_id=eos,
         pad_token_id=pad if pad is not None else eos[0] if eos else 0,
     )
+    speculation = Speculation(draft_model, num_draft_tokens, prompt_lookup_num_tokens, max_matching_ngram_size)
+    speculation.check(model, options)
     mask = prompt_mask(input_ids, attention_mask, None if pad in eos else pad)
+    check_context(model, mask, max_new_tokens)
     seeds = _seeds_of(seed, len(input_ids))
     prompts = input_ids.repeat_interleave(num_return_sequences, dim=0)
     if num_beams > 1:
@@ -139,7 +158,11 @@ def generate(
         try:
             if streamer is not None:
                 streamer.put(prompts.cpu())
-            output = _extend(model, input_ids, mask, options, seeds, streamer, return_dict_in_generate)
+            if speculation.is_on:
+                statistics = draft_statistics or DraftStatistics()
+                output = speculate(model, input_ids, mask, options, speculation, seeds, streamer, statistics)
+            else:
+                output = _extend(model, input_ids, mask, options, seeds, streamer, return_dict_in_generate)
         finally:
             if streamer is not None:
                 streamer.end()
@@ -157,10 +180,10 @@ def _extend(
 ) -> GenerationOutput:
     """The prompts [B, P], each num_return_sequences times, with what greedy decoding or sampling adds."""
     copies, batch = options.num_return_sequences, len(input_ids)
-    logits, cache = stored_prompts(model, input_ids, mask, copies, options.max_new_tokens)
-    if copies > 1:
-        logits, input_ids = (x.repeat_interleave(copies, dim=0) for x in (logits, input_ids))
-        cache.branch(torch.arange(batch, device=logits.device).repeat_interleave(copies))
+    prompt_of = torch.arange(batch, device=input_ids.device).repeat_interleave(copies)
+    capacity = options.max_new_tokens
+    logits, cache = stored_prompts(model, input_ids, mask, capacity, prompt_of if copies > 1 else None)
+    logits, input_ids = logits[prompt_of], input_ids[prompt_of]
     processors = make_processors(options, (~mask).sum(-1), input_ids.shape[1], batch)
     streams = [(seed, sample) for seed in seeds for sample in range(copies)]
     state = DecodingState(input_ids, options, streams, processors, with_logprobs)

@@ -8,6 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What changes scores before a token is chosen, and the values that leave them as they are.
+PROCESSOR_OPTIONS = {
+    "repetition_penalty": 1.0,
+    "min_new_tokens": 0,
+    "allowed_tokens": None,
+    "prefix_allowed_tokens_fn": None,
+    "logits_processor": (),
+}
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
 
 

@@ -39,28 +39,29 @@ def prefill(model: Any, input_ids: Tensor, mask: Tensor, cache: StaticKVCache) -
 
 
 def stored_prompts(
-    model: Any, input_ids: Tensor, mask: Tensor, rows_per_prompt: int, max_new_tokens: int
+    model: Any, input_ids: Tensor, mask: Tensor, max_new_tokens: int, prompt_of: Tensor | None = None
 ) -> tuple[Tensor, KVCache]:
-    """The logits [B, V] that follow the prompts, and a cache for B * rows_per_prompt sequences that continue them.
-
-    With one row per prompt the cache is ready, else it is still to be branched.
-    """
-    batch, (shortest, longest) = len(input_ids), (int(length) for length in mask.sum(-1).aminmax())
-    _check_context(model.config.max_position_embeddings, longest, max_new_tokens)
-    if rows_per_prompt == 1:
-        cache = StaticKVCache(model.config, batch, longest + max_new_tokens, *cache_kind(model))
+    """The logits [B, V] that follow the prompts, and a cache for the sequences that continue them: one for each prompt,
+    or R that continue the prompts prompt_of [R]."""
+    (shortest, longest), kind = (int(length) for length in mask.sum(-1).aminmax()), cache_kind(model)
+    if prompt_of is None:
+        cache = StaticKVCache(model.config, len(input_ids), longest + max_new_tokens, *kind)
         return prefill(model, input_ids, mask, cache), cache
-    rows = batch * rows_per_prompt
-    cache = BranchedKVCache(model.config, batch, longest, rows, max_new_tokens, shortest, *cache_kind(model))
-    return prefill(model, input_ids, mask, cache.prompts), cache
+    sizes = (len(input_ids), longest, len(prompt_of), max_new_tokens, shortest)
+    cache = BranchedKVCache(model.config, *sizes, *kind)
+    logits = prefill(model, input_ids, mask, cache.prompts)
+    cache.branch(prompt_of)
+    return logits, cache
 
 
-def _check_context(context: int, prompt_length: int, max_new_tokens: int) -> None:
+def check_context(model: Any, mask: Tensor, max_new_tokens: int) -> None:
+    """Refuses prompts that are longer than the model's context, and warns of new tokens beyond it."""
+    context, longest = model.config.max_position_embeddings, int(mask.sum(-1).max())
     rule = f"fit the context, max_position_embeddings={context}"
-    require(prompt_length <= context, "input_ids", rule, f"a prompt of {prompt_length} tokens")
-    if prompt_length + max_new_tokens > context:
-        sizes = f"max_position_embeddings={context}, got prompts of {prompt_length} and max_new_tokens={max_new_tokens}"
-        warnings.warn(f"generate: tokens past the context are a guess: {sizes}", stacklevel=5)
+    require(longest <= context, "input_ids", rule, f"a prompt of {longest} tokens")
+    if longest + max_new_tokens > context:
+        sizes = f"max_position_embeddings={context}, got prompts of {longest} and max_new_tokens={max_new_tokens}"
+        warnings.warn(f"generate: tokens past the context are a guess: {sizes}", stacklevel=4)
 
 
 def cache_kind(model: Any) -> tuple[torch.dtype, torch.device]:

@@ -67,8 +67,15 @@ class KVCache:
         self._reserve(self._longest + seqlen)
         self._longest = self._next_longest
 
-    def set_lengths(self, lengths: Tensor) -> None:
-        """Forget the tokens past `lengths` [R], which must not exceed the present lengths."""
+    def set_lengths(self, lengths: Tensor, longest: int | None = None) -> None:
+        """Forget the tokens past `lengths` [R], which must not exceed the present lengths.
+
+        With `longest`, their maximum, nothing is checked and the host does not wait for the device.
+        """
+        if longest is not None:
+            self.lengths.copy_(lengths)
+            self._longest = longest
+            return
         if lengths.shape != self.lengths.shape or bool(((lengths < 0) | (lengths > self.lengths)).any()):
             name, limits = type(self).__name__, self.lengths.tolist()
             raise ValueError(f"{name}: lengths must be in [0, {limits}], got {lengths.tolist()}")

@@ -22,6 +22,7 @@ from arfast.ops.router_losses import (
     router_z_loss_reference,
 )
 from arfast.ops.sample import sample, sample_reference
+from arfast.ops.speculative_verify import speculative_verify, speculative_verify_reference
 from arfast.ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
@@ -64,6 +65,8 @@ __all__ = [
     "router_z_loss_reference",
     "sample",
     "sample_reference",
+    "speculative_verify",
+    "speculative_verify_reference",
     "swiglu",
     "swiglu_reference",
 ]

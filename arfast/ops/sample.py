@@ -101,10 +101,11 @@ def kept_weights(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return torch.empty_like(weights).scatter_(-1, tokens, weights)
 
 
-def random_bits(seed: int, sample: int, step: int) -> int:
-    """48 random bits, a pure function of the three: SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) applied thrice."""
+def random_bits(*counters: int) -> int:
+    """48 random bits, a pure function of (seed, sample, step) and what else is given: SplitMix64 (Steele, Lea, Flood,
+    OOPSLA 2014) applied once for each."""
     state = 0
-    for number in (seed, sample, step):
+    for number in counters:
         state = state + number + 0x9E3779B97F4A7C15 & _MASK
         state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
         state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK

@@ -40,13 +40,35 @@ __device__ inline float block_sum(float value, float* scratch) {
   return warp_sum(lane < kThreads / kWarpSize ? scratch[lane] : 0.0f);
 }
 
+// __shfl_up_sync and __shfl_sync of all lanes, for integers of 128 bits too.
+template <typename Integer>
+__device__ inline Integer shuffle_up(Integer value, int offset) {
+  return __shfl_up_sync(0xffffffffu, value, offset);
+}
+template <>
+__device__ inline unsigned __int128 shuffle_up(unsigned __int128 value, int offset) {
+  const auto low = shuffle_up(static_cast<unsigned long long>(value), offset);
+  const auto high = shuffle_up(static_cast<unsigned long long>(value >> 64), offset);
+  return static_cast<unsigned __int128>(high) << 64 | low;
+}
+template <typename Integer>
+__device__ inline Integer shuffle(Integer value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+template <>
+__device__ inline unsigned __int128 shuffle(unsigned __int128 value, int lane) {
+  const auto low = shuffle(static_cast<unsigned long long>(value), lane);
+  const auto high = shuffle(static_cast<unsigned long long>(value >> 64), lane);
+  return static_cast<unsigned __int128>(high) << 64 | low;
+}
+
 // The sum over the lanes up to the calling one.
 template <typename Integer>
 __device__ inline Integer warp_inclusive_sum(Integer value) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const Integer lower = __shfl_up_sync(0xffffffffu, value, offset);
+    const Integer lower = shuffle_up(value, offset);
     if (lane >= offset) value += lower;
   }
   return value;

@@ -7,7 +7,7 @@
 namespace arfast {
 
 // Collects what top_k leaves, in any order; false if tokens in no list may be among it, or if it is too much.
-__device__ inline bool collect_survivors(const SampleParams& params, const uint64_t* lists, const SampleScores& scores,
+__device__ inline bool collect_survivors(const SampleParams& params, const uint64_t* lists, const TokenScores& scores,
                                          SampleSmem& smem) {
   const int64_t capacity = sample_listed(params), num_parts = sample_parts(params), total = num_parts * capacity;
   if (threadIdx.x == 0) {
@@ -15,12 +15,12 @@ __device__ inline bool collect_survivors(const SampleParams& params, const uint6
     smem.num_survivors = 0;
   }
   select_largest<kSampleThreads>(
-      params.top_k,
+      params.filters.top_k,
       [&](const auto& f) {
         for (int64_t i = threadIdx.x; i < total; i += kSampleThreads) f(lists[i]);
       },
       [&](int64_t rank, uint64_t key) {
-        if (rank == params.top_k - 1) smem.chosen = key;
+        if (rank == params.filters.top_k - 1) smem.chosen = key;
       },
       smem.select);
   __syncthreads();
@@ -43,18 +43,18 @@ __device__ inline bool collect_survivors(const SampleParams& params, const uint6
 
 // Leaves the token in smem.chosen; false: nothing is drawn.
 __device__ inline bool draw_from_lists(const SampleParams& params, const uint64_t* lists, const int64_t* state,
-                                       const SampleScores& scores, SampleSmem& smem) {
+                                       const TokenScores& scores, SampleSmem& smem) {
   if (!collect_survivors(params, lists, scores, smem)) return false;
   const int count = smem.num_survivors;
   const auto weight = [&](int i) { return smem.weights[i]; };
   const auto all = [](int) { return true; };
-  const uint64_t limit = nucleus_limit(params.top_p, sum_where(count, all, weight));
+  const uint64_t limit = nucleus_limit(params.filters.top_p, sum_where(count, all, weight));
   uint64_t kept[kSampleSurvivors / kSampleThreads];
 #pragma unroll
   for (int k = 0; k < kSampleSurvivors / kSampleThreads; ++k) {
     const int i = threadIdx.x + k * kSampleThreads;
     kept[k] = 0;
-    if (i >= count || smem.weights[i] < params.min_weight) continue;
+    if (i >= count || smem.weights[i] < params.filters.min_weight) continue;
     const uint64_t before = sum_where(count, [&](int j) { return smem.ranks[j] > smem.ranks[i]; }, weight);
     if (before < limit) kept[k] = smem.weights[i];
   }
@@ -65,7 +65,7 @@ __device__ inline bool draw_from_lists(const SampleParams& params, const uint64_
     if (i < count) smem.weights[i] = kept[k];
   }
   __syncthreads();
-  const uint64_t number = random_below(state, params.state_column_stride, sum_where(count, all, weight));
+  const uint64_t number = random_below(random_bits(state, params.state_column_stride), sum_where(count, all, weight));
   for (int i = threadIdx.x; i < count; i += kSampleThreads) {
     const int64_t token = token_in_rank(smem.ranks[i]);
     const uint64_t before = sum_where(count, [&](int j) { return token_in_rank(smem.ranks[j]) < token; }, weight);

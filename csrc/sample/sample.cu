@@ -5,7 +5,6 @@
 #include "core/log_sum.cuh"
 #include "core/runtime.cuh"
 #include "sample/list_draw.cuh"
-#include "sample/row_draw.cuh"
 #include "sample/sample.h"
 
 namespace arfast {
@@ -113,13 +112,28 @@ __device__ LogSum row_log_sum(const SampleParams& params, const LogSum* parts) {
   return combine_warp(mine);
 }
 
+// Leaves the token in smem.chosen.
+template <typename T>
+__device__ void draw_from_row(const SampleParams& params, const T* logits, const int64_t* state,
+                              const TokenScores& scores, SampleSmem& smem) {
+  const RowOf<const T> row(logits, params.vocab_size);
+  const uint64_t of_top_k = smallest_of_top_k(params.filters.top_k, row, scores, smem);
+  const uint64_t smallest = smallest_of_top_p(params.filters.top_p, of_top_k, row, scores, smem);
+  const auto weight = [&](int64_t token) {
+    return kept_weight(params.filters, scores, smallest, to_float(logits[token]), token);
+  };
+  const unsigned long long mass = sum_by(weight, params.vocab_size, smem.sums);
+  const unsigned long long number = random_below(random_bits(state, params.state_column_stride), mass);
+  draw_by(weight, params.vocab_size, number, smem.sums, smem);
+}
+
 template <typename T>
 __device__ void finish_row(const SampleParams& params, const Workspace& workspace, int64_t row, SampleSmem& smem) {
   const int64_t first_part = row * sample_parts(params), capacity = sample_listed(params);
   const T* logits = row_logits<T>(params, row);
   int64_t* state = params.generator_state + row * params.state_stride;
   const LogSum sum = row_log_sum(params, workspace.sums + first_part);
-  SampleScores scores{params.temperature, 0};
+  TokenScores scores{params.filters.temperature, 0};
   scores.best = scores.score(sum.max);
   if (scores.best == -INFINITY) {
     if (threadIdx.x == 0) smem.chosen = 0;
@@ -131,7 +145,7 @@ __device__ void finish_row(const SampleParams& params, const Workspace& workspac
   const int64_t token = static_cast<int64_t>(smem.chosen);
   params.tokens[row] = token;
   params.logprobs[row] = to_float(logits[token]) - sum.max - logf(sum.sum);
-  state[2 * params.state_column_stride] += 1;
+  advance_state(state, params.state_column_stride, 1);
 }
 
 template <typename T>

@@ -6,6 +6,7 @@
 #include "core/cpu_target.h"
 #include "core/cuda_function.h"
 #include "core/dtype.h"
+#include "core/token_weights.h"
 
 namespace arfast {
 
@@ -15,11 +16,7 @@ struct SampleParams {
   int64_t vocab_size;  // V < 2^24
   const void* logits;  // [R, V]
   int64_t logits_stride;
-  // Greedy decoding is top_k = 1 with top_p = 0, which leaves the first of equal tokens alone.
-  float temperature;         // positive
-  int64_t top_k;             // 0: off
-  double top_p;              // 1: off
-  uint64_t min_weight;       // of 2^40; 0: min_p is off
+  TokenFilters filters;
   int64_t* generator_state;  // [R, 3] of seed, sample, step; the step rises by 1
   int64_t state_stride;
   int64_t state_column_stride;
@@ -41,7 +38,8 @@ constexpr int64_t sample_parts(const SampleParams& params) {
 // one; none beyond what a block ranks quickly.
 constexpr int64_t kSampleLongestTopK = 128;
 constexpr int64_t sample_listed(const SampleParams& params) {
-  return params.top_k > 0 && params.top_k <= kSampleLongestTopK ? params.top_k + 1 : 0;
+  const int64_t top_k = params.filters.top_k;
+  return top_k > 0 && top_k <= kSampleLongestTopK ? top_k + 1 : 0;
 }
 
 // The best tokens of every part as 8-byte keys, then its sum as two floats.

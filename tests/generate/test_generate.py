@@ -276,6 +276,7 @@ def test_the_context(model):
 
 OUTPUTS = [{}, dict(do_sample=True, top_k=5, temperature=0.7, seed=3, num_return_sequences=2), dict(num_beams=3)]
 OUTPUTS.append(dict(num_beams=4, num_beam_groups=2, num_return_sequences=3, length_penalty=0.5))
+OUTPUTS.append(dict(prompt_lookup_num_tokens=3))
 
 
 @pytest.mark.parametrize("options", OUTPUTS, ids=str)

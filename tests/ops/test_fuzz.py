@@ -43,6 +43,18 @@ def same_tokens(outputs, arguments):
     assert_accurate(logprobs, exact, baseline, name="logprobs", ulps=16)
 
 
+def same_new_tokens(outputs, arguments):
+    """speculative_verify: the same of its log-probabilities."""
+    wide, narrow = (
+        ops.speculative_verify_reference(
+            **{k: v.to(dtype) if k.endswith("logits") and v is not None else v for k, v in arguments.items()}
+        )
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert torch.equal(outputs[0], wide[0]) and torch.equal(outputs[1], wide[1])
+    assert_accurate(outputs[2], wide[2], narrow[2], name="logprobs", ulps=16)
+
+
 def appended(append):
     """kv_append on copies of the caches: what it returns, and the caches."""
 
@@ -209,6 +221,24 @@ OPS = {
         },
         sizes={"V": SIZES[1:]},
         compare=same_tokens,
+    ),
+    "speculative_verify": Op(
+        lambda generator_state, **arguments: ops.speculative_verify(
+            **arguments, generator_state=generator_state.clone()
+        ),
+        ops.speculative_verify_reference,
+        {
+            "target_logits": Tensor("B G V"),
+            "draft_tokens": Tensor("B H", "below V"),
+            "draft_logits": Tensor("B H V", optional=True),
+            "temperature": Option((1.0, 0.7, 0.0), (-1.0, NAN, INF)),
+            "top_k": Option((0, 1, 3, 20, HUGE), (-1, -HUGE)),
+            "top_p": Option((1.0, 0.9, 0.3, 0.0), (-0.1, 1.5, NAN)),
+            "min_p": Option((0.0, 0.1, 1.0), (-0.1, 1.5, NAN)),
+            "generator_state": Tensor("B 3", "below V"),
+        },
+        sizes={"V": SIZES[1:], "G": (3,), "H": (2,)},
+        compare=same_new_tokens,
     ),
     "moe_route": Op(
         ops.moe_route,

@@ -1,10 +1,22 @@
-// What every implementation of sample computes in the same integers: random numbers, weights, the order of tokens, the
-// token that a random number picks. No rounding is left to the device, so that a row draws the same token everywhere.
+// What every implementation that draws tokens computes in the same integers: random numbers, weights, the order of
+// tokens, the token that a random number picks. No rounding is left to the device, so that a row draws the same token
+// everywhere.
 #pragma once
 
 #include <cstdint>
 
 namespace arfast {
+
+using uint128 = unsigned __int128;
+
+// Which tokens of a row may be drawn. Greedy decoding is top_k = 1 with top_p = 0, which leaves the first of equal
+// tokens alone.
+struct TokenFilters {
+  float temperature;    // positive
+  int64_t top_k;        // 0: off
+  double top_p;         // 1: off
+  uint64_t min_weight;  // of 2^40; 0: min_p is off
+};
 
 // One step of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) from `state`.
 static constexpr uint64_t mix(uint64_t state) {
@@ -54,12 +66,23 @@ static constexpr uint64_t nucleus_limit(double top_p, uint64_t mass) {
   return down + (down == 0 || static_cast<double>(down) < product);
 }
 
-// A number below `mass` from the stream (seed, sample, step): 48 random bits times `mass`, rounded down.
-static constexpr uint64_t random_below(const int64_t* state, int64_t stride, uint64_t mass) {
+// 64 random bits, a pure function of a row's state (seed, sample, step); `later` counts on from its step.
+static constexpr uint64_t random_bits(const int64_t* state, int64_t stride, int64_t later = 0) {
   const uint64_t seed = static_cast<uint64_t>(state[0]), sample = static_cast<uint64_t>(state[stride]),
                  step = static_cast<uint64_t>(state[2 * stride]);
-  const uint64_t bits = mix(mix(mix(seed) + sample) + step) >> 16;
-  return static_cast<uint64_t>(static_cast<unsigned __int128>(bits) * mass >> 48);
+  return mix(mix(mix(seed) + sample) + step + static_cast<uint64_t>(later));
+}
+
+static constexpr void advance_state(int64_t* state, int64_t stride, int64_t steps) {
+  int64_t& step = state[2 * stride];
+  step = static_cast<int64_t>(static_cast<uint64_t>(step) + static_cast<uint64_t>(steps));
+}
+
+// A number below `mass`, of 64 or 128 bits: 48 random bits times `mass`, rounded down.
+template <typename Mass>
+static constexpr Mass random_below(uint64_t bits, Mass mass) {
+  const uint128 wide = mass, low = static_cast<uint64_t>(wide), high = wide >> 64;
+  return static_cast<Mass>(((bits >> 16) * high << 16) + ((bits >> 16) * low >> 48));
 }
 
 }  // namespace arfast
