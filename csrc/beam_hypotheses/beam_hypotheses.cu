@@ -16,13 +16,17 @@ struct Smem {
   uint8_t path[kWarps][kSteps];
 };
 
-// Grid: (blocks of hypotheses of a group, groups).
+__host__ __device__ int64_t blocks_per_group(const BeamHypothesesParams& params) {
+  return (params.num_hypotheses + kWarps - 1) / kWarps;
+}
+
 __global__ void __launch_bounds__(kThreads) beam_hypotheses_kernel(BeamHypothesesParams params) {
   Smem& smem = shared_storage<Smem>();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int num_beams = static_cast<int>(params.num_beams);
   const int most_steps = min(kSteps, static_cast<int>(sizeof(smem.parents) / sizeof(int)) / num_beams);
-  const int64_t group = blockIdx.y, rank = blockIdx.x * kWarps + warp, index = group * params.num_hypotheses + rank;
+  const int64_t blocks = blocks_per_group(params), group = blockIdx.x / blocks;
+  const int64_t rank = blockIdx.x % blocks * kWarps + warp, index = group * params.num_hypotheses + rank;
   const bool exists = rank < params.num_hypotheses;  // else the warp helps
   const HypothesisEnding ending(params, group, exists ? rank : 0);
   const auto row_of = [&](int64_t step) { return (step * params.num_groups + group) * num_beams; };
@@ -66,10 +70,9 @@ __global__ void __launch_bounds__(kThreads) beam_hypotheses_kernel(BeamHypothese
 }  // namespace
 
 const char* beam_hypotheses_cuda(const BeamHypothesesParams& params, void* stream) {
-  const int64_t blocks = (params.num_hypotheses + kWarps - 1) / kWarps;
-  if (params.num_groups > 0xffff) return "B must be less than 65536";
-  const LaunchShape shape{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(params.num_groups)), dim3(kThreads),
-                          sizeof(Smem)};
+  const int64_t blocks = params.num_groups * blocks_per_group(params);
+  if (blocks > 0x7fffffff) return "B * K is too large for one launch";
+  const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(kThreads), sizeof(Smem)};
   return launch(beam_hypotheses_kernel, shape, stream, params);
 }
 
