@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 
-from .common import add_checkpoint_arguments, load_checkpoint
+from arfast.cli.common import add_checkpoint_arguments, load_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

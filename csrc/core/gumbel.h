@@ -5,15 +5,9 @@
 
 #include <cstdint>
 
-namespace arfast {
+#include "core/random.h"
 
-// One step of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) from `state`.
-static constexpr uint64_t mix64(uint64_t state) {
-  state += 0x9e3779b97f4a7c15u;
-  state = (state ^ state >> 30) * 0xbf58476d1ce4e5b9u;
-  state = (state ^ state >> 27) * 0x94d049bb133111ebu;
-  return state ^ state >> 31;
-}
+namespace arfast {
 
 // Of a number that is not 0.
 static constexpr int leading_zeros(uint64_t x) {
@@ -68,14 +62,10 @@ class GumbelNoise {
  public:
   // Without a state there is no noise.
   constexpr GumbelNoise(const int64_t* state, int64_t first)
-      : exists_(state != nullptr),
-        stream_(exists_ ? mix64(mix64(mix64(static_cast<uint64_t>(state[0])) + static_cast<uint64_t>(state[1])) +
-                                static_cast<uint64_t>(state[2])) +
-                              static_cast<uint64_t>(first)
-                        : 0) {}
+      : exists_(state != nullptr), stream_(exists_ ? random_bits(state, 1) + static_cast<uint64_t>(first) : 0) {}
 
   constexpr bool exists() const { return exists_; }
-  constexpr uint64_t bits(int64_t candidate) const { return mix64(stream_ + static_cast<uint64_t>(candidate)); }
+  constexpr uint64_t bits(int64_t candidate) const { return mix(stream_ + static_cast<uint64_t>(candidate)); }
   constexpr float add_to(float score, int64_t candidate) const {
     return exists_ ? score + gumbel_of(bits(candidate)) : score;
   }

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "core/random.h"
+
 namespace arfast {
 
 using uint128 = unsigned __int128;
@@ -17,14 +19,6 @@ struct TokenFilters {
   double top_p;         // 1: off
   uint64_t min_weight;  // of 2^40; 0: min_p is off
 };
-
-// One step of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) from `state`.
-static constexpr uint64_t mix(uint64_t state) {
-  state += 0x9e3779b97f4a7c15u;
-  state = (state ^ state >> 30) * 0xbf58476d1ce4e5b9u;
-  state = (state ^ state >> 27) * 0x94d049bb133111ebu;
-  return state ^ state >> 31;
-}
 
 constexpr uint64_t kWeightOne = uint64_t{1} << 40;
 
@@ -64,18 +58,6 @@ static constexpr uint64_t nucleus_limit(double top_p, uint64_t mass) {
   const double product = top_p * static_cast<double>(mass);
   const uint64_t down = static_cast<uint64_t>(product);
   return down + (down == 0 || static_cast<double>(down) < product);
-}
-
-// 64 random bits, a pure function of a row's state (seed, sample, step); `later` counts on from its step.
-static constexpr uint64_t random_bits(const int64_t* state, int64_t stride, int64_t later = 0) {
-  const uint64_t seed = static_cast<uint64_t>(state[0]), sample = static_cast<uint64_t>(state[stride]),
-                 step = static_cast<uint64_t>(state[2 * stride]);
-  return mix(mix(mix(seed) + sample) + step + static_cast<uint64_t>(later));
-}
-
-static constexpr void advance_state(int64_t* state, int64_t stride, int64_t steps) {
-  int64_t& step = state[2 * stride];
-  step = static_cast<int64_t>(static_cast<uint64_t>(step) + static_cast<uint64_t>(steps));
 }
 
 // A number below `mass`, of 64 or 128 bits: 48 random bits times `mass`, rounded down.

@@ -88,6 +88,16 @@ def test_generate_is_a_function_of_the_seed(run):
     assert "tokens per second" in process.stderr
 
 
+@pytest.mark.parametrize("drafts", [["--draft", "DIRECTORY", "--num-draft-tokens", 3], ["--prompt-lookup", 4]])
+def test_drafts_change_no_greedy_text(drafts, run):
+    directory = run[0]
+    options = ["generate", directory, "--prompt", "line ", "--max-new-tokens", 12, "--temperature", 0]
+    process = arfast(*options, *[directory if word == "DIRECTORY" else word for word in drafts])
+    plain, drafted = last_line(arfast(*options)), last_line(process)
+    assert drafted["text"] == plain["text"] and 0 <= drafted["accepted"] <= drafted["drafted"]
+    assert "drafted tokens accepted" in process.stderr
+
+
 def test_eval_scores_a_split_and_plain_text(run, corpus):
     directory, summary, _ = run
     split = last_line(arfast("eval", directory, "--data", directory / "data", "--seqlen", 32))
