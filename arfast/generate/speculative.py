@@ -54,7 +54,8 @@ class Speculation:
     def check(self, model: Any, options: GenerationOptions) -> None:
         for name in ("num_draft_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size"):
             value = getattr(self, name)
-            valid = value is None or (is_integer(value) and value >= 1)
+            is_off = value is None and name != "max_matching_ngram_size"
+            valid = is_off or (is_integer(value) and value >= 1)
             require(valid, name, "be a positive integer", repr(value))
         if self.draft_model is None:
             rule = "be None without a draft_model"
@@ -112,14 +113,12 @@ class ModelDrafts:
     def draft(self, sequences: list[list[int]], num_drafts: int, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Drafts [B, G] and the logits [B, G, V] that they were drawn from; `steps`: tokens drawn so far, int64 [B]."""
         self.generator_state[:, 2] = steps
-        tokens: list[Tensor] = []
+        logits, tokens = self._catch_up(sequences), []
+        all_logits = logits.new_empty(len(logits), num_drafts, logits.shape[-1], dtype=self.dtype)
         for i in range(num_drafts):
-            logits = self._catch_up(sequences) if i == 0 else self.step(tokens[-1])
-            if i == 0:
-                all_logits = torch.empty(
-                    len(logits), num_drafts, logits.shape[-1], dtype=self.dtype, device=logits.device
-                )
-            all_logits[:, i] = logits
+            if i > 0:
+                logits = self.step(tokens[-1])
+            all_logits[:, i] = logits  # the next step may overwrite them
             tokens.append(ops.sample(all_logits[:, i], **self.filters, generator_state=self.generator_state)[0])
         self.stored = [len(sequence) - 1 + num_drafts for sequence in sequences]
         return torch.stack(tokens, dim=1), all_logits
@@ -205,8 +204,8 @@ class Continuations:
 
     def extend(self, rows: list[list[int]]) -> None:
         """Append tokens up to the first end token and the greatest length."""
-        for row, tokens in enumerate(rows):
-            for token in tokens[: self.remaining[row]]:
+        for row, (tokens, left) in enumerate(zip(rows, self.remaining)):
+            for token in tokens[:left]:
                 self.new[row].append(token)
                 self.sequences[row].append(token)
                 if token in self.options.eos_token_id:
@@ -254,9 +253,9 @@ def speculate(
     drafts, draft_logits = torch.empty(len(sequences), 0, dtype=torch.int64, device=logits.device), None
     logits = logits[:, None]
     while True:
-        new = ops.speculative_verify(logits, drafts, draft_logits, **filters, generator_state=state)
+        verified = ops.speculative_verify(logits, drafts, draft_logits, **filters, generator_state=state)
         clock.mark("verified")
-        drafted, accepted = rows_of(new, drafts, rows)
+        drafted, accepted = _append(rows, verified, drafts)
         statistics.drafted += sum(drafted)
         statistics.accepted += sum(accepted)
         length.learn(drafted, accepted, drafts.shape[1], clock)
@@ -264,7 +263,7 @@ def speculate(
             break
         drafter.follow(sequences)
         clock.mark("begun")
-        drafts, draft_logits = _drafts(drafter, rows, length.choose(), state)
+        drafts, draft_logits = _propose(drafter, rows, length.choose(), state)
         clock.mark("drafted")
         rewind(cache, [len(sequence) - 1 for sequence in sequences])
         last = torch.tensor([sequence[-1] for sequence in sequences], device=drafts.device)
@@ -277,7 +276,7 @@ def speculate(
     return rows.padded().to(logits.device)
 
 
-def _drafts(drafter: Any, rows: Continuations, num_drafts: int, state: Tensor) -> tuple[Tensor, Tensor | None]:
+def _propose(drafter: Any, rows: Continuations, num_drafts: int, state: Tensor) -> tuple[Tensor, Tensor | None]:
     """Drafts [B, G] for the rows that go on. The last token that a row may get is never drafted: so it depends on the
     row alone where its drafts end."""
     limits = [max(left - 1, 0) for left in rows.remaining]
@@ -290,17 +289,17 @@ def _drafts(drafter: Any, rows: Continuations, num_drafts: int, state: Tensor) -
     return drafts.masked_fill(places >= limit, -1), logits
 
 
-def rows_of(new: tuple[Tensor, Tensor, Tensor], drafts: Tensor, rows: Continuations) -> tuple[list[int], list[int]]:
-    """Append what was verified; how many tokens of each row were drafted, and how many accepted."""
-    tokens, num_accepted, logprobs = new
-    num_drafted = (drafts >= 0).sum(-1)
-    bad = logprobs.isnan().any(-1)
-    # One copy to the host.
-    table = torch.cat([torch.stack([num_drafted, num_accepted.long(), bad.long()], 1), tokens], 1).tolist()
-    active = [left > 0 for left in rows.remaining]
-    wrong = [row for row, is_active in enumerate(active) if is_active and table[row][2]]
+def _append(
+    rows: Continuations, verified: tuple[Tensor, Tensor, Tensor], drafts: Tensor
+) -> tuple[list[int], list[int]]:
+    """Append what `speculative_verify` gave; how many tokens of each row were drafted, and how many accepted."""
+    tokens, num_accepted, logprobs = verified
+    counts = torch.stack([(drafts >= 0).sum(-1), num_accepted.long(), logprobs.isnan().any(-1).long()], dim=1)
+    table = torch.cat([counts, tokens], dim=1).tolist()  # the only wait for the device in a round
+    wrong = [row for row, left in enumerate(rows.remaining) if left > 0 and table[row][2]]
     if wrong:
         step = max(map(len, rows.new))
         raise ValueError(f"generate: logits must be finite, got others for rows {wrong} after {step} tokens")
-    rows.extend([row[3 : 4 + row[1]] for row in table])
-    return [row[0] for row in table], [row[1] for row in table]
+    drafted, accepted = [row[0] for row in table], [row[1] for row in table]
+    rows.extend([row[3 : 4 + count] for row, count in zip(table, accepted)])
+    return drafted, accepted

@@ -238,6 +238,10 @@ def test_logits_that_are_not_finite(options):
             dict(prompt_lookup_num_tokens=2, max_matching_ngram_size=0),
             "max_matching_ngram_size must be a positive integer, got 0",
         ),
+        (
+            dict(prompt_lookup_num_tokens=2, max_matching_ngram_size=None),
+            "max_matching_ngram_size must be a positive integer, got None",
+        ),
         (dict(prompt_lookup_num_tokens=2, num_beams=2), "num_beams must be 1 with drafts, got 2"),
     ],
 )
