@@ -2,10 +2,13 @@
 drafts are; the bookkeeping of caches, ends and statistics."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import scipy.stats
 import torch
+from host_waits import pretended_gpu
+from recorded_graphs import recorded_graphs
 
 from arfast.generate import DraftStatistics, generate
 from arfast.generate.draft_length import Clock, DraftLength, expected_speedup
@@ -248,3 +251,27 @@ def test_logits_that_are_not_finite(options):
 def test_errors(change, message, model):
     with pytest.raises(ValueError, match="generate: " + message):
         generate(model, torch.tensor([[1, 2, 3]]), 2, **change)
+
+
+class FakeEvent:
+    """In place of torch.cuda.Event."""
+
+    def __init__(self, enable_timing):
+        pass
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, later):
+        return 1.0
+
+
+@pytest.mark.parametrize("name", ["noisy", "itself", "automatic", "lookup"])
+def test_steps_that_are_replayed_as_graphs(name, drafts, padded_prompts):
+    """The way of a GPU: single steps of both models are graphs, which see where the caches were rewound to."""
+    model = drafts["itself"]["draft_model"]
+    input_ids, mask = padded_prompts(3, 6, 101)
+    options = dict(attention_mask=mask, eos_token_id=[5, 9], pad_token_id=PAD)
+    expected = generate(model, input_ids, 24, **options)
+    with recorded_graphs(), pretended_gpu(), mock.patch("torch.cuda.Event", FakeEvent):
+        assert torch.equal(generate(model, input_ids, 24, **options, **drafts[name]), expected)
