@@ -52,7 +52,8 @@ class Speculation:
     def check(self, model: Any, options: GenerationOptions) -> None:
         for name in ("num_draft_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size"):
             value = getattr(self, name)
-            valid = value is None or (is_integer(value) and value >= 1)
+            is_off = value is None and name != "max_matching_ngram_size"
+            valid = is_off or (is_integer(value) and value >= 1)
             require(valid, name, "be a positive integer", repr(value))
         if self.draft_model is None:
             rule = "be None without a draft_model"
@@ -115,14 +116,12 @@ class ModelDrafts:
     def draft(self, sequences: list[list[int]], num_drafts: int, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Drafts [B, G] and the logits [B, G, V] that they were drawn from; `steps`: tokens drawn so far, int64 [B]."""
         self.generator_state[:, 2] = steps
-        tokens: list[Tensor] = []
+        logits, tokens = self._catch_up(sequences), []
+        all_logits = logits.new_empty(len(logits), num_drafts, logits.shape[-1], dtype=self.dtype)
         for i in range(num_drafts):
-            logits = self._catch_up(sequences) if i == 0 else self.step(tokens[-1])
-            if i == 0:
-                all_logits = torch.empty(
-                    len(logits), num_drafts, logits.shape[-1], dtype=self.dtype, device=logits.device
-                )
-            all_logits[:, i] = logits
+            if i > 0:
+                logits = self.step(tokens[-1])
+            all_logits[:, i] = logits  # the next step may overwrite them
             tokens.append(ops.sample(all_logits[:, i], **self.filters, generator_state=self.generator_state)[0])
         self.stored = [len(sequence) - 1 + num_drafts for sequence in sequences]
         return torch.stack(tokens, dim=1), all_logits
@@ -209,8 +208,8 @@ class Continuations:
 
     def extend(self, rows: list[list[int]], logprobs: list[list[float]]) -> None:
         """Append tokens up to the first end token and the greatest length."""
-        for row, tokens in enumerate(rows):
-            for token, logprob in zip(tokens[: self.remaining[row]], logprobs[row], strict=False):
+        for row, (tokens, left) in enumerate(zip(rows, self.remaining, strict=True)):
+            for token, logprob in zip(tokens[:left], logprobs[row], strict=False):
                 self.new[row].append(token)
                 self.logprobs[row].append(logprob)
                 self.sequences[row].append(token)
@@ -269,9 +268,9 @@ def speculate(
     drafts, draft_logits = torch.empty(len(sequences), 0, dtype=torch.int64, device=logits.device), None
     logits = logits[:, None]
     while True:
-        new = ops.speculative_verify(logits, drafts, draft_logits, **filters, generator_state=state)
+        verified = ops.speculative_verify(logits, drafts, draft_logits, **filters, generator_state=state)
         clock.mark("verified")
-        drafted, accepted = rows_of(new, drafts, rows)
+        drafted, accepted = _append(rows, verified, drafts)
         statistics.drafted += sum(drafted)
         statistics.accepted += sum(accepted)
         length.learn(drafted, accepted, drafts.shape[1], clock)
@@ -279,7 +278,7 @@ def speculate(
             break
         drafter.follow(sequences)
         clock.mark("begun")
-        drafts, draft_logits = _drafts(drafter, rows, length.choose(), state)
+        drafts, draft_logits = _propose(drafter, rows, length.choose(), state)
         clock.mark("drafted")
         rewind(cache, [len(sequence) - 1 for sequence in sequences])
         last = torch.tensor([sequence[-1] for sequence in sequences], device=drafts.device)
@@ -293,7 +292,7 @@ def speculate(
     return GenerationOutput(torch.cat([input_ids[prompt_of], tokens], dim=1), logprobs.sum(-1), logprobs)
 
 
-def _drafts(drafter: Any, rows: Continuations, num_drafts: int, state: Tensor) -> tuple[Tensor, Tensor | None]:
+def _propose(drafter: Any, rows: Continuations, num_drafts: int, state: Tensor) -> tuple[Tensor, Tensor | None]:
     """Drafts [B, G] for the rows that go on. The last token that a row may get is never drafted: so it depends on the
     row alone where its drafts end."""
     limits = [max(left - 1, 0) for left in rows.remaining]
@@ -306,15 +305,19 @@ def _drafts(drafter: Any, rows: Continuations, num_drafts: int, state: Tensor) -
     return drafts.masked_fill(places >= limit, -1), logits
 
 
-def rows_of(new: tuple[Tensor, Tensor, Tensor], drafts: Tensor, rows: Continuations) -> tuple[list[int], list[int]]:
-    """Append what was verified; how many tokens of each row were drafted, and how many accepted."""
-    tokens, num_accepted, logprobs = new
-    counts = torch.stack([(drafts >= 0).sum(-1), num_accepted.long()], dim=1)
-    table, logprobs = torch.cat([counts, tokens], dim=1).tolist(), logprobs.tolist()
-    active = [left > 0 for left in rows.remaining]
-    wrong = [row for row, is_active in enumerate(active) if is_active and any(x != x for x in logprobs[row])]
+def _append(
+    rows: Continuations, verified: tuple[Tensor, Tensor, Tensor], drafts: Tensor
+) -> tuple[list[int], list[int]]:
+    """Append what `speculative_verify` gave; how many tokens of each row were drafted, and how many accepted."""
+    tokens, num_accepted, logprobs = verified
+    counts = torch.stack([(drafts >= 0).sum(-1), num_accepted], dim=1)
+    # The only wait for the device in a round; float64 holds all of it exactly.
+    table = torch.cat([part.double() for part in (counts, tokens, logprobs)], dim=1).tolist()
+    logprobs = [row[2 + tokens.shape[1] :] for row in table]
+    wrong = [i for i, left in enumerate(rows.remaining) if left > 0 and any(x != x for x in logprobs[i])]
     if wrong:
         step = max(map(len, rows.new))
         raise ValueError(f"generate: logits must be finite, got others for sequences {wrong} by step {step}")
-    rows.extend([row[2 : 3 + row[1]] for row in table], logprobs)
-    return [row[0] for row in table], [row[1] for row in table]
+    drafted, accepted = [int(row[0]) for row in table], [int(row[1]) for row in table]
+    rows.extend([[int(t) for t in row[2 : 3 + n]] for row, n in zip(table, accepted, strict=True)], logprobs)
+    return drafted, accepted

@@ -95,8 +95,8 @@ class KeptTokens {
   uint64_t weight(int64_t token) const {
     if (mass_ == 0) return 0;
     if (!is_list_) return weights_[token];
-    const int64_t *first = tokens_.data(), *last = first + count_;
-    const int64_t* place = std::lower_bound(first, last, token);
+    const int64_t *first = tokens_.get(), *last = first + count_;
+    const int64_t* place = std::lower_bound(first, last, token, [](int64_t a, int64_t b) { return a < b; });
     return place < last && *place == token ? weights_[place - first] : 0;
   }
 
@@ -167,7 +167,6 @@ class KeptTokens {
     std::sort(ranked_.begin(), ranked_.end(), before);
     cut_top_p();
     reserve(count);
-    tokens_.resize(static_cast<size_t>(count));
     for (const Ranked& token : ranked_) {
       if (token.weight == 0 || token.weight < filters_.min_weight) continue;
       tokens_[count_] = token_in_rank(token.rank);
@@ -215,8 +214,10 @@ class KeptTokens {
   }
 
   void reserve(int64_t count) {
-    if (count > capacity_) weights_.reset(new uint64_t[count]);
-    capacity_ = std::max(capacity_, count);
+    if (count <= capacity_) return;
+    weights_.reset(new uint64_t[count]);
+    tokens_.reset(new int64_t[count]);
+    capacity_ = count;
   }
 
   int64_t vocab_size_;
@@ -230,7 +231,7 @@ class KeptTokens {
   float best_ = 0;  // score
   std::vector<Ranked> ranked_;
   bool is_list_ = false;
-  std::vector<int64_t> tokens_;  // of a list, ascending
+  std::unique_ptr<int64_t[]> tokens_;  // of a list, ascending
   std::unique_ptr<uint64_t[]> weights_;
   int64_t capacity_ = 0;
   int64_t count_ = 0;

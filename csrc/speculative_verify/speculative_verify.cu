@@ -216,6 +216,7 @@ __device__ void finish_sequence(const SpeculativeVerifyParams& params, int64_t b
   if (threadIdx.x == 0) smem.position = first_rejected<T>(params, b, state);
   __syncthreads();
   const int64_t position = smem.position;
+  // Its barriers are between the reads of the state here and the write below.
   const int64_t drawn =
       draw_token<T>(params, b, position, random_bits(state, params.state_column_stride, position), smem);
   for (int64_t i = threadIdx.x; i < num_positions; i += kKeptThreads) {
@@ -228,7 +229,6 @@ __device__ void finish_sequence(const SpeculativeVerifyParams& params, int64_t b
     }
     params.logprobs[b * num_positions + i] = logprob;
   }
-  __syncthreads();  // the state has been read
   if (threadIdx.x != 0) return;
   params.num_accepted[b] = static_cast<int32_t>(position);
   advance_state(state, params.state_column_stride, position + 1);

@@ -2,10 +2,13 @@
 drafts are; the bookkeeping of caches, ends and statistics."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import scipy.stats
 import torch
+from host_waits import pretended_gpu
+from recorded_graphs import recorded_graphs
 
 from arfast.generate import DraftStatistics, generate
 from arfast.generate.draft_length import Clock, DraftLength, expected_speedup
@@ -241,6 +244,10 @@ LOOKUP = dict(prompt_lookup_num_tokens=2)
             dict(prompt_lookup_num_tokens=2, max_matching_ngram_size=0),
             "max_matching_ngram_size must be a positive integer, got 0",
         ),
+        (
+            dict(prompt_lookup_num_tokens=2, max_matching_ngram_size=None),
+            "max_matching_ngram_size must be a positive integer, got None",
+        ),
         (dict(prompt_lookup_num_tokens=2, num_beams=2), "num_beams must be 1 with drafts, got 2"),
         (LOOKUP | dict(repetition_penalty=1.2), "repetition_penalty must be left out with drafts, got float"),
         (LOOKUP | dict(min_new_tokens=1), "min_new_tokens must be left out with drafts, got int"),
@@ -254,3 +261,27 @@ LOOKUP = dict(prompt_lookup_num_tokens=2)
 def test_errors(change, message, model):
     with pytest.raises(ValueError, match="generate: " + message):
         generate(model, torch.tensor([[1, 2, 3]]), 2, **change)
+
+
+class FakeEvent:
+    """In place of torch.cuda.Event."""
+
+    def __init__(self, enable_timing):
+        pass
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, later):
+        return 1.0
+
+
+@pytest.mark.parametrize("name", ["noisy", "itself", "automatic", "lookup"])
+def test_steps_that_are_replayed_as_graphs(name, drafts, padded_prompts):
+    """The way of a GPU: single steps of both models are graphs, which see where the caches were rewound to."""
+    model = drafts["itself"]["draft_model"]
+    input_ids, mask = padded_prompts(3, 6, 101)
+    options = dict(attention_mask=mask, eos_token_id=[5, 9], pad_token_id=PAD)
+    expected = generate(model, input_ids, 24, **options)
+    with recorded_graphs(), pretended_gpu(), mock.patch("torch.cuda.Event", FakeEvent):
+        assert torch.equal(generate(model, input_ids, 24, **options, **drafts[name]), expected)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from host_waits import no_host_waits
 from tiny_models import TINY
 
 from arfast.models import CausalLM
@@ -103,6 +104,22 @@ def test_packed_arguments(model, ids):
 def test_sizes(options, message):
     with pytest.raises(ValueError, match=f"StaticKVCache: {message}"):
         StaticKVCache(CONFIG, *options)
+
+
+def test_set_lengths_with_a_known_maximum_does_not_wait(model):
+    caches = [StaticKVCache(CONFIG, batch_size=2, max_length=12) for _ in range(2)]
+    ids, more = torch.randint(CONFIG.vocab_size, (2, 9)), torch.randint(CONFIG.vocab_size, (2, 5))
+    lengths = torch.tensor([7, 4], dtype=torch.int32)
+    with torch.no_grad():
+        for cache in caches:
+            model(ids, cache=cache)
+        caches[0].set_lengths(lengths)
+        with no_host_waits():
+            caches[1].set_lengths(lengths, longest=7)
+        assert torch.equal(*(model(more, cache=cache).logits for cache in caches))
+    assert caches[1].lengths.tolist() == [12, 9]
+    with pytest.raises(ValueError, match="StaticKVCache: max_length must be at least 13"):
+        caches[1].begin(1)
 
 
 def test_set_lengths_only_shortens():
