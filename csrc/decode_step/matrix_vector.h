@@ -1,0 +1,95 @@
+// Products of a few vectors with the rows of a weight matrix on the CPU. With one vector they are bound by reading the
+// weights; a row is read once for four of them.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/simd.h"
+#include "core/transpose.h"
+
+namespace arfast::ARFAST_CPU_TARGET {
+
+// A product of kLanes pairs of a row and a vector at a time: this many rows for a block of vectors.
+template <int kVectors>
+constexpr int kProductRows = kFloatLanes / kVectors;
+
+// sums[vector][row] = the lanes' partial sums of the products of rows [depth] and vectors [depth]. Lane i adds the
+// elements i, i + kLanes, ... in order, so a product has the same bits in every block.
+template <typename T, int kRows, int kVectors>
+inline void add_products(const T* const* rows, const float* const* vectors, int64_t depth, VecF* sums,
+                         int sums_stride) {
+  VecF sum[kVectors][kRows]{};
+  const auto step = [&](const auto& row_at, const auto& vector_at) {
+    VecF row[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) row[r] = row_at(rows[r]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const VecF vector = vector_at(vectors[v]);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum[v][r] += row[r] * vector;
+    }
+  };
+  int64_t i = 0;
+  for (; i + kFloatLanes <= depth; i += kFloatLanes) {
+    step([&](const T* p) { return load(p + i); }, [&](const float* p) { return load(p + i); });
+  }
+  if (i < depth) {
+    const int count = static_cast<int>(depth - i);
+    step([&](const T* p) { return load_partial(p + i, count, 0); },
+         [&](const float* p) { return load_partial(p + i, count, 0); });
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sums[v * sums_stride + r] = sum[v][r];
+  }
+}
+
+// out[v][n] = weight[n] . vectors[v] for the rows n in [begin, end) of weight [N, depth].
+template <typename T, int kVectors>
+inline void multiply_block(const T* weight, int64_t depth, const float* const* vectors, int64_t begin, int64_t end,
+                           float* const* out) {
+  constexpr int kRows = kProductRows<kVectors>, kGroup = std::min(kRows, 8);
+  for (int64_t n = begin; n < end; n += kRows) {
+    const int count = static_cast<int>(std::min<int64_t>(kRows, end - n));
+    VecF sums[kFloatLanes];
+    for (int group = 0; group < kRows; group += kGroup) {
+      const T* rows[kGroup];
+      for (int r = 0; r < kGroup; ++r) rows[r] = weight + (n + std::min(group + r, count - 1)) * depth;
+      add_products<T, kGroup, kVectors>(rows, vectors, depth, sums + group, kRows);
+    }
+    float products[kFloatLanes];
+    store(products, add_transposed(sums));
+    for (int v = 0; v < kVectors; ++v) {
+      if (count == kRows) {
+        std::memcpy(out[v] + n, products + v * kRows, sizeof(float) * kRows);
+      } else {
+        std::memcpy(out[v] + n, products + v * kRows, sizeof(float) * count);
+      }
+    }
+  }
+}
+
+// out[b, n] = weight[n] . x[b] for the rows n in [begin, end) of weight [N, depth], x [batch, x_stride] and out
+// [batch, out_stride]. A product depends on its row and vector alone.
+template <typename T>
+void multiply_rows(const T* weight, int64_t depth, int64_t begin, int64_t end, const float* x, int64_t x_stride,
+                   int64_t batch, float* out, int64_t out_stride) {
+  constexpr int kMost = 4;
+  for (int64_t b = 0; b < batch; b += kMost) {
+    const float* vectors[kMost];
+    float* results[kMost];
+    for (int v = 0; v < kMost; ++v) {  // what a block lacks repeats the last one, and is stored to the same place
+      const int64_t row = std::min(b + v, batch - 1);
+      vectors[v] = x + row * x_stride;
+      results[v] = out + row * out_stride;
+    }
+    const int64_t left = batch - b;
+    const auto multiply = left == 1 ? multiply_block<T, 1> : left == 2 ? multiply_block<T, 2> : multiply_block<T, 4>;
+    multiply(weight, depth, vectors, begin, end, results);
+  }
+}
+
+}  // namespace arfast::ARFAST_CPU_TARGET
