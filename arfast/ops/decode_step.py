@@ -77,7 +77,7 @@ def decode_step(
     try:
         return _ops.decode_step(tokens, weights, *caches, limits, num_heads, eps, qkv_bias, o_bias, qk_norm)
     except RuntimeError as error:
-        if "tokens must be in" in str(error):
+        if "tokens must be in [" in str(error):
             raise IndexError(str(error)) from None
         raise
 

@@ -28,7 +28,7 @@ inline void add_products(const T* const* rows, const float* const* vectors, int6
     for (int v = 0; v < kVectors; ++v) {
       const VecF vector = vector_at(vectors[v]);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sum[v][r] += row[r] * vector;
+      for (int r = 0; r < kRows; ++r) sum[v][r] = multiply_add(row[r], vector, sum[v][r]);
     }
   };
   int64_t i = 0;
