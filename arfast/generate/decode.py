@@ -31,8 +31,8 @@ class DecodeStep:
     autocast (its casts of the weights end with it). A capture that fails warns, and every call is a forward pass then.
 
     On the CPU a call is one `ops.decode_step`, with the parameters that the model has then, for a dense CausalLM in
-    float32, bfloat16 or float16; a forward pass for all others, under autocast, and with hooks that are there from the
-    start.
+    float32, bfloat16 or float16; a forward pass for all others, under autocast, and with hooks that are there in the
+    first call.
 
     The graph reads the memory that it was captured with: changes in place of parameters and cache (an optimizer's step,
     `set_lengths`, `reset`, another prompt) are seen, parameters moved elsewhere are not.
@@ -60,7 +60,7 @@ class DecodeStep:
         self._logits: Tensor | None = None  # the graph's
         self._memory: list[Tensor] = []  # what the graph reads and writes lives as long as the graph
         self._warm = self._refused = False
-        self._dense = _DenseStep(model, cache) if _DenseStep.serves(model, cache) else None
+        self._dense: _DenseStep | bool | None = None  # False: the model is another one
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -69,7 +69,9 @@ class DecodeStep:
             expected = f"one per sequence of the cache, {list(self.tokens.shape)}"
             raise ValueError(f"DecodeStep: tokens must be {expected}, got {list(tokens.shape)}")
         self.tokens.copy_(tokens)
-        if self._dense is not None and not torch.is_autocast_enabled("cpu"):
+        if self._dense is None:
+            self._dense = _DenseStep.serves(self.model, self.cache) and _DenseStep(self.model, self.cache)
+        if self._dense and not torch.is_autocast_enabled("cpu"):
             return self._dense(self.tokens)
         if self.graph is None:
             if not self._warm or not self._can_capture() or not self._capture():

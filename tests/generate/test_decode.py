@@ -280,15 +280,6 @@ def test_a_capture_that_fails():
         assert_bitwise_equal(a, b)
 
 
-def test_on_the_cpu_nothing_is_captured():
-    model = make()
-    cache, other = with_prompt(model, 2, 6, 32), with_prompt(model, 2, 6, 32)
-    step, tokens = DecodeStep(model, cache), tokens_for(5, 2, "cpu")
-    expected = eager(model, other, tokens)
-    assert_bitwise_equal(torch.stack([step(token) for token in tokens]), expected)
-    assert step.graph is None
-
-
 @pytest.mark.parametrize("options", [{}, dict(do_sample=True, seed=4, num_return_sequences=3)], ids=str)
 def test_generate_replays(options, target):
     model = make(target)

@@ -1,4 +1,4 @@
-"""The whole decode step on the CPU: logits and caches by the bound of tests/accuracy.py for every kind of dense model."""
+"""The whole decode step on the CPU: logits and caches for every kind of dense model."""
 
 import pytest
 import torch
