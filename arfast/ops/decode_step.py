@@ -67,8 +67,14 @@ def decode_step(
     4 B (3 d + 2 (H + Hkv) D + 2 I) bytes for its next call.
 
     Example:
-        >>> from arfast.models import CausalLM, CausalLMConfig
-        >>> from arfast.generate import DecodeStep  # collects the weights of a model and calls this op
+        >>> head, norm, square, wide = torch.randn(11, 8), torch.ones(8), torch.randn(8, 8), torch.randn(16, 8)
+        >>> layer = [norm, square, square, square, square, norm, wide, wide, torch.randn(8, 16)]
+        >>> angles = torch.arange(32.0)[:, None] * torch.tensor([1.0, 0.1])
+        >>> k_cache, v_cache = torch.zeros(2, 1, 1, 32, 2, 4)
+        >>> tables, seqlens = (angles.cos(), angles.sin()), torch.tensor([1], dtype=torch.int32)
+        >>> weights = [head, norm, head, *layer]
+        >>> decode_step(torch.tensor([3]), weights, *tables, k_cache, v_cache, seqlens, num_heads=2, eps=1e-5).shape
+        torch.Size([1, 11])
     """
     if needs_grad(*weights, k_cache, v_cache):
         raise RuntimeError("decode_step: inputs must not require a gradient (use torch.no_grad), got one that does")
