@@ -110,7 +110,8 @@ class DecodeStep {
 
   void multiply(const void* weight, int64_t depth, int64_t begin, int64_t end, const float* x, float* out,
                 int64_t out_stride) const {
-    multiply_rows(static_cast<const T*>(weight), depth, begin, end, x, padded(depth), params_.batch, out, out_stride);
+    multiply_rows<T>({static_cast<const T*>(weight), depth, begin, end}, x, padded(depth), params_.batch, out,
+                     out_stride);
   }
 
   // hidden += update + bias (or the embedding at first); normed = norm(hidden)
