@@ -16,23 +16,26 @@ class Weights {
  public:
   explicit Weights(const std::vector<Tensor>& weights) : weights_(weights) {}
 
+  // Text is made for errors alone: a model has hundreds of weights, and all are checked in every step.
   const void* take(const char* name, const char* names, std::initializer_list<int64_t> sizes) {
     const Tensor& weight = next(name);
     check_shape(kOp, name, weight, names, sizes);
     check_same_dtype(kOp, name, weight, "embed_tokens", weights_[0]);
-    check_same_device(kOp, name, weight, "embed_tokens", weights_[0]);
-    check(weight.is_contiguous(), kOp, name, "be contiguous", "strides that are not");
+    if (!weight.is_cpu()) fail(kOp, name, "be on the CPU", device_of(weight));
+    if (!weight.is_contiguous()) fail(kOp, name, "be contiguous", "strides that are not");
     return weight.data_ptr();
   }
   void finish() const {
-    check(index_ == weights_.size(), kOp, "weights", "hold no more than the model has",
-          std::to_string(weights_.size()));
+    if (index_ != weights_.size()) {
+      fail(kOp, "weights", "hold no more than the model has", std::to_string(weights_.size()));
+    }
   }
 
  private:
   const Tensor& next(const char* name) {
-    check(index_ < weights_.size(), kOp, "weights", (std::string("go on with ") + name).c_str(),
-          std::to_string(weights_.size()) + " tensors");
+    if (index_ == weights_.size()) {
+      fail(kOp, "weights", std::string("go on with ") + name, std::to_string(index_) + " tensors");
+    }
     return weights_[index_++];
   }
 
@@ -89,9 +92,9 @@ DecodeStepCache check_cache(const char* argument, const Tensor& cache, std::init
 
 void check_tokens(const DecodeStepParams& params) {
   for (int64_t b = 0; b < params.batch; ++b) {
-    check(params.tokens[b] >= 0 && params.tokens[b] < params.vocab_size, kOp, "tokens",
-          ("be in [0, vocab_size=" + std::to_string(params.vocab_size) + ")").c_str(),
-          std::to_string(params.tokens[b]) + " at position " + std::to_string(b));
+    if (params.tokens[b] >= 0 && params.tokens[b] < params.vocab_size) continue;
+    fail(kOp, "tokens", "be in [0, vocab_size=" + std::to_string(params.vocab_size) + ")",
+         std::to_string(params.tokens[b]) + " at position " + std::to_string(b));
   }
 }
 
@@ -99,15 +102,21 @@ void check_tokens(const DecodeStepParams& params) {
 void check_places(const DecodeStepParams& params, int64_t rows, int64_t capacity) {
   for (int64_t b = 0; b < params.batch; ++b) {
     const int64_t seqlen = params.seqlens[b];
-    check(seqlen >= 1 && seqlen <= capacity, kOp, "seqlens",
-          ("be in [1, " + std::to_string(capacity) + "], what caches and rotary tables hold").c_str(),
-          std::to_string(seqlen) + " at position " + std::to_string(b));
+    if (seqlen < 1 || seqlen > capacity) {
+      fail(kOp, "seqlens", "be in [1, " + std::to_string(capacity) + "], what caches and rotary tables hold",
+           std::to_string(seqlen) + " at position " + std::to_string(b));
+    }
     if (params.beam_slots == nullptr) continue;
     const int32_t* slots = params.beam_slots + b * params.slots_stride;
-    const auto [low, high] = std::minmax_element(slots, slots + seqlen);
-    const auto wrong = *low < 0 ? low : high;
-    check(*wrong >= 0 && *wrong < rows, kOp, "beam_slots", ("be in [0, " + std::to_string(rows) + ")").c_str(),
-          std::to_string(*wrong) + " at [" + std::to_string(b) + ", " + std::to_string(wrong - slots) + "]");
+    int32_t low = 0, high = 0;
+    for (int64_t position = 0; position < seqlen; ++position) {
+      low = std::min(low, slots[position]);
+      high = std::max(high, slots[position]);
+    }
+    if (low < 0 || high >= rows) {
+      fail(kOp, "beam_slots", "be in [0, " + std::to_string(rows) + ")",
+           std::to_string(low < 0 ? low : high) + " for sequence " + std::to_string(b));
+    }
   }
 }
 
@@ -118,7 +127,7 @@ Tensor decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor s
   check(list.size() >= 3, kOp, "weights", "begin with embed_tokens, norm and lm_head",
         std::to_string(list.size()) + " tensors");
   const Tensor& embedding = list[0];
-  check(on_cpu(embedding), kOp, "weights", "be on the CPU", device_of(embedding));
+  if (!embedding.is_cpu()) fail(kOp, "weights", "be on the CPU", device_of(embedding));
   check_shape(kOp, "embed_tokens", embedding, "[V, d]", {kAny, kAny});
   check_shape(kOp, "k_cache", k_cache, "[L, rows, S, Hkv, D]", {kAny, kAny, kAny, kAny, kAny});
   check_shape(kOp, "tokens", tokens, "[B]", {kAny});

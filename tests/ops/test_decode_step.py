@@ -322,8 +322,8 @@ ERRORS = [
     (with_option(windows=[None]), "windows must have one entry for each of 2 layers, got 1"),
     (with_option(beam_slots=Z(3, 71, dtype=INT)), r"beam_slots must have shape \[B, S\] = \[3, 72\], got \[3, 71\]"),
     (with_option(beam_slots=Z(3, 72)), "beam_slots must be int32, got float32"),
-    (with_option(beam_slots=Z(3, 72, dtype=INT) + 3), r"beam_slots must be in \[0, 3\), got 3 at \[0, "),
-    (with_option(beam_slots=Z(3, 72, dtype=INT) - 1), r"beam_slots must be in \[0, 3\), got -1 at \[0, "),
+    (with_option(beam_slots=Z(3, 72, dtype=INT) + 3), r"beam_slots must be in \[0, 3\), got 3 for sequence 0"),
+    (with_option(beam_slots=Z(3, 72, dtype=INT) - 1), r"beam_slots must be in \[0, 3\), got -1 for sequence 0"),
 ]
 
 
