@@ -1,10 +1,12 @@
 // A decode step of a dense model of the Llama family on the CPU (Touvron et al. 2023, arXiv 2302.13971, section 2.2),
 // in one parallel region: a task is a range of rows of a weight matrix, read once for all sequences, or a key-value
-// head of a sequence. Activations are float32 throughout. No result depends on how rows are divided into tasks.
+// head of a sequence. Activations are float32, but that products round them to bfloat16 where the machine multiplies
+// that itself. No result depends on how rows are divided into tasks.
 #include <algorithm>
 #include <cmath>
 
 #include "core/arena.h"
+#include "core/bf16_matmul.h"
 #include "core/cached_attention.h"
 #include "core/phases.h"
 #include "core/rotation.h"
@@ -22,8 +24,8 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline VecF silu(VecF x) { return x / (1 + exp(-x)); }
 
 // x [size] * weight / sqrt(mean(x^2) + eps) -> out
-template <typename T>
-void normalize(const float* x, const T* weight, int64_t size, double eps, float* out) {
+template <typename T, typename X>
+void normalize(const float* x, const T* weight, int64_t size, double eps, X* out) {
   VecF squares{};
   for_each_vector<float>(size, [&](int64_t i, int count) {
     const VecF v = load_lanes(x + i, count);
@@ -61,8 +63,8 @@ struct RowTasks {
   int64_t end(int64_t task) const { return std::min((task + 1) * rows, count); }
 };
 
-// Everything that the threads share. Buffers have the row strides of their names.
-template <typename T>
+// Everything that the threads share. X: what vectors are multiplied in, see multiply_rows.
+template <typename T, typename X>
 class DecodeStep {
  public:
   explicit DecodeStep(const DecodeStepParams& params)
@@ -72,14 +74,15 @@ class DecodeStep {
         qkv_size_(q_size_ + 2 * kv_size_),
         size_(params.hidden_size),
         wide_(params.intermediate_size),
-        arena_(params.batch * (3 * padded(size_) + padded(qkv_size_) + padded(q_size_) + 2 * padded(wide_))),
+        arena_(params.batch * (3 * padded(size_) + padded(qkv_size_) + padded(q_size_) + 3 * padded(wide_))),
         hidden_(take(size_)),
-        normed_(take(size_)),
         update_(take(size_)),
+        normed_(take<X>(size_)),
         qkv_(take(qkv_size_)),
-        attended_(take(q_size_)),
+        attended_(take<X>(q_size_)),
         gate_(take(wide_)),
-        up_(take(wide_)) {}
+        up_(take(wide_)),
+        gated_(take<X>(wide_)) {}
 
   void run() {
     const int64_t most = std::max({RowTasks<T>(params_.vocab_size, size_).tasks(), RowTasks<T>(wide_, size_, 2).tasks(),
@@ -94,7 +97,7 @@ class DecodeStep {
         project(phases, weights.o, attended_, q_size_);
         norm(phases, weights.post_norm, weights.o_bias, false);
         gate(phases, weights);
-        project(phases, weights.down, gate_, wide_);
+        project(phases, weights.down, gated_, wide_);
       }
       norm(phases, params_.norm, nullptr, params_.num_layers == 0);
       project_logits(phases);
@@ -105,13 +108,19 @@ class DecodeStep {
   struct LogitsTile;
 
   static int64_t padded(int64_t size) { return Arena<float>::padded(size); }
-  float* take(int64_t size) { return arena_.take(params_.batch * padded(size)); }
-  static float* row_of(float* buffer, int64_t row, int64_t size) { return buffer + row * padded(size); }
+  template <typename U = float>
+  U* take(int64_t size) {
+    return reinterpret_cast<U*>(arena_.take(params_.batch * padded(size)));
+  }
+  template <typename U>
+  static U* row_of(U* buffer, int64_t row, int64_t size) {
+    return buffer + row * padded(size);
+  }
 
-  void multiply(const void* weight, int64_t depth, int64_t begin, int64_t end, const float* x, float* out,
+  void multiply(const void* weight, int64_t depth, int64_t begin, int64_t end, const X* x, float* out,
                 int64_t out_stride) const {
-    multiply_rows<T>({static_cast<const T*>(weight), depth, begin, end}, x, padded(depth), params_.batch, out,
-                     out_stride);
+    multiply_rows<T, X>({static_cast<const T*>(weight), depth, begin, end}, x, padded(depth), params_.batch, out,
+                        out_stride);
   }
 
   // hidden += update + bias (or the embedding at first); normed = norm(hidden)
@@ -148,14 +157,14 @@ class DecodeStep {
   }
 
   // update = weight x
-  void project(Phases& phases, const void* weight, const float* x, int64_t depth) {
+  void project(Phases& phases, const void* weight, const X* x, int64_t depth) {
     const RowTasks<T> rows(size_, depth);
     phases.run(rows.tasks(), [&](int64_t task) {
       multiply(weight, depth, rows.begin(task), rows.end(task), x, update_, padded(size_));
     });
   }
 
-  // gate = silu(gate_proj normed) * up_proj normed
+  // gated = silu(gate_proj normed) * up_proj normed
   void gate(Phases& phases, const DecodeStepLayer& weights) {
     const RowTasks<T> rows(wide_, size_, 2);
     phases.run(rows.tasks(), [&](int64_t task) {
@@ -163,10 +172,11 @@ class DecodeStep {
       multiply(weights.gate, size_, begin, end, normed_, gate_, padded(wide_));
       multiply(weights.up, size_, begin, end, normed_, up_, padded(wide_));
       for (int64_t b = 0; b < params_.batch; ++b) {
-        float* gate = row_of(gate_, b, wide_) + begin;
+        const float* gate = row_of(gate_, b, wide_) + begin;
         const float* up = row_of(up_, b, wide_) + begin;
+        X* out = row_of(gated_, b, wide_) + begin;
         for_each_vector<float>(end - begin, [&](int64_t i, int count) {
-          store_lanes(gate + i, silu(load_lanes(gate + i, count)) * load_lanes(up + i, count), count);
+          store_lanes(out + i, silu(load_lanes(gate + i, count)) * load_lanes(up + i, count), count);
         });
       }
     });
@@ -250,7 +260,7 @@ class DecodeStep {
       }
       attention.visit(keys, values, count, [](int64_t) { return int64_t{0}; }, [&](int64_t) { return count - 1; });
     }
-    float* out = row_of(attended_, sequence, q_size_) + kv_head * group * head_dim;
+    X* out = row_of(attended_, sequence, q_size_) + kv_head * group * head_dim;
     for (int64_t row = 0; row < group; ++row, out += head_dim) {
       const float inverse = 1 / attention.sum(row);
       for_each_vector<float>(head_dim, [&](int64_t i, int count) {
@@ -262,10 +272,12 @@ class DecodeStep {
   const DecodeStepParams& params_;
   const int64_t q_size_, kv_size_, qkv_size_, size_, wide_;
   Arena<float, DecodeStep> arena_;
-  float *hidden_, *normed_, *update_;  // [B, d]
-  float* qkv_;                         // [B, (H + 2 Hkv) D]
-  float* attended_;                    // [B, H D]
-  float *gate_, *up_;                  // [B, I]
+  float *hidden_, *update_;  // [B, d]
+  X* normed_;                // [B, d]
+  float* qkv_;               // [B, (H + 2 Hkv) D]
+  X* attended_;              // [B, H D]
+  float *gate_, *up_;        // [B, I]
+  X* gated_;                 // [B, I]
 };
 
 }  // namespace
@@ -273,7 +285,12 @@ class DecodeStep {
 void decode_step(const DecodeStepParams& params) {
   dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if constexpr (!std::is_same_v<T, double>) DecodeStep<T>(params).run();
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (has_bf16_products()) return DecodeStep<T, BFloat16>(params).run();
+    }
+#endif
+    if constexpr (!std::is_same_v<T, double>) DecodeStep<T, float>(params).run();
   });
 }
 
