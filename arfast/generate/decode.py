@@ -132,12 +132,12 @@ class _DenseStep:
 
     @staticmethod
     def serves(model: Any, cache: StaticKVCache) -> bool:
-        if cache.k.is_cuda or cache.k.device.type != "cpu" or type(model) is not CausalLM or _has_hooks(model):
+        if cache.k.device.type != "cpu" or type(model) is not CausalLM or _has_hooks(model):
             return False
         if any(type(module) not in _DENSE for module in model.modules()):
             return False
         dtype = model.head_weight.dtype
-        if dtype == torch.float64 or cache.k.dtype != dtype:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16) or cache.k.dtype != dtype:
             return False
         return all(p.dtype == dtype and p.is_cpu and p.is_contiguous() for p in model.parameters())
 

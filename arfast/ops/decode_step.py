@@ -63,9 +63,9 @@ def decode_step(
         RuntimeError: `decode_step: <argument> must <rule>, got <actual>`; also on a GPU.
 
     Activations are float32 between the layers, whatever the dtype of the weights; products round them to bfloat16 where
-    the machine multiplies that itself (AVX512_BF16), subnormal numbers counting as zero. Not differentiable. The result of a
-    sequence depends neither on the batch around it nor on the number of threads. A thread keeps working memory of about
-    4 B (3 d + 2 (H + Hkv) D + 3 I) bytes for its next call.
+    the machine multiplies that itself (AVX512_BF16), subnormal numbers counting as zero. Not differentiable. The result
+    of a sequence depends neither on the batch around it nor on the number of threads. A thread keeps working memory of
+    about 4 B (3 d + 2 (H + Hkv) D + 3 I) bytes for its next call.
 
     Example:
         >>> head, norm, square, wide = torch.randn(11, 8), torch.ones(8), torch.randn(8, 8), torch.randn(16, 8)

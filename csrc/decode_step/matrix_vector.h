@@ -106,26 +106,39 @@ inline void multiply_vectors(const WeightRows<T>& weight, const float* const* ve
 #if defined(__AVX512F__)
 // The same with the instruction that adds the products of two pairs of bfloat16 to a float32: lane i adds the pairs i,
 // i + kLanes, ... in order.
+constexpr int kPairStep = 2 * kFloatLanes;
+
+template <bool kWhole>
+ARFAST_BF16_TARGET inline __m512bh load_pairs(const BFloat16* p, int64_t count) {
+  if constexpr (kWhole) return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
+  return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16((__mmask32{1} << count) - 1, p));
+}
+
+template <int kRows, int kVectors, bool kWhole>
+ARFAST_BF16_TARGET inline void add_pair_step(const BFloat16* const* rows, const BFloat16* const* vectors, int64_t i,
+                                             int64_t depth, __m512 (&sum)[kVectors][kRows]) {
+  __m512bh row[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) row[r] = load_pairs<kWhole>(rows[r] + i, depth - i);
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const __m512bh vector = load_pairs<kWhole>(vectors[v] + i, depth - i);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum[v][r] = _mm512_dpbf16_ps(sum[v][r], row[r], vector);
+  }
+}
+
 template <int kRows, int kVectors>
 ARFAST_BF16_TARGET inline void add_pair_products(const BFloat16* const* rows, const BFloat16* const* vectors,
                                                  int64_t depth, int64_t ahead, VecF* sums, int sums_stride) {
-  constexpr int kStep = 2 * kFloatLanes;
   __m512 sum[kVectors][kRows]{};
-  for (int64_t i = 0; i < depth; i += kStep) {
-    const __mmask32 inside = depth - i >= kStep ? ~__mmask32{0} : (__mmask32{1} << (depth - i)) - 1;
-    __m512bh row[kRows];
+  int64_t i = 0;
+  for (; i + kPairStep <= depth; i += kPairStep) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      __builtin_prefetch(rows[r] + ahead + i);
-      row[r] = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(inside, rows[r] + i));
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const __m512bh vector = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(inside, vectors[v] + i));
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sum[v][r] = _mm512_dpbf16_ps(sum[v][r], row[r], vector);
-    }
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(rows[r] + ahead + i);
+    add_pair_step<kRows, kVectors, true>(rows, vectors, i, depth, sum);
   }
+  if (i < depth) add_pair_step<kRows, kVectors, false>(rows, vectors, i, depth, sum);
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 8
