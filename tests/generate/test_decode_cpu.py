@@ -83,7 +83,7 @@ def test_what_one_op_does_not_serve():
 
 
 def test_parameters_may_change_between_steps():
-    """In place, by others, by others elsewhere; and the cache may get another size."""
+    """In place, for other parameters, for other memory; and the rotary tables may grow."""
     model = make()
     step, tokens = DecodeStep(model, with_prompt(model, 2, 6, 32)), torch.tensor([5, 9])
 
