@@ -16,6 +16,9 @@ LLAMA_11M = CausalLMConfig(
     rope_theta=10_000.0,
     tie_word_embeddings=True,
 )
+LLAMA_50M = LLAMA_11M.replace(
+    hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2
+)
 # The shape of Llama 3.2 1B: 16 layers, 32 heads of 64 that share 8 of keys and values.
 LLAMA_1B = CausalLMConfig.preset(
     "llama3-8b",

@@ -1,5 +1,7 @@
-"""One decode step of a model: a token per sequence in, the logits that follow out; on a GPU as one CUDA graph."""
+"""One decode step of a model: a token per sequence in, the logits that follow out; on a GPU as one CUDA graph, on the
+CPU as one op."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arfast.generate.dense_step import DenseStep, has_hooks
 from arfast.models import CausalLM
 from arfast.nn import KVCache
 
@@ -22,8 +25,11 @@ class DecodeStep:
     A step of a small batch is hundreds of kernels of a few microseconds, and the host cannot launch them that fast. On
     a GPU the first call runs like any forward pass, the second is captured as a CUDA graph, and from then on a call
     replays it. What a replay would not do as the code says is not captured: models other than CausalLM, hooks,
-    autocast (its casts of the weights end with it). A capture that fails warns, and every call is a forward pass then,
-    as it is on the CPU.
+    autocast (its casts of the weights end with it). A capture that fails warns, and every call is a forward pass then.
+
+    On the CPU a call is one `ops.decode_step`, with the parameters that the model has then, for a dense CausalLM in
+    float32, bfloat16 or float16; a forward pass for all others, under autocast, and with hooks that are there in the
+    first call.
 
     The graph reads the memory that it was captured with: changes in place of parameters and cache (an optimizer's step,
     `set_lengths`, `reset`, another prompt) are seen, parameters moved elsewhere are not.
@@ -72,8 +78,15 @@ class DecodeStep:
         self.graph.replay()
         return self._logits
 
+    @functools.cached_property
+    def _dense(self) -> DenseStep | None:
+        return DenseStep(self.model, self.cache) if DenseStep.serves(self.model, self.cache) else None
+
     def _step(self) -> Tensor:
-        logits = decode_one_token(self.model, self.tokens, self.cache)
+        if self._dense is not None and not torch.is_autocast_enabled("cpu"):
+            logits = self._dense(self.tokens)
+        else:
+            logits = decode_one_token(self.model, self.tokens, self.cache)
         if self.then is not None:
             self.then(logits)
         return logits
@@ -83,7 +96,7 @@ class DecodeStep:
             return False
         if torch.is_autocast_enabled("cuda"):
             return False
-        return not any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
+        return not has_hooks(self.model)
 
     def _capture(self) -> bool:
         """Records a forward pass, which counts its tokens on the host but does nothing on the GPU."""

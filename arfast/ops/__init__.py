@@ -6,6 +6,7 @@ from arfast.ops.beam_hypotheses import beam_hypotheses, beam_hypotheses_referenc
 from arfast.ops.beam_prune import beam_prune, beam_prune_reference
 from arfast.ops.beam_step import BeamState, beam_step, beam_step_reference
 from arfast.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from arfast.ops.decode_step import decode_step, decode_step_reference
 from arfast.ops.grouped_mm import grouped_mm, grouped_mm_reference
 from arfast.ops.kv_append import kv_append, kv_append_reference
 from arfast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
@@ -40,6 +41,8 @@ __all__ = [
     "beam_step_reference",
     "cross_entropy",
     "cross_entropy_reference",
+    "decode_step",
+    "decode_step_reference",
     "grouped_mm",
     "grouped_mm_reference",
     "kv_append",

@@ -39,7 +39,9 @@ def register_fake(name: str):
     def register(function):
         @functools.wraps(function)
         def checked(*arguments, **options):
-            devices = {str(t.device) for t in (*arguments, *options.values()) if isinstance(t, torch.Tensor)}
+            values = [*arguments, *options.values()]
+            values += [item for value in values if isinstance(value, (list, tuple)) for item in value]
+            devices = {str(t.device) for t in values if isinstance(t, torch.Tensor)}
             if len(devices) > 1:
                 raise RuntimeError(f"{op}: tensors must be on one device, got {', '.join(sorted(devices))}")
             return function(*arguments, **options)

@@ -1,12 +1,10 @@
-// Building blocks of the CPU attention kernels: a register-blocked matrix product of packed tiles, packing, the
-// exponential, scratch memory and tasks.
+// Building blocks of the CPU attention kernels: a register-blocked matrix product of packed tiles, packing and tasks.
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
+#include "core/arena.h"
+#include "core/cached_attention.h"
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "core/tasks.h"
@@ -24,14 +22,6 @@ constexpr int kBlockVectors = 2;
 // Columns of a packed right-hand side.
 template <typename A>
 constexpr int kPanel = kBlockVectors * kLanes<A>;
-
-template <typename A>
-constexpr A kInfinity = std::numeric_limits<A>::infinity();
-
-template <typename A>
-inline int64_t round_up_to_lanes(int64_t size) {
-  return (size + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
 
 // How the left-hand side of a product lies in memory.
 enum class Layout { kRowMajor, kColumnMajor };
@@ -117,16 +107,6 @@ struct StridedRows {
   const T* operator[](int64_t i) const { return first + i * stride; }
 };
 
-// `count` rows of `size` elements -> target [count, ld], zeros up to the next multiple of the lanes.
-template <typename T, typename Rows>
-inline void pack_rows(const Rows& rows, int64_t count, int64_t size, Acc<T>* target, int64_t ld) {
-  for (int64_t row = 0; row < count; ++row) {
-    const T* source = rows[row];
-    for_each_vector<T>(size,
-                       [&](int64_t i, int lanes) { store(target + row * ld + i, load_lanes(source + i, lanes)); });
-  }
-}
-
 // `count` rows of `size` elements -> panels [count / kPanel][size][kPanel], transposed; zeros for rows up to the next
 // multiple of the lanes.
 template <typename T, typename Rows>
@@ -145,74 +125,12 @@ inline void pack_panels(const Rows& rows, int64_t count, int64_t size, Acc<T>* t
   }
 }
 
-// 2^x for x <= 1, at most 1 ulp in the normal range, smaller ones 0; NaN stays NaN. Minimax polynomial on [-1/2, 1/2].
-inline VecF exp2_bounded(VecF x) {
-  const VecF clamped = x < -126.0f ? splat<VecF>(-126.0f) : x;
-  const VecF shifted = clamped + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer, which lies in the low bits
-  const VecF r = clamped - (shifted - 12582912.0f);
-  VecF p = splat<VecF>(1.5345812e-4f);
-  p = p * r + 1.3399931e-3f;
-  p = p * r + 9.6184890e-3f;
-  p = p * r + 5.5503288e-2f;
-  p = p * r + 2.4022647e-1f;
-  p = p * r + 6.9314721e-1f;
-  p = p * r + 1.0f;
-  const VecF power = reinterpret_cast<VecF>((reinterpret_cast<VecI>(shifted) - (0x4b400000 - 127)) << 23);
-  return x < -126.0f ? VecF{} : p * power;
-}
-inline VecD exp2_bounded(VecD x) {
-  VecD v = x;
-  for (int lane = 0; lane < kDoubleLanes; ++lane) v[lane] = std::exp2(x[lane]);
-  return v;
-}
-
-// The lanes from `first` to `last`, as a mask for ?:.
-template <typename A>
-inline auto lanes_between(int64_t first, int64_t last) {
-  Vec<A> lanes{};
-  for (int lane = 0; lane < kLanes<A>; ++lane) lanes[lane] = static_cast<A>(lane);
-  const auto bound = [](int64_t lane) { return static_cast<A>(std::clamp<int64_t>(lane, -1, kLanes<A>)); };
-  return (lanes >= bound(first)) & (lanes <= bound(last));
-}
-
 // Runs the tasks; on this thread alone if their work, as grain_for counts it, is not worth waking another one.
 template <typename F>
 void run_tasks(int64_t count, int64_t elements, const F& task) {
   if (elements > grain_for(1)) return arfast::run_tasks(count, task);
   for (int64_t index = 0; index < count; ++index) task(index);
 }
-
-// Memory of a thread that outlives the call: touching fresh pages costs more than the work of many tiles.
-template <typename A>
-A* thread_scratch(int64_t size) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local int64_t capacity = 0;
-  if (size > capacity) {
-    memory.reset(std::aligned_alloc(64, (size * sizeof(A) + 63) / 64 * 64));
-    capacity = memory ? size : 0;
-    if (!memory) throw std::bad_alloc();
-  }
-  return static_cast<A*>(memory.get());
-}
-
-// Hands out parts of a thread's scratch memory, each starting at a cache line.
-template <typename A>
-class Arena {
- public:
-  explicit Arena(int64_t size) : next_(thread_scratch<A>(size)) {}
-  A* take(int64_t size) {
-    A* part = next_;
-    next_ += padded(size);
-    return part;
-  }
-  static int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
-
- private:
-  A* next_;
-};
 
 }  // namespace
 }  // namespace arfast::ARFAST_CPU_TARGET

@@ -233,6 +233,20 @@ inline void store_lanes(T* p, Vec<T> v, int count) {
   store_partial<T>(p, v, count);
 }
 
+// a b + c rounded once where the target can, and then always: whether the compiler fuses the two differs from place to
+// place, so code of which two versions must give the same bits says it.
+inline VecF multiply_add(VecF a, VecF b, VecF c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+  return reinterpret_cast<VecF>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
 // A NaN in `a` is passed over: callers that must see it add the elements as well.
 template <typename V>
 inline V max(V a, V b) {

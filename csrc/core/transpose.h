@@ -31,4 +31,32 @@ inline void transpose(V* rows) {
   }
 }
 
+// Two vectors interleaved, a0 b0 a1 b1 ...: the vector of their lower and that of their upper halves.
+template <typename V, size_t... kLane>
+inline V interleave_low(V a, V b, std::index_sequence<kLane...>) {
+  return __builtin_shuffle(a, b, decltype(V{} < V{}){(kLane / 2 + kLane % 2 * sizeof...(kLane))...});
+}
+template <typename V, size_t... kLane>
+inline V interleave_high(V a, V b, std::index_sequence<kLane...>) {
+  constexpr size_t kL = sizeof...(kLane);
+  return __builtin_shuffle(a, b, decltype(V{} < V{}){(kL / 2 + kLane / 2 + kLane % 2 * kL)...});
+}
+
+// The vector whose lane i is the sum over the lanes of rows[i]: the rounds of a transposition, added up.
+template <typename V, size_t kCount>
+inline V add_transposed(const V (&rows)[kCount]) {
+  if constexpr (kCount == 1) {
+    return rows[0];
+  } else {
+    constexpr std::make_index_sequence<sizeof(V) / sizeof(rows[0][0])> kLane;
+    V next[kCount / 2];
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kCount / 2; ++i) {
+      const V a = rows[i], b = rows[i + kCount / 2];
+      next[i] = interleave_low(a, b, kLane) + interleave_high(a, b, kLane);
+    }
+    return add_transposed(next);
+  }
+}
+
 }  // namespace arfast::ARFAST_CPU_TARGET

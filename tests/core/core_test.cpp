@@ -1,12 +1,14 @@
 // Tests csrc/core for the CPU target that it is compiled for: conversions over every 16-bit value, exp and tanh against
-// double precision, reductions and partial vectors at every length, and the ranges that parallel_for hands out.
+// double precision, reductions and partial vectors at every length, the ranges that parallel_for hands out, and phases.
 #include <algorithm>
 #include <atomic>
 #include <cfloat>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <thread>
@@ -14,6 +16,7 @@
 
 #include "core/cpu_target.h"
 #include "core/parallel.h"
+#include "core/phases.h"
 #include "core/simd.h"
 
 namespace arfast::ARFAST_CPU_TARGET {
@@ -204,6 +207,57 @@ void test_parallel() {
   expect(grain_for(0) == 32768 && grain_for(1000) == 32 && grain_for(1 << 20) == 1, "grain_for");
 }
 
+// One thread calls the function for every index in turn, as within another parallel region.
+void indexwise_for(int64_t begin, int64_t end, int64_t, RangeFunction f, void* context) {
+  for (int64_t i = begin; i < end; ++i) f(i, i + 1, context);
+}
+
+// More threads than cores, some of which come when others have done everything.
+void late_for(int64_t, int64_t end, int64_t, RangeFunction f, void* context) {
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < 7; ++i) {
+    threads.emplace_back([=] {
+      std::this_thread::sleep_for(std::chrono::microseconds(200 * (i / 2)));
+      f(0, end, context);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Every task of a phase sees what all tasks of the one before it wrote.
+void test_phases() {
+  constexpr int64_t kCounts[] = {5, 1, 64, 3, 1, 1, 100, 0, 17};
+  const ParallelFor before = get_parallel_for();
+  for (const ParallelFor implementation :
+       {before, ParallelFor{threaded_for}, ParallelFor{indexwise_for}, ParallelFor{late_for}}) {
+    set_parallel_for(implementation);
+    for (int round = 0; round < 50; ++round) {
+      std::vector<std::vector<int64_t>> sums;
+      for (const int64_t count : kCounts) sums.emplace_back(count, -1);
+      run_phases(100, [&](Phases& phases) {
+        for (size_t phase = 0; phase < std::size(kCounts); ++phase) {
+          phases.run(kCounts[phase], [&](int64_t task) {
+            int64_t sum = 1;
+            for (size_t i = 0; i < phase; ++i) {
+              for (const int64_t value : sums[i]) sum = (sum + value) % 1000;
+            }
+            expect(sums[phase][task] == -1, "a task of a phase runs once", phase, task);
+            sums[phase][task] = sum;
+          });
+        }
+      });
+      std::vector<int64_t> all;
+      for (size_t phase = 0; phase < std::size(kCounts); ++phase) {
+        int64_t expected = 1;
+        for (const int64_t value : all) expected = (expected + value) % 1000;
+        for (const int64_t value : sums[phase]) expect(value == expected, "value of a phase", phase, value, expected);
+        all.insert(all.end(), sums[phase].begin(), sums[phase].end());
+      }
+    }
+  }
+  set_parallel_for(before);
+}
+
 // The name of this target, to compare with what the machine can run.
 constexpr CpuTarget kTarget = kVectorBytes == 64   ? CpuTarget::kAvx512
                               : kVectorBytes == 32 ? CpuTarget::kAvx2
@@ -220,6 +274,7 @@ int run() {
   test_rows<BFloat16>();
   test_rows<Float16>();
   test_parallel();
+  test_phases();
   std::printf("%d lanes: %d failures\n", kFloatLanes, failures);
   return failures == 0 ? 0 : 1;
 }

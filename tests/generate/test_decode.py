@@ -269,15 +269,6 @@ def test_a_capture_that_fails():
         assert_bitwise_equal(a, b)
 
 
-def test_on_the_cpu_nothing_is_captured():
-    model = make()
-    cache, other = with_prompt(model, 2, 6, 32), with_prompt(model, 2, 6, 32)
-    step, tokens = DecodeStep(model, cache), tokens_for(5, 2, "cpu")
-    expected = eager(model, other, tokens)
-    assert_bitwise_equal(torch.stack([step(token) for token in tokens]), expected)
-    assert step.graph is None
-
-
 BEAMS = dict(num_beams=4)
 GROUPS = BEAMS | dict(num_beam_groups=2, diversity_penalty=0.7)
 WAYS = [

@@ -1,0 +1,83 @@
+"""A decode step of a dense CausalLM on the CPU as one op."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arfast import ops
+from arfast.models import CausalLM
+from arfast.models.decoder import Decoder, DecoderLayer
+from arfast.nn import Attention, KVCache, RMSNorm, RotaryEmbedding, SwiGLU
+
+# What `ops.decode_step` computes; a model with any other module in it goes through its own forward pass.
+_DENSE = {CausalLM, Decoder, DecoderLayer, Attention, SwiGLU, RMSNorm, RotaryEmbedding}
+_DENSE |= {nn.Embedding, nn.Linear, nn.ModuleList}
+
+
+def has_hooks(model: nn.Module) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class DenseStep:
+    """`ops.decode_step` with the weights and the cache of a model."""
+
+    def __init__(self, model: CausalLM, cache: KVCache):
+        self.model, self.cache, self.rotary = model, cache, model.model.rotary
+        config = model.config
+        self.options = {
+            "num_heads": config.num_attention_heads,
+            "eps": config.rms_norm_eps,
+            "windows": [config.window(layer) for layer in range(config.num_hidden_layers)],
+            "qkv_bias": config.qkv_bias,
+            "o_bias": config.o_bias,
+            "qk_norm": config.qk_norm,
+        }
+        # Where the parameters are found again in every step: looking for them by name takes longer than a small layer.
+        self.places = [(module._parameters, name) for module, name in self._parameters()]
+
+    @staticmethod
+    def serves(model: Any, cache: KVCache) -> bool:
+        if cache.k.device.type != "cpu" or type(model) is not CausalLM or has_hooks(model):
+            return False
+        if any(type(module) not in _DENSE for module in model.modules()):
+            return False
+        dtype = model.head_weight.dtype
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16) or cache.k.dtype != dtype:
+            return False
+        return all(p.dtype == dtype and p.is_cpu and p.is_contiguous() for p in model.parameters())
+
+    def _parameters(self) -> list[tuple[nn.Module, str]]:
+        """Every weight's module and name, in the order of `ops.decode_step`."""
+        model, config = self.model, self.model.config
+        modules = [model.model.embed_tokens, model.model.norm, model.lm_head or model.model.embed_tokens]
+        places = [(module, "weight") for module in modules]
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+            modules = [layer.input_layernorm, *qkv, attention.o_proj, layer.post_attention_layernorm]
+            places += [(module, "weight") for module in (*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+            if config.qkv_bias:
+                places += [(module, "bias") for module in qkv]
+            if config.o_bias:
+                places.append((attention.o_proj, "bias"))
+            if config.qk_norm:
+                places += [(attention.q_norm, "weight"), (attention.k_norm, "weight")]
+        return places
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        cache, rotary = self.cache, self.rotary
+        cache.advance()
+        torch.add(cache.lengths, 1, out=cache.seqlens)
+        cos, sin = rotary.cos, rotary.sin
+        if len(cos) < cache.max_length:
+            cos, sin = rotary(None, cache.max_length)
+        weights = [parameters[name] for parameters, name in self.places]
+        state = (cache.k, cache.v, cache.seqlens)
+        try:
+            logits = ops.decode_step(tokens, weights, cos, sin, *state, beam_slots=cache.slots, **self.options)
+        except Exception:
+            cache.set_lengths(cache.lengths)  # the host has counted tokens that are not stored
+            raise
+        cache.lengths.copy_(cache.seqlens)
+        return logits

@@ -1,0 +1,125 @@
+"""One decode step of a dense model of the Llama family in a single call on the CPU (Touvron et al. 2023, arXiv
+2302.13971, section 2.2).
+
+A step of a small model is dozens of ops of a few microseconds, and calling them takes longer than reading the weights.
+On a GPU a CUDA graph of the model's own kernels does this: see `arfast.generate.DecodeStep`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from arfast.ops._library import needs_grad, register_fake
+from arfast.ops.attention_decode import attention_decode_reference
+from arfast.ops.rms_norm import rms_norm_reference
+from arfast.ops.rotary import rotary_reference
+from arfast.ops.swiglu import swiglu_reference
+
+_ops = torch.ops.arfast
+
+
+def decode_step(
+    tokens: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    seqlens: torch.Tensor,
+    *,
+    num_heads: int,
+    eps: float,
+    windows: Sequence[int | None] | None = None,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    qk_norm: bool = False,
+    beam_slots: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Store one new token per sequence in the caches; the logits that follow it.
+
+    Args:
+        tokens: int64 [B], in [0, V).
+        weights: contiguous, of one dtype, float32, bfloat16 or float16, on the CPU, in this order: the embedding
+            [V, d], the final norm [d], the output head [V, d] (a tied one is the embedding again); then for each layer
+            the input norm [d], the projections of queries [H D, d], keys [Hkv D, d], values [Hkv D, d] and output
+            [d, H D], the post-attention norm [d], gate [I, d], up [I, d] and down [d, I]; the biases of queries, keys
+            and values with qkv_bias, that of the output with o_bias, the norms [D] of each query and key with qk_norm.
+        cos, sin: float32 [positions, D / 2], as for `rotary`; contiguous.
+        k_cache, v_cache: [L, rows, S, Hkv, D] in the dtype of the weights: position p of sequence b at [:, b, p].
+            Changed in place, nothing but the new tokens; only the channels must be dense.
+        seqlens: int32 [B], the tokens of every sequence, the new one included; at least 1, at most S and positions.
+        num_heads: H.
+        eps: of every RMSNorm.
+        windows: per layer, how many tokens before itself a token sees; None: all.
+        qkv_bias, o_bias, qk_norm: what the weights hold beside those of all models.
+        beam_slots: int32 [B, S]: position p of sequence b is at [:, beam_slots[b, p], p], that of the new token too,
+            which no other sequence of the batch may read or write. Entries past seqlens may hold anything.
+
+    Returns:
+        logits [B, V] in the dtype of the weights.
+
+    Raises:
+        IndexError: `decode_step: tokens must be in [0, vocab_size=V), got <actual>`.
+        RuntimeError: `decode_step: <argument> must <rule>, got <actual>`; also on a GPU.
+
+    Activations are float32 between the layers, whatever the dtype of the weights; products round them to bfloat16 where
+    the machine multiplies that itself (AVX512_BF16), subnormal numbers counting as zero. Not differentiable. The result
+    of a sequence depends neither on the batch around it nor on the number of threads. A thread keeps working memory of
+    about 4 B (3 d + 2 (H + Hkv) D + 3 I) bytes for its next call.
+
+    Example:
+        >>> head, norm, square, wide = torch.randn(11, 8), torch.ones(8), torch.randn(8, 8), torch.randn(16, 8)
+        >>> layer = [norm, square, square, square, square, norm, wide, wide, torch.randn(8, 16)]
+        >>> angles = torch.arange(32.0)[:, None] * torch.tensor([1.0, 0.1])
+        >>> k_cache, v_cache = torch.zeros(2, 1, 1, 32, 2, 4)
+        >>> tables, seqlens = (angles.cos(), angles.sin()), torch.tensor([1], dtype=torch.int32)
+        >>> weights = [head, norm, head, *layer]
+        >>> decode_step(torch.tensor([3]), weights, *tables, k_cache, v_cache, seqlens, num_heads=2, eps=1e-5).shape
+        torch.Size([1, 11])
+    """
+    if needs_grad(*weights, k_cache, v_cache):
+        raise RuntimeError("decode_step: inputs must not require a gradient (use torch.no_grad), got one that does")
+    limits = [-1 if window is None else window for window in windows or [None] * len(k_cache)]
+    caches = (cos, sin, k_cache, v_cache, seqlens, beam_slots)
+    try:
+        return _ops.decode_step(tokens, weights, *caches, limits, num_heads, eps, qkv_bias, o_bias, qk_norm)
+    except RuntimeError as error:
+        if "tokens must be in [" in str(error):
+            raise IndexError(str(error)) from None
+        raise
+
+
+def decode_step_reference(
+    tokens, weights, cos, sin, k_cache, v_cache, seqlens, *, num_heads, eps, windows=None, qkv_bias=False, o_bias=False,
+    qk_norm=False, beam_slots=None,
+):  # fmt: skip
+    """The specification of `decode_step` in plain torch."""
+    embedding, norm, head, *rest = weights
+    batch, head_dim, last = len(tokens), k_cache.shape[-1], seqlens.long() - 1
+    cos, sin, sequences = cos[last], sin[last], torch.arange(batch)
+    rows = sequences if beam_slots is None else beam_slots[sequences, last].long()
+    hidden, per_layer = embedding[tokens], len(rest) // len(k_cache)
+    for layer, window in enumerate(windows or [None] * len(k_cache)):
+        norm_1, *qkv, o, norm_2, gate, up, down = rest[layer * per_layer :][:9]
+        extra = rest[layer * per_layer + 9 : (layer + 1) * per_layer]
+        normed = rms_norm_reference(hidden, norm_1, eps)
+        biases = extra[:3] if qkv_bias else [None] * 3
+        q, k, v = (torch.nn.functional.linear(normed, w, b) for w, b in zip(qkv, biases, strict=True))
+        q, k, v = (x.view(batch, 1, -1, head_dim) for x in (q, k, v))
+        if qk_norm:
+            q, k = (rms_norm_reference(x, weight, eps) for x, weight in zip((q, k), extra[-2:], strict=True))
+        k_cache[layer, rows, last] = rotary_reference(k, cos, sin)[:, 0]
+        v_cache[layer, rows, last] = v[:, 0]
+        options = dict(window=window, beam_slots=beam_slots)
+        out = attention_decode_reference(
+            rotary_reference(q, cos, sin), k_cache[layer], v_cache[layer], seqlens, **options
+        )
+        hidden = hidden + torch.nn.functional.linear(out.flatten(1), o, extra[3 * qkv_bias] if o_bias else None)
+        normed = rms_norm_reference(hidden, norm_2, eps)
+        hidden = hidden + swiglu_reference(normed @ gate.mT, normed @ up.mT) @ down.mT
+    return rms_norm_reference(hidden, norm, eps) @ head.mT
+
+
+@register_fake("decode_step")
+def _(tokens, weights, *arguments):
+    return weights[0].new_empty(tokens.shape[0], weights[0].shape[0])

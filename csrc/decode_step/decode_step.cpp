@@ -1,0 +1,208 @@
+// Binding of decode_step: schema, checks, allocation.
+#include "decode_step/decode_step.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "binding/tensor.h"
+
+namespace arfast {
+namespace {
+
+constexpr const char* kOp = "decode_step";
+
+// The weights in the order of the list, each checked when it is taken.
+class Weights {
+ public:
+  explicit Weights(const std::vector<Tensor>& weights) : weights_(weights) {}
+
+  // Text is made for errors alone: a model has hundreds of weights, and all are checked in every step.
+  const void* take(const char* name, const char* names, std::initializer_list<int64_t> sizes) {
+    const Tensor& weight = next(name);
+    check_shape(kOp, name, weight, names, sizes);
+    check_same_dtype(kOp, name, weight, "embed_tokens", weights_[0]);
+    if (!weight.is_cpu()) fail(kOp, name, "be on the CPU", device_of(weight));
+    if (!weight.is_contiguous()) fail(kOp, name, "be contiguous", "strides that are not");
+    return weight.data_ptr();
+  }
+  void finish() const {
+    if (index_ != weights_.size()) {
+      fail(kOp, "weights", "hold no more than the model has", std::to_string(weights_.size()));
+    }
+  }
+
+ private:
+  const Tensor& next(const char* name) {
+    if (index_ == weights_.size()) {
+      fail(kOp, "weights", std::string("go on with ") + name, std::to_string(index_) + " tensors");
+    }
+    return weights_[index_++];
+  }
+
+  const std::vector<Tensor>& weights_;
+  size_t index_ = 0;
+};
+
+struct Options {
+  bool qkv_bias, o_bias, qk_norm;
+};
+
+DecodeStepLayer take_layer(Weights& weights, const DecodeStepParams& p, const Options& options, int64_t window) {
+  const int64_t d = p.hidden_size, q = p.num_heads * p.head_dim, kv = p.num_kv_heads * p.head_dim;
+  DecodeStepLayer layer{};
+  layer.window = window;
+  layer.input_norm = weights.take("input_layernorm", "[d]", {d});
+  layer.q = weights.take("q_proj", "[H D, d]", {q, d});
+  layer.k = weights.take("k_proj", "[Hkv D, d]", {kv, d});
+  layer.v = weights.take("v_proj", "[Hkv D, d]", {kv, d});
+  layer.o = weights.take("o_proj", "[d, H D]", {d, q});
+  layer.post_norm = weights.take("post_attention_layernorm", "[d]", {d});
+  layer.gate = weights.take("gate_proj", "[I, d]", {p.intermediate_size, d});
+  layer.up = weights.take("up_proj", "[I, d]", {p.intermediate_size, d});
+  layer.down = weights.take("down_proj", "[d, I]", {d, p.intermediate_size});
+  if (options.qkv_bias) {
+    layer.q_bias = weights.take("q_proj.bias", "[H D]", {q});
+    layer.k_bias = weights.take("k_proj.bias", "[Hkv D]", {kv});
+    layer.v_bias = weights.take("v_proj.bias", "[Hkv D]", {kv});
+  }
+  if (options.o_bias) layer.o_bias = weights.take("o_proj.bias", "[d]", {d});
+  if (options.qk_norm) {
+    layer.q_norm = weights.take("q_norm", "[D]", {p.head_dim});
+    layer.k_norm = weights.take("k_norm", "[D]", {p.head_dim});
+  }
+  return layer;
+}
+
+const float* check_table(const char* argument, const Tensor& table, int64_t positions, int64_t half) {
+  check_shape(kOp, argument, table, "[positions, D / 2]", {positions, half});
+  check_dtype(kOp, argument, table, ScalarType::Float);
+  check(table.is_contiguous(), kOp, argument, "be contiguous", "strides that are not");
+  return static_cast<const float*>(table.data_ptr());
+}
+
+DecodeStepCache check_cache(const char* argument, const Tensor& cache, std::initializer_list<int64_t> sizes,
+                            const Tensor& embedding) {
+  check_shape(kOp, argument, cache, "[L, rows, S, Hkv, D]", sizes);
+  check_same_dtype(kOp, argument, cache, "embed_tokens", embedding);
+  check_same_device(kOp, argument, cache, "embed_tokens", embedding);
+  check(cache.size(4) <= 1 || cache.stride(4) == 1, kOp, argument, "have dense channels",
+        "a stride of " + std::to_string(cache.stride(4)));
+  return {cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2), cache.stride(3)};
+}
+
+void check_tokens(const DecodeStepParams& params) {
+  for (int64_t b = 0; b < params.batch; ++b) {
+    if (params.tokens[b] >= 0 && params.tokens[b] < params.vocab_size) continue;
+    fail(kOp, "tokens", "be in [0, vocab_size=" + std::to_string(params.vocab_size) + ")",
+         std::to_string(params.tokens[b]) + " at position " + std::to_string(b));
+  }
+}
+
+// Lengths and slots that lie within the caches and the rotary tables.
+void check_places(const DecodeStepParams& params, int64_t rows, int64_t capacity) {
+  for (int64_t b = 0; b < params.batch; ++b) {
+    const int64_t seqlen = params.seqlens[b];
+    if (seqlen < 1 || seqlen > capacity) {
+      fail(kOp, "seqlens", "be in [1, " + std::to_string(capacity) + "], what caches and rotary tables hold",
+           std::to_string(seqlen) + " at position " + std::to_string(b));
+    }
+    if (params.beam_slots == nullptr) continue;
+    const int32_t* slots = params.beam_slots + b * params.slots_stride;
+    int32_t low = 0, high = 0;
+    for (int64_t position = 0; position < seqlen; ++position) {
+      low = std::min(low, slots[position]);
+      high = std::max(high, slots[position]);
+    }
+    if (low < 0 || high >= rows) {
+      fail(kOp, "beam_slots", "be in [0, " + std::to_string(rows) + ")",
+           std::to_string(low < 0 ? low : high) + " for sequence " + std::to_string(b));
+    }
+  }
+}
+
+// -> logits [B, V]
+Tensor decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor sin, Tensor k_cache, Tensor v_cache,
+                   Tensor seqlens, std::optional<Tensor> beam_slots, std::vector<int64_t> windows, int64_t num_heads,
+                   double eps, bool qkv_bias, bool o_bias, bool qk_norm) {
+  check(list.size() >= 3, kOp, "weights", "begin with embed_tokens, norm and lm_head",
+        std::to_string(list.size()) + " tensors");
+  const Tensor& embedding = list[0];
+  if (!embedding.is_cpu()) fail(kOp, "weights", "be on the CPU", device_of(embedding));
+  check_shape(kOp, "embed_tokens", embedding, "[V, d]", {kAny, kAny});
+  check_shape(kOp, "k_cache", k_cache, "[L, rows, S, Hkv, D]", {kAny, kAny, kAny, kAny, kAny});
+  check_shape(kOp, "tokens", tokens, "[B]", {kAny});
+  check_dtype(kOp, "tokens", tokens, ScalarType::Long);
+  check_same_device(kOp, "tokens", tokens, "embed_tokens", embedding);
+  const int64_t layers = k_cache.size(0), rows = k_cache.size(1), capacity = k_cache.size(2);
+  const int64_t num_kv_heads = k_cache.size(3), head_dim = k_cache.size(4), batch = tokens.size(0);
+  const DType dtype = float_dtype(kOp, "embed_tokens", embedding);
+  check(dtype != DType::kFloat64, kOp, "embed_tokens", "be float32, bfloat16 or float16", "float64");
+  check(head_dim > 0 && head_dim % 2 == 0, kOp, "k_cache", "have an even head_dim", std::to_string(head_dim));
+  check(num_kv_heads > 0 && num_heads > 0 && num_heads % num_kv_heads == 0, kOp, "num_heads",
+        ("be a multiple of the " + std::to_string(num_kv_heads) + " key-value heads").c_str(),
+        std::to_string(num_heads));
+  check_range(kOp, "eps", eps, eps >= 0 && eps < 1, "be in [0, 1)");
+  check(static_cast<int64_t>(windows.size()) == layers, kOp, "windows",
+        ("have one entry for each of " + std::to_string(layers) + " layers").c_str(), std::to_string(windows.size()));
+
+  DecodeStepParams params{};
+  params.dtype = dtype;
+  params.batch = batch;
+  params.hidden_size = embedding.size(1);
+  params.intermediate_size = list.size() > 9 && list[9].dim() == 2 ? list[9].size(0) : 0;
+  params.vocab_size = embedding.size(0);
+  params.num_layers = layers;
+  params.num_heads = num_heads;
+  params.num_kv_heads = num_kv_heads;
+  params.head_dim = head_dim;
+  params.eps = eps;
+  Weights weights(list);
+  params.embedding = weights.take("embed_tokens", "[V, d]", {params.vocab_size, params.hidden_size});
+  params.norm = weights.take("norm", "[d]", {params.hidden_size});
+  params.head = weights.take("lm_head", "[V, d]", {params.vocab_size, params.hidden_size});
+  std::vector<DecodeStepLayer> layer_weights;
+  layer_weights.reserve(layers);
+  for (const int64_t window : windows) {
+    layer_weights.push_back(take_layer(weights, params, {qkv_bias, o_bias, qk_norm}, window));
+  }
+  weights.finish();
+  params.layers = layer_weights.data();
+
+  params.cos = check_table("cos", cos, kAny, head_dim / 2);
+  params.sin = check_table("sin", sin, cos.size(0), head_dim / 2);
+  params.k_cache = check_cache("k_cache", k_cache, {layers, rows, capacity, num_kv_heads, head_dim}, embedding);
+  params.v_cache = check_cache("v_cache", v_cache, {layers, rows, capacity, num_kv_heads, head_dim}, embedding);
+  check_shape(kOp, "seqlens", seqlens, "[B]", {batch});
+  check_dtype(kOp, "seqlens", seqlens, ScalarType::Int);
+  tokens = to_contiguous(tokens);
+  seqlens = to_contiguous(seqlens);
+  params.tokens = static_cast<const int64_t*>(tokens.data_ptr());
+  params.seqlens = static_cast<const int32_t*>(seqlens.data_ptr());
+  if (beam_slots) {
+    check_shape(kOp, "beam_slots", *beam_slots, "[B, S]", {batch, capacity});
+    check_dtype(kOp, "beam_slots", *beam_slots, ScalarType::Int);
+    beam_slots = with_dense_rows(*beam_slots);
+    params.beam_slots = static_cast<const int32_t*>(beam_slots->data_ptr());
+    params.slots_stride = beam_slots->stride(0);
+  } else {
+    check(batch <= rows, kOp, "tokens", "be at most the rows of the caches", std::to_string(batch));
+  }
+  check_tokens(params);
+  check_places(params, rows, std::min(capacity, cos.size(0)));
+  Tensor logits = new_empty(embedding, {batch, params.vocab_size}, embedding.scalar_type());
+  params.logits = logits.data_ptr();
+  if (logits.numel() > 0) decode_step_cpu(params);
+  return logits;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
+  m.def(
+      "decode_step(Tensor tokens, Tensor[] weights, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor seqlens, Tensor? beam_slots, int[] windows, int num_heads, float eps, bool qkv_bias, bool o_bias, "
+      "bool qk_norm) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) { m.impl("decode_step", TORCH_BOX(&decode_step)); }
+
+}  // namespace arfast

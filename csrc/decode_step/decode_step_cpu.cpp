@@ -1,0 +1,297 @@
+// A decode step of a dense model of the Llama family on the CPU (Touvron et al. 2023, arXiv 2302.13971, section 2.2),
+// in one parallel region: a task is a range of rows of a weight matrix, read once for all sequences, or a key-value
+// head of a sequence. Activations are float32, but that products round them to bfloat16 where the machine multiplies
+// that itself. No result depends on how rows are divided into tasks.
+#include <algorithm>
+#include <cmath>
+
+#include "core/arena.h"
+#include "core/bf16_matmul.h"
+#include "core/cached_attention.h"
+#include "core/phases.h"
+#include "core/rotation.h"
+#include "decode_step/decode_step.h"
+#include "decode_step/matrix_vector.h"
+
+namespace arfast::ARFAST_CPU_TARGET {
+namespace {
+
+constexpr int64_t kTaskBytes = 32 << 10;  // of weights: few enough that no thread waits long for the last task
+constexpr int64_t kNormRows = 8;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline VecF silu(VecF x) { return x / (1 + exp(-x)); }
+
+// x [size] * weight / sqrt(mean(x^2) + eps) -> out
+template <typename T, typename X>
+void normalize(const float* x, const T* weight, int64_t size, double eps, X* out) {
+  VecF squares{};
+  for_each_vector<float>(size, [&](int64_t i, int count) {
+    const VecF v = load_lanes(x + i, count);
+    squares += v * v;
+  });
+  const float rstd = 1 / std::sqrt(reduce_add(squares) / static_cast<float>(size) + static_cast<float>(eps));
+  for_each_vector<float>(size, [&](int64_t i, int count) {
+    store_lanes(out + i, load_lanes(x + i, count) * rstd * load_lanes(weight + i, count), count);
+  });
+}
+
+template <typename T>
+void add_to(const T* x, int64_t size, float* out) {
+  for_each_vector<float>(size, [&](int64_t i, int count) {
+    store_lanes(out + i, load_lanes(out + i, count) + load_lanes(x + i, count), count);
+  });
+}
+
+template <typename T, typename U>
+void convert(const T* x, int64_t size, U* out) {
+  for_each_vector<float>(size, [&](int64_t i, int count) { store_lanes(out + i, load_lanes(x + i, count), count); });
+}
+
+// Rows of a matrix [count, depth] as tasks, whole blocks of the products that share them.
+template <typename T>
+struct RowTasks {
+  int64_t count, rows;
+
+  RowTasks(int64_t count_, int64_t depth, int64_t matrices = 1) : count(count_) {
+    const int64_t bytes = matrices * depth * static_cast<int64_t>(sizeof(T));
+    rows = std::max<int64_t>(kTaskBytes / bytes / kFloatLanes, 1) * kFloatLanes;
+  }
+  int64_t tasks() const { return divide_up(count, rows); }
+  int64_t begin(int64_t task) const { return task * rows; }
+  int64_t end(int64_t task) const { return std::min((task + 1) * rows, count); }
+};
+
+// Everything that the threads share. X: what vectors are multiplied in, see multiply_rows.
+template <typename T, typename X>
+class DecodeStep {
+ public:
+  explicit DecodeStep(const DecodeStepParams& params)
+      : params_(params),
+        q_size_(params.num_heads * params.head_dim),
+        kv_size_(params.num_kv_heads * params.head_dim),
+        qkv_size_(q_size_ + 2 * kv_size_),
+        size_(params.hidden_size),
+        wide_(params.intermediate_size),
+        arena_(params.batch * (3 * padded(size_) + padded(qkv_size_) + padded(q_size_) + 3 * padded(wide_))),
+        hidden_(take(size_)),
+        update_(take(size_)),
+        normed_(take<X>(size_)),
+        qkv_(take(qkv_size_)),
+        attended_(take<X>(q_size_)),
+        gate_(take(wide_)),
+        up_(take(wide_)),
+        gated_(take<X>(wide_)) {}
+
+  void run() {
+    const int64_t most = std::max({RowTasks<T>(params_.vocab_size, size_).tasks(), RowTasks<T>(wide_, size_, 2).tasks(),
+                                   params_.batch * params_.num_kv_heads});
+    run_phases(most, [&](Phases& phases) {
+      for (int64_t layer = 0; layer < params_.num_layers; ++layer) {
+        const DecodeStepLayer& weights = params_.layers[layer];
+        norm(phases, weights.input_norm, nullptr, layer == 0);
+        project_qkv(phases, weights);
+        phases.run(params_.batch * params_.num_kv_heads,
+                   [&](int64_t task) { attend(layer, task / params_.num_kv_heads, task % params_.num_kv_heads); });
+        project(phases, weights.o, attended_, q_size_);
+        norm(phases, weights.post_norm, weights.o_bias, false);
+        gate(phases, weights);
+        project(phases, weights.down, gated_, wide_);
+      }
+      norm(phases, params_.norm, nullptr, params_.num_layers == 0);
+      project_logits(phases);
+    });
+  }
+
+ private:
+  struct LogitsTile;
+
+  static int64_t padded(int64_t size) { return Arena<float>::padded(size); }
+  template <typename U = float>
+  U* take(int64_t size) {
+    return reinterpret_cast<U*>(arena_.take(params_.batch * padded(size)));
+  }
+  template <typename U>
+  static U* row_of(U* buffer, int64_t row, int64_t size) {
+    return buffer + row * padded(size);
+  }
+
+  void multiply(const void* weight, int64_t depth, int64_t begin, int64_t end, const X* x, float* out,
+                int64_t out_stride) const {
+    multiply_rows<T, X>({static_cast<const T*>(weight), depth, begin, end}, x, padded(depth), params_.batch, out,
+                        out_stride);
+  }
+
+  // hidden += update + bias (or the embedding at first); normed = norm(hidden)
+  void norm(Phases& phases, const void* weight, const void* bias, bool first) {
+    phases.run(divide_up(params_.batch, kNormRows), [&](int64_t task) {
+      for (int64_t b = task * kNormRows; b < std::min((task + 1) * kNormRows, params_.batch); ++b) {
+        float* hidden = row_of(hidden_, b, size_);
+        if (first) {
+          convert(static_cast<const T*>(params_.embedding) + params_.tokens[b] * size_, size_, hidden);
+        } else {
+          add_to(row_of(update_, b, size_), size_, hidden);
+          if (bias != nullptr) add_to(static_cast<const T*>(bias), size_, hidden);
+        }
+        normalize(hidden, static_cast<const T*>(weight), size_, params_.eps, row_of(normed_, b, size_));
+      }
+    });
+  }
+
+  void project_qkv(Phases& phases, const DecodeStepLayer& weights) {
+    const RowTasks<T> q(q_size_, size_), kv(kv_size_, size_);
+    phases.run(q.tasks() + 2 * kv.tasks(), [&](int64_t task) {
+      const bool is_q = task < q.tasks(), is_v = task >= q.tasks() + kv.tasks();
+      const RowTasks<T>& rows = is_q ? q : kv;
+      const int64_t index = task - (is_q ? 0 : q.tasks()) - (is_v ? kv.tasks() : 0);
+      const int64_t begin = rows.begin(index), end = rows.end(index);
+      float* out = qkv_ + (is_q ? 0 : q_size_) + (is_v ? kv_size_ : 0);
+      multiply(is_q ? weights.q : is_v ? weights.v : weights.k, size_, begin, end, normed_, out, padded(qkv_size_));
+      const void* bias = is_q ? weights.q_bias : is_v ? weights.v_bias : weights.k_bias;
+      if (bias == nullptr) return;
+      for (int64_t b = 0; b < params_.batch; ++b) {
+        add_to(static_cast<const T*>(bias) + begin, end - begin, out + b * padded(qkv_size_) + begin);
+      }
+    });
+  }
+
+  // update = weight x
+  void project(Phases& phases, const void* weight, const X* x, int64_t depth) {
+    const RowTasks<T> rows(size_, depth);
+    phases.run(rows.tasks(), [&](int64_t task) {
+      multiply(weight, depth, rows.begin(task), rows.end(task), x, update_, padded(size_));
+    });
+  }
+
+  // gated = silu(gate_proj normed) * up_proj normed
+  void gate(Phases& phases, const DecodeStepLayer& weights) {
+    const RowTasks<T> rows(wide_, size_, 2);
+    phases.run(rows.tasks(), [&](int64_t task) {
+      const int64_t begin = rows.begin(task), end = rows.end(task);
+      multiply(weights.gate, size_, begin, end, normed_, gate_, padded(wide_));
+      multiply(weights.up, size_, begin, end, normed_, up_, padded(wide_));
+      for (int64_t b = 0; b < params_.batch; ++b) {
+        const float* gate = row_of(gate_, b, wide_) + begin;
+        const float* up = row_of(up_, b, wide_) + begin;
+        X* out = row_of(gated_, b, wide_) + begin;
+        for_each_vector<float>(end - begin, [&](int64_t i, int count) {
+          store_lanes(out + i, silu(load_lanes(gate + i, count)) * load_lanes(up + i, count), count);
+        });
+      }
+    });
+  }
+
+  void project_logits(Phases& phases) {
+    const int64_t vocab_size = params_.vocab_size;
+    const RowTasks<T> rows(vocab_size, size_);
+    phases.run(rows.tasks(), [&](int64_t task) {
+      const int64_t begin = rows.begin(task), end = rows.end(task);
+      T* logits = static_cast<T*>(params_.logits);
+      if constexpr (std::is_same_v<T, float>) {
+        multiply(params_.head, size_, begin, end, normed_, logits, vocab_size);
+      } else {
+        const int64_t stride = padded(end - begin);
+        float* tile = thread_scratch<float, LogitsTile>(params_.batch * stride);
+        multiply(static_cast<const T*>(params_.head) + begin * size_, size_, 0, end - begin, normed_, tile, stride);
+        for (int64_t b = 0; b < params_.batch; ++b) {
+          convert(tile + b * stride, end - begin, logits + b * vocab_size + begin);
+        }
+      }
+    });
+  }
+
+  // RMSNorm of a head if there is one, and its rotation to the position, both in place.
+  void prepare_head(float* head, const void* norm, int64_t position) const {
+    const int64_t half = params_.head_dim / 2;
+    if (norm != nullptr) normalize(head, static_cast<const T*>(norm), params_.head_dim, params_.eps, head);
+    rotate_head(head, params_.cos + position * half, params_.sin + position * half, half, false, head);
+  }
+
+  // A head of one layer in the caches.
+  struct CachedHead {
+    T *k, *v;
+    const DecodeStepCache &k_cache, &v_cache;
+    const int32_t* slots;  // of the sequence, or nullptr
+    int64_t sequence;
+
+    int64_t row(int64_t position) const { return slots == nullptr ? sequence : slots[position]; }
+    T* key(int64_t row, int64_t position) const {
+      return k + row * k_cache.batch_stride + position * k_cache.row_stride;
+    }
+    T* value(int64_t row, int64_t position) const {
+      return v + row * v_cache.batch_stride + position * v_cache.row_stride;
+    }
+  };
+  CachedHead cached_head(int64_t layer, int64_t sequence, int64_t head) const {
+    const auto at = [&](const DecodeStepCache& cache) {
+      return static_cast<T*>(cache.data) + layer * cache.layer_stride + head * cache.head_stride;
+    };
+    const int32_t* slots = params_.beam_slots;
+    if (slots != nullptr) slots += sequence * params_.slots_stride;
+    return {at(params_.k_cache), at(params_.v_cache), params_.k_cache, params_.v_cache, slots, sequence};
+  }
+
+  // Stores the new key and value of a head, then lets the queries that share it attend.
+  void attend(int64_t layer, int64_t sequence, int64_t kv_head) {
+    const DecodeStepLayer& weights = params_.layers[layer];
+    const int64_t head_dim = params_.head_dim, group = params_.num_heads / params_.num_kv_heads;
+    const int64_t position = params_.seqlens[sequence] - 1;
+    float* q = row_of(qkv_, sequence, qkv_size_) + kv_head * group * head_dim;
+    float* k = row_of(qkv_, sequence, qkv_size_) + q_size_ + kv_head * head_dim;
+    prepare_head(k, weights.k_norm, position);
+    const CachedHead cached = cached_head(layer, sequence, kv_head);
+    const int64_t new_row = cached.row(position);
+    convert(k, head_dim, cached.key(new_row, position));
+    convert(k + kv_size_, head_dim, cached.value(new_row, position));
+    CachedAttention<T> attention(group, head_dim, 1 / std::sqrt(static_cast<double>(head_dim)), 0);
+    for (int64_t row = 0; row < group; ++row) {
+      prepare_head(q + row * head_dim, weights.q_norm, position);
+      attention.set_query(row, q + row * head_dim);
+    }
+    const int64_t first = weights.window < 0 ? 0 : std::max<int64_t>(position - weights.window, 0);
+    for (int64_t key = first; key <= position; key += kCachedTile) {
+      const T *keys[kCachedTile], *values[kCachedTile];
+      const int64_t count = std::min(kCachedTile, position + 1 - key);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = cached.row(key + i);
+        keys[i] = cached.key(row, key + i);
+        values[i] = cached.value(row, key + i);
+      }
+      attention.visit(keys, values, count, [](int64_t) { return int64_t{0}; }, [&](int64_t) { return count - 1; });
+    }
+    X* out = row_of(attended_, sequence, q_size_) + kv_head * group * head_dim;
+    for (int64_t row = 0; row < group; ++row, out += head_dim) {
+      const float inverse = 1 / attention.sum(row);
+      for_each_vector<float>(head_dim, [&](int64_t i, int count) {
+        store_lanes(out + i, load_lanes(attention.out(row) + i, count) * inverse, count);
+      });
+    }
+  }
+
+  const DecodeStepParams& params_;
+  const int64_t q_size_, kv_size_, qkv_size_, size_, wide_;
+  Arena<float, DecodeStep> arena_;
+  float *hidden_, *update_;  // [B, d]
+  X* normed_;                // [B, d]
+  float* qkv_;               // [B, (H + 2 Hkv) D]
+  X* attended_;              // [B, H D]
+  float *gate_, *up_;        // [B, I]
+  X* gated_;                 // [B, I]
+};
+
+}  // namespace
+
+void decode_step(const DecodeStepParams& params) {
+  dispatch_dtype(params.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (has_bf16_products()) return DecodeStep<T, BFloat16>(params).run();
+    }
+#endif
+    if constexpr (!std::is_same_v<T, double>) DecodeStep<T, float>(params).run();
+  });
+}
+
+}  // namespace arfast::ARFAST_CPU_TARGET

@@ -1,0 +1,200 @@
+// Products of a few vectors with the rows of a weight matrix on the CPU. With one vector they are bound by reading the
+// weights; a row is read once for four of them.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "core/bf16_matmul.h"
+#include "core/simd.h"
+#include "core/transpose.h"
+
+// Instructions that not every machine with AVX-512 has: see has_bf16_products.
+#if defined(__AVX512F__)
+#define ARFAST_BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#endif
+
+namespace arfast::ARFAST_CPU_TARGET {
+
+// A tile is kFloatLanes pairs of a row and a vector: this many rows for a number of vectors.
+template <int kVectors>
+constexpr int kProductRows = kFloatLanes / kVectors;
+
+// sums[vector][row] = the lanes' partial sums of the products of rows [depth] and vectors [depth]. Lane i adds the
+// elements i, i + kLanes, ... in order, so a product has the same bits in every tile. What lies `ahead` of the rows is
+// read soon.
+template <typename T, int kRows, int kVectors>
+inline void add_products(const T* const* rows, const float* const* vectors, int64_t depth, int64_t ahead, VecF* sums,
+                         int sums_stride) {
+  VecF sum[kVectors][kRows]{};
+  const auto step = [&](const auto& row_at, const auto& vector_at) {
+    VecF row[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) row[r] = row_at(rows[r]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const VecF vector = vector_at(vectors[v]);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum[v][r] = multiply_add(row[r], vector, sum[v][r]);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kFloatLanes <= depth; i += kFloatLanes) {
+    // Of so many short streams the processor's own prefetching loses track: one thread reads 50 MB of bfloat16 at 23
+    // GB/s without this, at 31 to 38 with it (Zen 5, November 2026).
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(rows[r] + ahead + i);
+    step([&](const T* p) { return load(p + i); }, [&](const float* p) { return load(p + i); });
+  }
+  if (i < depth) {
+    const int count = static_cast<int>(depth - i);
+    step([&](const T* p) { return load_partial(p + i, count, 0); },
+         [&](const float* p) { return load_partial(p + i, count, 0); });
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sums[v * sums_stride + r] = sum[v][r];
+  }
+}
+
+// Rows [begin, end) of a weight [N, depth].
+template <typename T>
+struct WeightRows {
+  const T* data;
+  int64_t depth, begin, end;
+};
+
+// The rows of a tile from n on: `count` of them, the last one repeated for those that are missing.
+template <typename T, int kRows>
+inline void locate_rows(const WeightRows<T>& weight, int64_t n, int first, int count, const T** rows) {
+  for (int r = 0; r < kRows; ++r) rows[r] = weight.data + (n + std::min(first + r, count - 1)) * weight.depth;
+}
+
+template <int kVectors>
+inline void store_tile(const VecF (&sums)[kFloatLanes], int64_t n, int count, float* const* out) {
+  constexpr int kRows = kProductRows<kVectors>;
+  float products[kFloatLanes];
+  store(products, add_transposed(sums));
+  for (int v = 0; v < kVectors; ++v) {
+    if (count == kRows) {
+      std::memcpy(out[v] + n, products + v * kRows, sizeof(float) * kRows);
+    } else {
+      std::memcpy(out[v] + n, products + v * kRows, sizeof(float) * count);
+    }
+  }
+}
+
+// out[v][n] = weight[n] . vectors[v]; fresh: whether the weight still has to come from memory.
+template <typename T, int kVectors>
+inline void multiply_vectors(const WeightRows<T>& weight, const float* const* vectors, bool fresh, float* const* out) {
+  constexpr int kRows = kProductRows<kVectors>, kGroup = std::min(kRows, 8);
+  for (int64_t n = weight.begin; n < weight.end; n += kRows) {
+    const int count = static_cast<int>(std::min<int64_t>(kRows, weight.end - n));
+    VecF sums[kFloatLanes];
+    for (int group = 0; group < kRows; group += kGroup) {
+      const T* rows[kGroup];
+      locate_rows<T, kGroup>(weight, n, group, count, rows);
+      add_products<T, kGroup, kVectors>(rows, vectors, weight.depth, fresh ? kGroup * weight.depth : 0, sums + group,
+                                        kRows);
+    }
+    store_tile<kVectors>(sums, n, count, out);
+  }
+}
+
+#if defined(__AVX512F__)
+// The same with the instruction that adds the products of two pairs of bfloat16 to a float32: lane i adds the pairs i,
+// i + kLanes, ... in order.
+constexpr int kPairStep = 2 * kFloatLanes;
+
+template <bool kWhole>
+ARFAST_BF16_TARGET inline __m512bh load_pairs(const BFloat16* p, int64_t count) {
+  if constexpr (kWhole) return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
+  return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16((__mmask32{1} << count) - 1, p));
+}
+
+template <int kRows, int kVectors, bool kWhole>
+ARFAST_BF16_TARGET inline void add_pair_step(const BFloat16* const* rows, const BFloat16* const* vectors, int64_t i,
+                                             int64_t depth, __m512 (&sum)[kVectors][kRows]) {
+  __m512bh row[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) row[r] = load_pairs<kWhole>(rows[r] + i, depth - i);
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const __m512bh vector = load_pairs<kWhole>(vectors[v] + i, depth - i);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum[v][r] = _mm512_dpbf16_ps(sum[v][r], row[r], vector);
+  }
+}
+
+template <int kRows, int kVectors>
+ARFAST_BF16_TARGET inline void add_pair_products(const BFloat16* const* rows, const BFloat16* const* vectors,
+                                                 int64_t depth, int64_t ahead, VecF* sums, int sums_stride) {
+  __m512 sum[kVectors][kRows]{};
+  int64_t i = 0;
+  for (; i + kPairStep <= depth; i += kPairStep) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(rows[r] + ahead + i);
+    add_pair_step<kRows, kVectors, true>(rows, vectors, i, depth, sum);
+  }
+  if (i < depth) add_pair_step<kRows, kVectors, false>(rows, vectors, i, depth, sum);
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sums[v * sums_stride + r] = reinterpret_cast<VecF>(sum[v][r]);
+  }
+}
+
+template <int kVectors>
+ARFAST_BF16_TARGET void multiply_pairs(const WeightRows<BFloat16>& weight, const BFloat16* const* vectors, bool fresh,
+                                       float* const* out) {
+  constexpr int kRows = kProductRows<kVectors>, kGroup = std::min(kRows, 8);
+  for (int64_t n = weight.begin; n < weight.end; n += kRows) {
+    const int count = static_cast<int>(std::min<int64_t>(kRows, weight.end - n));
+    VecF sums[kFloatLanes];
+    for (int group = 0; group < kRows; group += kGroup) {
+      const BFloat16* rows[kGroup];
+      locate_rows<BFloat16, kGroup>(weight, n, group, count, rows);
+      add_pair_products<kGroup, kVectors>(rows, vectors, weight.depth, fresh ? kGroup * weight.depth : 0, sums + group,
+                                          kRows);
+    }
+    store_tile<kVectors>(sums, n, count, out);
+  }
+}
+#endif
+
+template <int kVectors, typename T, typename X>
+inline void multiply_tiles(const WeightRows<T>& weight, const X* const* vectors, bool fresh, float* const* out) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<X, BFloat16>) return multiply_pairs<kVectors>(weight, vectors, fresh, out);
+#endif
+  if constexpr (std::is_same_v<X, float>) multiply_vectors<T, kVectors>(weight, vectors, fresh, out);
+}
+
+// out[b, n] = weight[n] . x[b] for x [batch, x_stride] and out [batch, out_stride]. A product depends on its row and
+// vector alone. X: float, or BFloat16 like the weight where the machine has_bf16_products.
+template <typename T, typename X>
+void multiply_rows(const WeightRows<T>& weight, const X* x, int64_t x_stride, int64_t batch, float* out,
+                   int64_t out_stride) {
+  constexpr int kMost = 4;
+  for (int64_t b = 0; b < batch; b += kMost) {
+    const X* vectors[kMost];
+    float* results[kMost];
+    for (int v = 0; v < kMost; ++v) {  // what a tile lacks repeats the last vector, and is stored to the same place
+      const int64_t row = std::min(b + v, batch - 1);
+      vectors[v] = x + row * x_stride;
+      results[v] = out + row * out_stride;
+    }
+    const int64_t left = batch - b;
+    if (left == 1) {
+      multiply_tiles<1>(weight, vectors, b == 0, results);
+    } else if (left == 2) {
+      multiply_tiles<2>(weight, vectors, b == 0, results);
+    } else {
+      multiply_tiles<kMost>(weight, vectors, b == 0, results);
+    }
+  }
+}
+
+}  // namespace arfast::ARFAST_CPU_TARGET
