@@ -143,12 +143,11 @@ class KeptTokens {
     sum_ = merge_sums(sums_.get(), num_segments_);
   }
 
-  Ranked ranked(float x, int64_t token) const {
+  uint64_t rank(float x, int64_t token) const {
     const float s = score(x);
-    if (!(s > -kInfinity)) return {0, 0};
-    const float distance = distance_of(s, best_);
-    return {rank_of(distance, order_of(s), token), weight_of(distance)};
+    return s > -kInfinity ? rank_of(distance_of(s, best_), order_of(s), token) : 0;
   }
+  uint64_t weight_at(float x) const { return weight_of(distance_of(score(x), best_)); }
 
   // From the list; false if tokens beyond it may tie with the last one that top_k leaves.
   bool take_list() {
@@ -162,7 +161,7 @@ class KeptTokens {
       while (score(best[count - 1].value) < smallest) --count;
     }
     ranked_.resize(static_cast<size_t>(count));
-    for (int64_t i = 0; i < count; ++i) ranked_[i] = ranked(best[i].value, best[i].index);
+    for (int64_t i = 0; i < count; ++i) ranked_[i] = {rank(best[i].value, best[i].index), weight_at(best[i].value)};
     const auto before = [](const Ranked& a, const Ranked& b) { return token_in_rank(a.rank) < token_in_rank(b.rank); };
     std::sort(ranked_.begin(), ranked_.end(), before);
     cut_top_p();
@@ -181,13 +180,13 @@ class KeptTokens {
     alignas(64) float converted[kTile];
     for (int64_t first = 0; first < vocab_size_; first += kTile) {
       const float* tile = load_tile(logits_ + first, std::min<int64_t>(kTile, vocab_size_ - first), converted);
-      for (int i = 0; i < kTile; ++i) weights_[first + i] = weight_of(distance_of(score(tile[i]), best_));
+      for (int i = 0; i < kTile; ++i) weights_[first + i] = weight_at(tile[i]);
     }
     count_ = vocab_size_;
     const bool cuts_top_k = filters_.top_k > 0 && filters_.top_k < vocab_size_;
     if (cuts_top_k || filters_.top_p < 1) {
       ranked_.resize(static_cast<size_t>(count_));
-      for (int64_t i = 0; i < count_; ++i) ranked_[i] = ranked(logit(i), i);
+      for (int64_t i = 0; i < count_; ++i) ranked_[i] = {rank(logit(i), i), weights_[i]};
       if (cuts_top_k) cut_top_k();
       cut_top_p();
       for (int64_t i = 0; i < count_; ++i) weights_[i] = ranked_[i].weight;
