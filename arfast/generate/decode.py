@@ -78,12 +78,24 @@ class DecodeStep:
         self.graph.replay()
         return self._logits
 
+    @torch.no_grad()
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Store a few tokens per sequence, int64 [B, T]; the logits [B, T, V] that follow each. Not captured, and
+        without `then`."""
+        if self._is_dense:
+            return self._dense(tokens)
+        return self.model(tokens, cache=self.cache).logits
+
+    @property
+    def _is_dense(self) -> bool:
+        return self._dense is not None and not torch.is_autocast_enabled("cpu")
+
     @functools.cached_property
     def _dense(self) -> DenseStep | None:
         return DenseStep(self.model, self.cache) if DenseStep.serves(self.model, self.cache) else None
 
     def _step(self) -> Tensor:
-        if self._dense is not None and not torch.is_autocast_enabled("cpu"):
+        if self._is_dense:
             logits = self._dense(self.tokens)
         else:
             logits = decode_one_token(self.model, self.tokens, self.cache)

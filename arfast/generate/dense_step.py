@@ -66,9 +66,11 @@ class DenseStep:
         return places
 
     def __call__(self, tokens: Tensor) -> Tensor:
+        """Store tokens, int64 [B] or [B, T]; the logits [B, V] or [B, T, V] that follow."""
         cache, rotary = self.cache, self.rotary
-        cache.advance()
-        torch.add(cache.lengths, 1, out=cache.seqlens)
+        num_tokens = tokens[:1].numel()
+        cache.advance(num_tokens)
+        torch.add(cache.lengths, num_tokens, out=cache.seqlens)
         cos, sin = rotary.cos, rotary.sin
         if len(cos) < cache.max_length:
             cos, sin = rotary(None, cache.max_length)

@@ -103,7 +103,7 @@ class ModelDrafts:
         filters: dict[str, float],
         dtype: torch.dtype,
     ):
-        self.model, self.cache, self.filters, self.dtype = model, cache, filters, dtype
+        self.cache, self.filters, self.dtype = cache, filters, dtype
         # Samples are counted from 0: these streams are nobody else's.
         self.generator_state = generator_state_of([(s, -1 - i) for s, i in streams], cache.k.device)
         self.step = DecodeStep(model, cache)
@@ -139,7 +139,7 @@ class ModelDrafts:
             for column in tokens.unbind(1):
                 logits = self.step(column)
             return logits
-        return self.model(tokens, cache=self.cache, logits_to_keep=1).logits[:, -1]
+        return self.step.extend(tokens)[:, -1]
 
 
 class LookupDrafts:
@@ -285,7 +285,7 @@ def speculate(
         if drafts.shape[1] == 0:
             logits = decode(last)[:, None]
         else:
-            logits = model(torch.cat([last[:, None], drafts.clamp(min=0)], dim=1), cache=cache).logits
+            logits = decode.extend(torch.cat([last[:, None], drafts.clamp(min=0)], dim=1))
         statistics.rounds += 1
     statistics.new_tokens += sum(map(len, rows.new))
     tokens, logprobs = (x.to(logits.device) for x in rows.padded())

@@ -35,10 +35,10 @@ def decode_step(
     qk_norm: bool = False,
     beam_slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Store one new token per sequence in the caches; the logits that follow it.
+    """Store new tokens in the caches, one per sequence or a few; the logits that follow each.
 
     Args:
-        tokens: int64 [B], in [0, V).
+        tokens: int64 [B], or [B, T], T in turn for every sequence; in [0, V).
         weights: contiguous, of one dtype, float32, bfloat16 or float16, on the CPU, in this order: the embedding
             [V, d], the final norm [d], the output head [V, d] (a tied one is the embedding again); then for each layer
             the input norm [d], the projections of queries [H D, d], keys [Hkv D, d], values [Hkv D, d] and output
@@ -47,16 +47,16 @@ def decode_step(
         cos, sin: float32 [positions, D / 2], as for `rotary`; contiguous.
         k_cache, v_cache: [L, rows, S, Hkv, D] in the dtype of the weights: position p of sequence b at [:, b, p].
             Changed in place, nothing but the new tokens; only the channels must be dense.
-        seqlens: int32 [B], the tokens of every sequence, the new one included; at least 1, at most S and positions.
+        seqlens: int32 [B], the tokens of every sequence, the new ones included; at least T, at most S and positions.
         num_heads: H.
         eps: of every RMSNorm.
         windows: per layer, how many tokens before itself a token sees; None: all.
         qkv_bias, o_bias, qk_norm: what the weights hold beside those of all models.
-        beam_slots: int32 [B, S]: position p of sequence b is at [:, beam_slots[b, p], p], that of the new token too,
-            which no other sequence of the batch may read or write. Entries past seqlens may hold anything.
+        beam_slots: int32 [B, S]: position p of sequence b is at [:, beam_slots[b, p], p], those of the new tokens
+            too, which no other sequence of the batch may read or write. Entries past seqlens may hold anything.
 
     Returns:
-        logits [B, V] in the dtype of the weights.
+        logits [B, V] or [B, T, V] in the dtype of the weights.
 
     Raises:
         IndexError: `decode_step: tokens must be in [0, vocab_size=V), got <actual>`.
@@ -64,8 +64,9 @@ def decode_step(
 
     Activations are float32 between the layers, whatever the dtype of the weights; products round them to bfloat16 where
     the machine multiplies that itself (AVX512_BF16), subnormal numbers counting as zero. Not differentiable. The result
-    of a sequence depends neither on the batch around it nor on the number of threads. A thread keeps working memory of
-    about 4 B (3 d + 2 (H + Hkv) D + 3 I) bytes for its next call.
+    of a sequence depends neither on the batch around it nor on the number of threads, and that of a token not on how
+    many are stored at a time. A thread keeps working memory of about 4 B T (3 d + 2 (H + Hkv) D + 3 I) bytes for its
+    next call.
 
     Example:
         >>> head, norm, square, wide = torch.randn(11, 8), torch.ones(8), torch.randn(8, 8), torch.randn(16, 8)
@@ -95,31 +96,34 @@ def decode_step_reference(
 ):  # fmt: skip
     """The specification of `decode_step` in plain torch."""
     embedding, norm, head, *rest = weights
-    batch, head_dim, last = len(tokens), k_cache.shape[-1], seqlens.long() - 1
-    cos, sin, sequences = cos[last], sin[last], torch.arange(batch)
-    rows = sequences if beam_slots is None else beam_slots[sequences, last].long()
-    hidden, per_layer = embedding[tokens], len(rest) // len(k_cache)
+    batch, head_dim, num_tokens = len(tokens), k_cache.shape[-1], tokens[:1].numel()
+    places = seqlens.long()[:, None] - num_tokens + torch.arange(num_tokens)  # [B, T]
+    cos, sin, sequences = cos[places.flatten()], sin[places.flatten()], torch.arange(batch)[:, None]
+    rows = sequences if beam_slots is None else beam_slots[sequences, places].long()
+    hidden, per_layer = embedding[tokens.flatten()], len(rest) // len(k_cache)
     for layer, window in enumerate(windows or [None] * len(k_cache)):
         norm_1, *qkv, o, norm_2, gate, up, down = rest[layer * per_layer :][:9]
         extra = rest[layer * per_layer + 9 : (layer + 1) * per_layer]
         normed = rms_norm_reference(hidden, norm_1, eps)
         biases = extra[:3] if qkv_bias else [None] * 3
         q, k, v = (torch.nn.functional.linear(normed, w, b) for w, b in zip(qkv, biases, strict=True))
-        q, k, v = (x.view(batch, 1, -1, head_dim) for x in (q, k, v))
+        q, k, v = (x.view(batch, num_tokens, -1, head_dim) for x in (q, k, v))
         if qk_norm:
             q, k = (rms_norm_reference(x, weight, eps) for x, weight in zip((q, k), extra[-2:], strict=True))
-        k_cache[layer, rows, last] = rotary_reference(k, cos, sin)[:, 0]
-        v_cache[layer, rows, last] = v[:, 0]
+        k_cache[layer, rows, places] = rotary_reference(k, cos, sin)
+        v_cache[layer, rows, places] = v
         options = dict(window=window, beam_slots=beam_slots)
         out = attention_decode_reference(
             rotary_reference(q, cos, sin), k_cache[layer], v_cache[layer], seqlens, **options
         )
-        hidden = hidden + torch.nn.functional.linear(out.flatten(1), o, extra[3 * qkv_bias] if o_bias else None)
+        hidden = hidden + torch.nn.functional.linear(
+            out.flatten(2).flatten(0, 1), o, extra[3 * qkv_bias] if o_bias else None
+        )
         normed = rms_norm_reference(hidden, norm_2, eps)
         hidden = hidden + swiglu_reference(normed @ gate.mT, normed @ up.mT) @ down.mT
-    return rms_norm_reference(hidden, norm, eps) @ head.mT
+    return (rms_norm_reference(hidden, norm, eps) @ head.mT).view(*tokens.shape, len(head))
 
 
 @register_fake("decode_step")
 def _(tokens, weights, *arguments):
-    return weights[0].new_empty(tokens.shape[0], weights[0].shape[0])
+    return weights[0].new_empty(*tokens.shape, weights[0].shape[0])

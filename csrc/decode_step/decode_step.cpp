@@ -91,10 +91,10 @@ DecodeStepCache check_cache(const char* argument, const Tensor& cache, std::init
 }
 
 void check_tokens(const DecodeStepParams& params) {
-  for (int64_t b = 0; b < params.batch; ++b) {
-    if (params.tokens[b] >= 0 && params.tokens[b] < params.vocab_size) continue;
+  for (int64_t i = 0; i < params.batch * params.num_tokens; ++i) {
+    if (params.tokens[i] >= 0 && params.tokens[i] < params.vocab_size) continue;
     fail(kOp, "tokens", "be in [0, vocab_size=" + std::to_string(params.vocab_size) + ")",
-         std::to_string(params.tokens[b]) + " at position " + std::to_string(b));
+         std::to_string(params.tokens[i]) + " at position " + std::to_string(i));
   }
 }
 
@@ -102,8 +102,9 @@ void check_tokens(const DecodeStepParams& params) {
 void check_places(const DecodeStepParams& params, int64_t rows, int64_t capacity) {
   for (int64_t b = 0; b < params.batch; ++b) {
     const int64_t seqlen = params.seqlens[b];
-    if (seqlen < 1 || seqlen > capacity) {
-      fail(kOp, "seqlens", "be in [1, " + std::to_string(capacity) + "], what caches and rotary tables hold",
+    if (seqlen < params.num_tokens || seqlen > capacity) {
+      const std::string range = std::to_string(params.num_tokens) + ", " + std::to_string(capacity);
+      fail(kOp, "seqlens", "be in [" + range + "], the new tokens and what caches and rotary tables hold",
            std::to_string(seqlen) + " at position " + std::to_string(b));
     }
     if (params.beam_slots == nullptr) continue;
@@ -120,7 +121,7 @@ void check_places(const DecodeStepParams& params, int64_t rows, int64_t capacity
   }
 }
 
-// -> logits [B, V]
+// -> logits [B, V], or [B, T, V] for tokens [B, T]
 Tensor decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor sin, Tensor k_cache, Tensor v_cache,
                    Tensor seqlens, std::optional<Tensor> beam_slots, std::vector<int64_t> windows, int64_t num_heads,
                    double eps, bool qkv_bias, bool o_bias, bool qk_norm) {
@@ -130,7 +131,12 @@ Tensor decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor s
   if (!embedding.is_cpu()) fail(kOp, "weights", "be on the CPU", device_of(embedding));
   check_shape(kOp, "embed_tokens", embedding, "[V, d]", {kAny, kAny});
   check_shape(kOp, "k_cache", k_cache, "[L, rows, S, Hkv, D]", {kAny, kAny, kAny, kAny, kAny});
-  check_shape(kOp, "tokens", tokens, "[B]", {kAny});
+  const bool several = tokens.dim() == 2;
+  if (several) {
+    check_shape(kOp, "tokens", tokens, "[B, T]", {kAny, kAny});
+  } else {
+    check_shape(kOp, "tokens", tokens, "[B] or [B, T]", {kAny});
+  }
   check_dtype(kOp, "tokens", tokens, ScalarType::Long);
   check_same_device(kOp, "tokens", tokens, "embed_tokens", embedding);
   const int64_t layers = k_cache.size(0), rows = k_cache.size(1), capacity = k_cache.size(2);
@@ -148,6 +154,7 @@ Tensor decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor s
   DecodeStepParams params{};
   params.dtype = dtype;
   params.batch = batch;
+  params.num_tokens = several ? tokens.size(1) : 1;
   params.hidden_size = embedding.size(1);
   params.intermediate_size = list.size() > 9 && list[9].dim() == 2 ? list[9].size(0) : 0;
   params.vocab_size = embedding.size(0);
@@ -189,7 +196,8 @@ Tensor decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor s
   }
   check_tokens(params);
   check_places(params, rows, std::min(capacity, cos.size(0)));
-  Tensor logits = new_empty(embedding, {batch, params.vocab_size}, embedding.scalar_type());
+  Tensor logits = several ? new_empty(embedding, {batch, params.num_tokens, params.vocab_size}, embedding.scalar_type())
+                          : new_empty(embedding, {batch, params.vocab_size}, embedding.scalar_type());
   params.logits = logits.data_ptr();
   if (logits.numel() > 0) decode_step_cpu(params);
   return logits;

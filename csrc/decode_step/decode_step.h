@@ -41,6 +41,7 @@ struct DecodeStepCache {
 struct DecodeStepParams {
   DType dtype;                // of the weights, the caches and the logits; float32, bfloat16 or float16
   int64_t batch;              // B
+  int64_t num_tokens;         // T, the last positions of every sequence
   int64_t hidden_size;        // d
   int64_t intermediate_size;  // I
   int64_t vocab_size;         // V
@@ -49,7 +50,7 @@ struct DecodeStepParams {
   int64_t num_kv_heads;       // Hkv
   int64_t head_dim;           // D, even
   double eps;
-  const int64_t* tokens;          // [B]
+  const int64_t* tokens;          // [B, T]
   const void* embedding;          // [V, d]
   const DecodeStepLayer* layers;  // [L]
   const void* norm;               // [d]
@@ -58,10 +59,10 @@ struct DecodeStepParams {
   const float* sin;               // [positions, D / 2], dense
   DecodeStepCache k_cache;
   DecodeStepCache v_cache;
-  const int32_t* seqlens;     // [B], the new token included
+  const int32_t* seqlens;     // [B], the new tokens included
   const int32_t* beam_slots;  // [B, S]: position p of sequence b is at [beam_slots[b, p], p]; nullptr: at [b, p]
   int64_t slots_stride;       // of a row of beam_slots
-  void* logits;               // [B, V], dense
+  void* logits;               // [B, T, V], dense
 };
 
 ARFAST_CPU_FUNCTION(decode_step, DecodeStepParams)

@@ -74,7 +74,9 @@ class DecodeStep {
         qkv_size_(q_size_ + 2 * kv_size_),
         size_(params.hidden_size),
         wide_(params.intermediate_size),
-        arena_(params.batch * (3 * padded(size_) + padded(qkv_size_) + padded(q_size_) + 3 * padded(wide_))),
+        num_rows_(params.batch * params.num_tokens),
+        arena_(params.batch * params.num_tokens *
+               (3 * padded(size_) + padded(qkv_size_) + padded(q_size_) + 3 * padded(wide_))),
         hidden_(take(size_)),
         update_(take(size_)),
         normed_(take<X>(size_)),
@@ -110,7 +112,7 @@ class DecodeStep {
   static int64_t padded(int64_t size) { return Arena<float>::padded(size); }
   template <typename U = float>
   U* take(int64_t size) {
-    return reinterpret_cast<U*>(arena_.take(params_.batch * padded(size)));
+    return reinterpret_cast<U*>(arena_.take(num_rows_ * padded(size)));
   }
   template <typename U>
   static U* row_of(U* buffer, int64_t row, int64_t size) {
@@ -119,14 +121,14 @@ class DecodeStep {
 
   void multiply(const void* weight, int64_t depth, int64_t begin, int64_t end, const X* x, float* out,
                 int64_t out_stride) const {
-    multiply_rows<T, X>({static_cast<const T*>(weight), depth, begin, end}, x, padded(depth), params_.batch, out,
+    multiply_rows<T, X>({static_cast<const T*>(weight), depth, begin, end}, x, padded(depth), num_rows_, out,
                         out_stride);
   }
 
   // hidden += update + bias (or the embedding at first); normed = norm(hidden)
   void norm(Phases& phases, const void* weight, const void* bias, bool first) {
-    phases.run(divide_up(params_.batch, kNormRows), [&](int64_t task) {
-      for (int64_t b = task * kNormRows; b < std::min((task + 1) * kNormRows, params_.batch); ++b) {
+    phases.run(divide_up(num_rows_, kNormRows), [&](int64_t task) {
+      for (int64_t b = task * kNormRows; b < std::min((task + 1) * kNormRows, num_rows_); ++b) {
         float* hidden = row_of(hidden_, b, size_);
         if (first) {
           convert(static_cast<const T*>(params_.embedding) + params_.tokens[b] * size_, size_, hidden);
@@ -150,7 +152,7 @@ class DecodeStep {
       multiply(is_q ? weights.q : is_v ? weights.v : weights.k, size_, begin, end, normed_, out, padded(qkv_size_));
       const void* bias = is_q ? weights.q_bias : is_v ? weights.v_bias : weights.k_bias;
       if (bias == nullptr) return;
-      for (int64_t b = 0; b < params_.batch; ++b) {
+      for (int64_t b = 0; b < num_rows_; ++b) {
         add_to(static_cast<const T*>(bias) + begin, end - begin, out + b * padded(qkv_size_) + begin);
       }
     });
@@ -171,7 +173,7 @@ class DecodeStep {
       const int64_t begin = rows.begin(task), end = rows.end(task);
       multiply(weights.gate, size_, begin, end, normed_, gate_, padded(wide_));
       multiply(weights.up, size_, begin, end, normed_, up_, padded(wide_));
-      for (int64_t b = 0; b < params_.batch; ++b) {
+      for (int64_t b = 0; b < num_rows_; ++b) {
         const float* gate = row_of(gate_, b, wide_) + begin;
         const float* up = row_of(up_, b, wide_) + begin;
         X* out = row_of(gated_, b, wide_) + begin;
@@ -192,9 +194,9 @@ class DecodeStep {
         multiply(params_.head, size_, begin, end, normed_, logits, vocab_size);
       } else {
         const int64_t stride = padded(end - begin);
-        float* tile = thread_scratch<float, LogitsTile>(params_.batch * stride);
+        float* tile = thread_scratch<float, LogitsTile>(num_rows_ * stride);
         multiply(static_cast<const T*>(params_.head) + begin * size_, size_, 0, end - begin, normed_, tile, stride);
-        for (int64_t b = 0; b < params_.batch; ++b) {
+        for (int64_t b = 0; b < num_rows_; ++b) {
           convert(tile + b * stride, end - begin, logits + b * vocab_size + begin);
         }
       }
@@ -232,52 +234,63 @@ class DecodeStep {
     return {at(params_.k_cache), at(params_.v_cache), params_.k_cache, params_.v_cache, slots, sequence};
   }
 
-  // Stores the new key and value of a head, then lets the queries that share it attend.
+  // Stores the new keys and values of a head, then lets the queries that share it attend, token by token.
   void attend(int64_t layer, int64_t sequence, int64_t kv_head) {
-    const DecodeStepLayer& weights = params_.layers[layer];
-    const int64_t head_dim = params_.head_dim, group = params_.num_heads / params_.num_kv_heads;
-    const int64_t position = params_.seqlens[sequence] - 1;
-    float* q = row_of(qkv_, sequence, qkv_size_) + kv_head * group * head_dim;
-    float* k = row_of(qkv_, sequence, qkv_size_) + q_size_ + kv_head * head_dim;
-    prepare_head(k, weights.k_norm, position);
     const CachedHead cached = cached_head(layer, sequence, kv_head);
-    const int64_t new_row = cached.row(position);
-    convert(k, head_dim, cached.key(new_row, position));
-    convert(k + kv_size_, head_dim, cached.value(new_row, position));
+    const int64_t first_row = sequence * params_.num_tokens, first = params_.seqlens[sequence] - params_.num_tokens;
+    for (int64_t t = 0; t < params_.num_tokens; ++t)
+      store(params_.layers[layer], first_row + t, first + t, kv_head, cached);
+    for (int64_t t = 0; t < params_.num_tokens; ++t)
+      attend(params_.layers[layer], first_row + t, first + t, kv_head, cached);
+  }
+
+  void store(const DecodeStepLayer& weights, int64_t row, int64_t position, int64_t kv_head, const CachedHead& cached) {
+    const int64_t head_dim = params_.head_dim, slot = cached.row(position);
+    float* k = row_of(qkv_, row, qkv_size_) + q_size_ + kv_head * head_dim;
+    prepare_head(k, weights.k_norm, position);
+    convert(k, head_dim, cached.key(slot, position));
+    convert(k + kv_size_, head_dim, cached.value(slot, position));
+  }
+
+  void attend(const DecodeStepLayer& weights, int64_t row, int64_t position, int64_t kv_head,
+              const CachedHead& cached) {
+    const int64_t head_dim = params_.head_dim, group = params_.num_heads / params_.num_kv_heads;
+    float* q = row_of(qkv_, row, qkv_size_) + kv_head * group * head_dim;
     CachedAttention<T> attention(group, head_dim, 1 / std::sqrt(static_cast<double>(head_dim)), 0);
-    for (int64_t row = 0; row < group; ++row) {
-      prepare_head(q + row * head_dim, weights.q_norm, position);
-      attention.set_query(row, q + row * head_dim);
+    for (int64_t i = 0; i < group; ++i) {
+      prepare_head(q + i * head_dim, weights.q_norm, position);
+      attention.set_query(i, q + i * head_dim);
     }
     const int64_t first = weights.window < 0 ? 0 : std::max<int64_t>(position - weights.window, 0);
     for (int64_t key = first; key <= position; key += kCachedTile) {
       const T *keys[kCachedTile], *values[kCachedTile];
       const int64_t count = std::min(kCachedTile, position + 1 - key);
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = cached.row(key + i);
-        keys[i] = cached.key(row, key + i);
-        values[i] = cached.value(row, key + i);
+        const int64_t slot = cached.row(key + i);
+        keys[i] = cached.key(slot, key + i);
+        values[i] = cached.value(slot, key + i);
       }
       attention.visit(keys, values, count, [](int64_t) { return int64_t{0}; }, [&](int64_t) { return count - 1; });
     }
-    X* out = row_of(attended_, sequence, q_size_) + kv_head * group * head_dim;
-    for (int64_t row = 0; row < group; ++row, out += head_dim) {
-      const float inverse = 1 / attention.sum(row);
-      for_each_vector<float>(head_dim, [&](int64_t i, int count) {
-        store_lanes(out + i, load_lanes(attention.out(row) + i, count) * inverse, count);
+    X* out = row_of(attended_, row, q_size_) + kv_head * group * head_dim;
+    for (int64_t i = 0; i < group; ++i, out += head_dim) {
+      const float inverse = 1 / attention.sum(i);
+      for_each_vector<float>(head_dim, [&](int64_t j, int count) {
+        store_lanes(out + j, load_lanes(attention.out(i) + j, count) * inverse, count);
       });
     }
   }
 
   const DecodeStepParams& params_;
   const int64_t q_size_, kv_size_, qkv_size_, size_, wide_;
+  const int64_t num_rows_;  // R = B T, of all activations
   Arena<float, DecodeStep> arena_;
-  float *hidden_, *update_;  // [B, d]
-  X* normed_;                // [B, d]
-  float* qkv_;               // [B, (H + 2 Hkv) D]
-  X* attended_;              // [B, H D]
-  float *gate_, *up_;        // [B, I]
-  X* gated_;                 // [B, I]
+  float *hidden_, *update_;  // [R, d]
+  X* normed_;                // [R, d]
+  float* qkv_;               // [R, (H + 2 Hkv) D]
+  X* attended_;              // [R, H D]
+  float *gate_, *up_;        // [R, I]
+  X* gated_;                 // [R, I]
 };
 
 }  // namespace

@@ -117,3 +117,18 @@ def test_a_step_that_fails_stores_nothing():
             step(torch.tensor([1, token]))
         assert step.cache.lengths.tolist() == [6, 6]
     step(torch.tensor([1, 2]))  # there is still room for it
+
+
+@pytest.mark.parametrize("name", ["dense", "window, norms", "experts"])
+def test_several_tokens_at_a_time(name):
+    """As what drafts need: by one op or by a forward pass, then one token at a time again."""
+    model, tokens = make(name=name), tokens_for(8, 3, "cpu")
+    cache, other = with_prompt(model, 3, 6, 32), with_prompt(model, 3, 6, 32)
+    expected, step = eager(model, other, tokens), DecodeStep(model, cache)
+    actual = [step(tokens[0])[None], step.extend(tokens[1:6].T).transpose(0, 1), step(tokens[6])[None]]
+    torch.testing.assert_close(torch.cat(actual), expected[:7])
+    cache.set_lengths(torch.tensor([8, 9, 7], dtype=torch.int32))
+    assert step.extend(tokens[:3].T).shape == (3, 3, 61) and cache.lengths.tolist() == [11, 12, 10]
+    with pytest.raises(ValueError, match="StaticKVCache: max_length must be at least 33 for this, got 32"):
+        step.extend(torch.ones(3, 21, dtype=torch.int64))
+    assert cache.lengths.tolist() == [11, 12, 10]

@@ -95,6 +95,28 @@ def test_first_tokens():
     check(*make("grouped", torch.float32, 3, length=1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "batch", "num_tokens"), [("odd sizes", 3, 2), ("norms, biases", 1, 5), ("grouped", 6, 7)]
+)
+def test_several_tokens(name, batch, num_tokens, dtype, poisoned):
+    """In one call as accurate as the reference, and to the last bit what one call after the other gives."""
+    arguments, options = make(name, dtype, batch)
+    tokens, weights, cos, sin, k_cache, v_cache, seqlens = arguments
+    seqlens.clamp_(min=num_tokens)
+    for b, seqlen in enumerate(seqlens.tolist()):
+        for cache in (k_cache, v_cache):
+            cache[:, b, seqlen - num_tokens :] = NAN
+            cache[:, b, : seqlen - num_tokens].nan_to_num_(0.5)
+    tokens = torch.randint(len(weights[0]), (batch, num_tokens))
+    actual = check([tokens, *arguments[1:]], options)
+    for t in range(num_tokens):
+        part = [tokens[:, t], weights, cos, sin, k_cache, v_cache, seqlens - num_tokens + t + 1]
+        assert_bitwise_equal(decode_step(*part, **options), actual[0][:, t], name=f"token {t}")
+    assert_bitwise_equal(k_cache, actual[1])
+    assert_bitwise_equal(v_cache, actual[2])
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("name", ["odd sizes", "norms, biases", "long rows"])
 def test_a_sequence_does_not_depend_on_the_others(name, dtype):
@@ -302,7 +324,7 @@ ERRORS = [
     (with_weight(4, Z(32, 64)[:, ::2]), "q_proj must be contiguous, got strides that are not"),
     (with_weight(9, Z(49, 32)), r"up_proj must have shape \[I, d\] = \[49, 32\], got \[48, 32\]"),
     (with_argument(0, Z(3, dtype=INT)), "tokens must be int64, got int32"),
-    (with_argument(0, Z(3, 1, dtype=torch.int64)), r"tokens must have shape \[B\] = \[\*\], got \[3, 1\]"),
+    (with_argument(0, torch.ones(3, 1, 1, dtype=torch.int64)), r"tokens must have shape \[B\] or \[B, T\] = .*, got"),
     (with_argument(0, torch.tensor([1, 2, 3, 4])), r"seqlens must have shape \[B\] = \[4\], got \[3\]"),
     (with_argument(2, Z(72, 3)), r"cos must have shape \[positions, D / 2\] = \[\*, 4\], got \[72, 3\]"),
     (with_argument(3, Z(71, 4)), r"sin must have shape \[positions, D / 2\] = \[72, 4\], got \[71, 4\]"),
