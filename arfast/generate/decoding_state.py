@@ -44,21 +44,15 @@ class DecodingState:
         self._ends = torch.tensor(options.eos_token_id, dtype=torch.int64, device=device)
         self._going = torch.ones(rows, dtype=torch.bool, device=device)
         self._lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._finite = torch.ones(rows, dtype=torch.bool, device=device)
         self.logprobs = torch.zeros(rows, options.max_new_tokens, device=device) if with_logprobs else None
-        self._sampler = None
-        if options.do_sample:
-            filters = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-            self._sampler = Sampler(streams, device, **filters)
-        elif with_logprobs:
-            self._sampler = Sampler(streams, device, temperature=0.0)
+        self._sum = torch.zeros(rows, device=device)  # of all log-probabilities: a NaN stays in it
+        filters = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        self._sampler = Sampler(streams, device, **filters if options.do_sample else {"temperature": 0.0})
 
     def choose(self, logits: Tensor) -> None:
         """The next tokens, given the logits [R, V]."""
-        best, tokens = logits.max(-1)
-        self._finite &= best.isfinite()
-        if self._sampler is not None:
-            tokens, logprobs = self._sampler(logits)
+        tokens, logprobs = self._sampler(logits)
+        self._sum += logprobs
         if self.logprobs is not None:
             self.logprobs.index_copy_(1, self._column - self.prompt_length, (logprobs * self._going)[:, None])
         if len(self._ends) > 0:
@@ -79,8 +73,8 @@ class DecodingState:
 
     def is_done(self, step: int) -> bool:
         """Whether all sequences have ended, `step` being the last step done; waits for the device."""
-        if not bool(self._finite.all()):
-            broken = (~self._finite).nonzero().flatten().tolist()
+        if bool(self._sum.isnan().any()):
+            broken = self._sum.isnan().nonzero().flatten().tolist()
             raise ValueError(f"generate: logits must be finite, got others for sequences {broken} by step {step}")
         return len(self._ends) > 0 and not bool(self._going.any())
 
