@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: 128)")
     parser.add_argument("--num-beams", type=int, default=1, help="more than 1: beam search (default: 1)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
-    parser.add_argument("--top-k", type=int, default=50, help="0: off (default: 50)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="(default: 1.0)")
-    parser.add_argument("--min-p", type=float, default=0.0, help="(default: 0.0)")
+    parser.add_argument("--temperature", type=float, help="0: always the likeliest (default: 0.8, with beams 0)")
+    parser.add_argument("--top-k", type=int, help="0: off (default: 50)")
+    parser.add_argument("--top-p", type=float, help="(default: 1.0)")
+    parser.add_argument("--min-p", type=float, help="(default: 0.0)")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1: off (default: 1.0)")
     parser.add_argument("--min-new-tokens", type=int, default=0, help="no end before (default: 0)")
     parser.add_argument("--length-penalty", type=float, default=1.0, help="of beam search (default: 1.0)")
@@ -45,13 +45,14 @@ def run(arguments: argparse.Namespace) -> dict:
     if not ids:
         raise ValueError("generate: prompt must not be empty for a tokenizer without a start token, got ''")
     options = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    names = ("repetition_penalty", "min_new_tokens")
-    if arguments.num_beams != 1:
-        names += ("num_beams", "length_penalty", "num_beam_groups", "diversity_penalty")
-    elif arguments.temperature > 0:
-        names += ("temperature", "top_k", "top_p", "min_p", "seed")
-        options["do_sample"] = True
-    options |= {name: getattr(arguments, name) for name in names}
+    names = ("repetition_penalty", "min_new_tokens", "num_beams", "length_penalty", "num_beam_groups")
+    names += ("diversity_penalty", "num_draft_tokens", "top_k", "top_p", "min_p", "seed")
+    options |= {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    temperature = arguments.temperature
+    if temperature is None:
+        temperature = 0.8 if arguments.num_beams == 1 else 0.0
+    if temperature != 0:
+        options |= dict(do_sample=True, temperature=temperature)
     statistics = DraftStatistics()
     if arguments.draft is not None:
         draft_model, draft_tokenizer = load_checkpoint(arguments.draft, arguments.dtype)
@@ -60,8 +61,7 @@ def run(arguments: argparse.Namespace) -> dict:
                 f"generate: draft must have the tokenizer of {arguments.checkpoint}, got {arguments.draft}"
             )
         options["draft_model"] = draft_model
-    options |= dict(num_draft_tokens=arguments.num_draft_tokens, prompt_lookup_num_tokens=arguments.prompt_lookup)
-    options["draft_statistics"] = statistics
+    options |= dict(prompt_lookup_num_tokens=arguments.prompt_lookup, draft_statistics=statistics)
     printer = _Printer(tokenizer, arguments.prompt)
     started = time.perf_counter()
     tokens = model.generate(

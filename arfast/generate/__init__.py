@@ -1,6 +1,6 @@
 """Decoding: greedy, sampling and beam search with a key-value cache; scoring of given text, ranking, perplexity."""
 
-from arfast.generate.continuations import Continuation, encode_pair, score_continuations
+from arfast.generate.continuations import ContinuationScore, encode_pair, score_continuations
 from arfast.generate.decode import DecodeStep
 from arfast.generate.loop import generate
 from arfast.generate.output import GenerationOutput
@@ -10,7 +10,7 @@ from arfast.generate.score import SequenceScores, score
 from arfast.generate.speculative import DraftStatistics
 
 __all__ = [
-    "Continuation",
+    "ContinuationScore",
     "CorpusScores",
     "DecodeStep",
     "DraftStatistics",

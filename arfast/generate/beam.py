@@ -30,7 +30,7 @@ class BeamSearch:
         options: beams, penalties, end tokens.
         device: of the logits.
         prompts: int64 [B, P], needed by processors.
-        processors: what changes log-probabilities before beams are chosen. They run on the host.
+        processors: what changes log-probabilities before beams are chosen.
         cache: where beams share their past, branched into these rows.
         generator_state: int64 [B, 3], see `ops.sample`: draws continuations without replacement.
 
@@ -53,7 +53,6 @@ class BeamSearch:
         self.tokens = torch.zeros(batch * options.num_beams, dtype=torch.int64, device=device)
         self.states = [self._state(batch, group, cache, device) for group in range(self.num_groups)]
         self.history = [prompts] * self.num_groups if processors else None
-        self._counts: Tensor | None = None  # [B, V], how often the groups before chose a token in this step
         allowed = options.allowed_tokens
         self._banned = None if allowed is None or options.do_sample else ~allowed.to(device)[None]
 
@@ -83,12 +82,12 @@ class BeamSearch:
         by_score = diverse or bool(self.processors)
         scores = logits.float().log_softmax(-1) if by_score else logits
         batch, first = len(self.states[0].lengths), len(logits) < len(self.tokens)
-        if diverse:
-            self._counts = torch.zeros(batch, logits.shape[1], device=logits.device)
+        # [B, V], how often the groups before chose a token in this step
+        counts = torch.zeros(batch, logits.shape[1], device=logits.device) if diverse else None
         for group, state in enumerate(self.states):
             mine = scores.clone() if first and by_score else scores if first else scores.chunk(self.num_groups)[group]
             if diverse and group > 0:
-                mine -= self.options.diversity_penalty * self._counts.repeat_interleave(len(mine) // batch, 0)
+                mine -= self.options.diversity_penalty * counts.repeat_interleave(len(mine) // batch, 0)
             for processor in self.processors:
                 mine = processor(self.history[group], mine)
             banned = None if self._banned is None else self._banned.expand(mine.shape)
@@ -96,7 +95,7 @@ class BeamSearch:
             ops.beam_step(mine, state, banned=banned, **options)
             if diverse:
                 chosen, goes_on = state.next_tokens.view(batch, -1), (state.status & GOES_ON) == GOES_ON
-                self._counts.scatter_add_(1, chosen, goes_on[:, None].expand(chosen.shape).float())
+                counts.scatter_add_(1, chosen, goes_on[:, None].expand(chosen.shape).float())
             if self.processors:
                 self.history[group] = torch.cat([self.history[group][state.rows], state.next_tokens[:, None]], dim=1)
 
@@ -148,12 +147,11 @@ def beam_search(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Beams that continue the prompts [B, P]: see `BeamSearch.hypotheses`. seeds: one per prompt, with do_sample."""
     batch = len(input_ids)
-    prompt_of = _prompt_of(batch, options, input_ids.device) if options.num_beams > 1 else None
+    prompt_of = _prompt_of(batch, options, input_ids.device)
     logits, cache = stored_prompts(model, input_ids, mask, options.max_new_tokens, prompt_of)
     processors = make_processors(options, (~mask).sum(-1), input_ids.shape[1], batch)
     state = generator_state_of([(seed, 0) for seed in seeds], logits.device) if options.do_sample else None
-    branched = cache if options.num_beams > 1 else None
-    search = BeamSearch(batch, options, logits.device, input_ids, processors, branched, state)
+    search = BeamSearch(batch, options, logits.device, input_ids, processors, cache, state)
     search.step(logits)
     decode = DecodeStep(model, cache, None if processors else search.step)
     for step in range(options.max_new_tokens):

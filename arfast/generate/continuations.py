@@ -20,7 +20,7 @@ Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a context and of its con
 
 
 @dataclass(frozen=True, slots=True)
-class Continuation:
+class ContinuationScore:
     """logprob: natural, the sum over its tokens in float64; num_tokens: their number;
     is_greedy: whether each of them is the likeliest (of equals, the lowest) after those before it."""
 
@@ -45,7 +45,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 @torch.no_grad()
 def score_continuations(
     model: Any, groups: Sequence[Sequence[Pair]], *, batch_size: int = 16, progress: bool = False
-) -> list[list[Continuation]]:
+) -> list[list[ContinuationScore]]:
     """How likely a model finds continuations of contexts.
 
     What the rows of a group have in common is computed once, into a key-value cache, from which each row goes on; no
@@ -58,7 +58,7 @@ def score_continuations(
         progress: show a bar on stderr.
 
     Returns:
-        One Continuation per pair, in the same order and grouping.
+        One ContinuationScore per pair, in the same order and grouping.
 
     Raises:
         ValueError: `score_continuations: <argument> must <rule>, got <actual>`; also when a log-probability is NaN.
@@ -74,7 +74,7 @@ def score_continuations(
         for context, continuation in group:
             _check(context, continuation, model.config)
     families = [_Family.of(group, place) for place, group in enumerate(groups) if group]
-    results: list[list[Continuation]] = [[] for _ in groups]
+    results: list[list[ContinuationScore]] = [[] for _ in groups]
     max_targets = max(1, _MAX_LOGITS // model.config.vocab_size)
     with tqdm(total=sum(map(len, groups)), disable=not progress, unit="row") as bar:
         for batch in _batches(families, batch_size, max_targets):
@@ -127,7 +127,7 @@ def _batches(families: list[_Family], batch_size: int, max_targets: int) -> Iter
 
 def _score_batch(
     model: Any, batch: list[_Family], batch_size: int, max_targets: int
-) -> Iterator[tuple[_Family, Continuation]]:
+) -> Iterator[tuple[_Family, ContinuationScore]]:
     """The rows of a batch in order; more than fit at once are of one family."""
     rows = [(parent, *row) for parent, family in enumerate(batch) for row in family.rows]
     cache = _read_prefixes(model, batch) if batch[0].prefix else None
@@ -159,7 +159,7 @@ def _read_prefixes(model: Any, batch: list[_Family]) -> StaticKVCache:
 
 def _score_rows(
     model: Any, fed: Sequence[list[int]], targets: Sequence[list[int]], cache: StaticKVCache | None
-) -> Iterator[Continuation]:
+) -> Iterator[ContinuationScore]:
     device = model.head_weight.device
     width = max(map(len, fed))
     # padding is on the right, where nothing that counts sees it
@@ -176,7 +176,7 @@ def _score_rows(
     begin = 0
     for row in targets:
         end = begin + len(row)
-        yield Continuation(float(logprobs[begin:end].sum()), len(row), all(greedy[begin:end]))
+        yield ContinuationScore(float(logprobs[begin:end].sum()), len(row), all(greedy[begin:end]))
         begin = end
 
 

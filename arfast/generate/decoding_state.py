@@ -19,7 +19,7 @@ class DecodingState:
         prompts: int64 [R, P].
         options: end tokens, padding, sampling.
         streams: (seed, sample) of every row.
-        processors: what changes logits before a token is chosen. They run on the host.
+        processors: what changes logits before a token is chosen.
         with_logprobs: whether log-probabilities are kept.
 
     Attributes:
@@ -46,8 +46,7 @@ class DecodingState:
         self._lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(rows, options.max_new_tokens, device=device) if with_logprobs else None
         self._sum = torch.zeros(rows, device=device)  # of all log-probabilities: a NaN stays in it
-        filters = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        self._sampler = Sampler(streams, device, **filters if options.do_sample else {"temperature": 0.0})
+        self._sampler = Sampler(streams, device, **options.filters)
 
     def choose(self, logits: Tensor) -> None:
         """The next tokens, given the logits [R, V]."""
@@ -58,7 +57,7 @@ class DecodingState:
         if len(self._ends) > 0:
             tokens = torch.where(self._going, tokens, self.options.pad_token_id)
             self._lengths += self._going
-            self._going &= ~torch.isin(tokens, self._ends)
+            self._going &= (tokens[:, None] != self._ends).all(-1)
         self.history.index_copy_(1, self._column, tokens[:, None])
         self._column += 1
         self.tokens.copy_(tokens)

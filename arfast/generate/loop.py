@@ -45,7 +45,7 @@ def generate(
     min_new_tokens: int = 0,
     allowed_tokens: Tensor | None = None,
     prefix_allowed_tokens_fn: Callable[[int, Tensor], Sequence[int]] | None = None,
-    logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     attention_mask: Tensor | None = None,
@@ -60,8 +60,9 @@ def generate(
 ) -> Tensor | GenerationOutput:
     """Continue prompts: greedily, by sampling or by beam search, with transformers' names and meanings.
 
-    On a GPU every step replays a CUDA graph where `DecodeStep` can capture one, of the model and, unless there are
-    penalties or constraints, of all that a step does; the host looks at the result in every eighth step.
+    On a GPU every step replays a CUDA graph where `DecodeStep` can capture one: of the model, and of all that a step
+    does unless something changes scores before tokens are chosen (penalties, constraints, filters of sampled beams).
+    The host looks at the result in every eighth step, with a streamer in each, with drafts once per round.
 
     Args:
         model: a CausalLM.
@@ -140,7 +141,7 @@ def generate(
         vocab_size=model.config.vocab_size,
         allowed_tokens=allowed_tokens,
         prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-        logits_processor=tuple(logits_processor),
+        logits_processor=() if logits_processor is None else logits_processor,
         eos_token_id=eos,
         pad_token_id=pad if pad is not None else eos[0] if eos else 0,
     )
@@ -148,6 +149,8 @@ def generate(
     speculation.check(model, options)
     mask = prompt_mask(input_ids, attention_mask, None if pad in eos else pad)
     check_context(model, mask, max_new_tokens)
+    if draft_model is not None:
+        check_context(draft_model, mask, max_new_tokens)
     seeds = _seeds_of(seed, len(input_ids))
     prompts = input_ids.repeat_interleave(num_return_sequences, dim=0)
     if num_beams > 1:

@@ -64,7 +64,12 @@ class GenerationOptions:
     vocab_size: int = 0
     allowed_tokens: Tensor | None = None
     prefix_allowed_tokens_fn: Callable | None = None
-    logits_processor: tuple[Callable, ...] = ()
+    logits_processor: Sequence[Callable] = ()
+
+    @property
+    def filters(self) -> dict[str, float]:
+        """How `arfast.ops.sample` draws, or takes the best token."""
+        return {name: getattr(self, name) for name in _SAMPLING_DEFAULTS} if self.do_sample else {"temperature": 0.0}
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
@@ -121,10 +126,10 @@ class GenerationOptions:
             rule = f"be a bool tensor [vocab_size={self.vocab_size}]"
             require(is_mask and allowed.shape == (self.vocab_size,), "allowed_tokens", rule, describe(allowed))
             require(bool(allowed.any()), "allowed_tokens", "allow at least one token", "none")
-        functions = [self.prefix_allowed_tokens_fn] if self.prefix_allowed_tokens_fn is not None else []
-        require(all(map(callable, functions)), "prefix_allowed_tokens_fn", "be a function", repr(functions))
-        processors = self.logits_processor
-        require(all(map(callable, processors)), "logits_processor", "be functions", repr(processors))
+        function, processors = self.prefix_allowed_tokens_fn, self.logits_processor
+        require(function is None or callable(function), "prefix_allowed_tokens_fn", "be a function", repr(function))
+        valid = isinstance(processors, (list, tuple)) and all(map(callable, processors))
+        require(valid, "logits_processor", "be a list of functions", repr(processors))
 
 
 def special_tokens(

@@ -12,7 +12,8 @@ class GenerationOutput:
         length^length_penalty; else the sum.
     token_logprobs: float32 [R, T], natural, of each new token when it was chosen, 0 after a sequence's end: under the
         distribution of the model, after penalties and constraints, if there are any, before temperature and filters.
-        With beams, penalties and constraints change log-probabilities, which are not normalised again.
+        With beams all of these, when beams are drawn temperature and filters too, change log-probabilities, which are
+        not normalised again.
     """
 
     sequences: Tensor

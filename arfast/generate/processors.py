@@ -29,11 +29,13 @@ def make_processors(
     processors: list[Processor] = []
     if options.repetition_penalty != 1:
         processors.append(RepetitionPenalty(options.repetition_penalty, padding))
-    by_search = options.num_beams > 1 and not options.do_sample  # what it bans needs no processor
+    # What the search itself bans needs no processor, unless another one is to see it.
+    by_search = options.num_beams > 1 and not options.do_sample and not options.logits_processor
     if options.min_new_tokens > 0 and options.eos_token_id and not by_search:
         processors.append(MinNewTokens(options.min_new_tokens, options.eos_token_id, prompt_length))
     if options.prefix_allowed_tokens_fn is not None:
-        processors.append(AllowedContinuations(options.prefix_allowed_tokens_fn, num_prompts))
+        function = options.prefix_allowed_tokens_fn
+        processors.append(PrefixConstraint(function, options, num_prompts, prompt_length))
     if options.allowed_tokens is not None and not by_search:
         processors.append(AllowedTokens(options.allowed_tokens.to(padding.device)))
     processors += options.logits_processor
@@ -98,25 +100,46 @@ class AllowedTokens:
         return scores.masked_fill_(~self.allowed, -math.inf)
 
 
-class AllowedContinuations:
+class PrefixConstraint:
     """Nothing but what a function of (the prompt's index, the tokens so far) gives (De Cao et al. 2021, arXiv
-    2010.00904, section 3.2)."""
+    2010.00904, section 3.2).
 
-    def __init__(self, allowed_tokens: Callable[[int, Tensor], Sequence[int]], num_prompts: int):
-        self.allowed_tokens, self.num_prompts = allowed_tokens, num_prompts
+    Args:
+        allowed_tokens: the function.
+        options: the tokens that end a row, about which nothing more is asked. A beam for which the function gives
+            nothing goes nowhere; without beams that is an error.
+        num_prompts, prompt_length: the prompts', padding included.
+    """
+
+    def __init__(
+        self,
+        allowed_tokens: Callable[[int, Tensor], Sequence[int]],
+        options: GenerationOptions,
+        num_prompts: int,
+        prompt_length: int,
+    ):
+        self.allowed_tokens, self.has_beams = allowed_tokens, options.num_beams > 1
+        self.ends = set(options.eos_token_id)
+        self.num_prompts, self.prompt_length = num_prompts, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rows_per_prompt = len(input_ids) // self.num_prompts
         banned = torch.ones(scores.shape, dtype=torch.bool)
         for row, tokens in enumerate(input_ids):
-            prompt = row // rows_per_prompt
-            allowed = torch.as_tensor(self.allowed_tokens(prompt, tokens), dtype=torch.int64, device="cpu").flatten()
-            name = "prefix_allowed_tokens_fn"
-            require(len(allowed) > 0, name, "allow at least one token", f"none for prompt {prompt}")
-            inside = bool(((allowed >= 0) & (allowed < scores.shape[1])).all())
-            require(inside, name, f"give tokens in [0, vocab_size={scores.shape[1]})", allowed.tolist())
-            banned[row, allowed] = False
+            if self.ends.isdisjoint(tokens[self.prompt_length :].tolist()):
+                banned[row, self._allowed(row // rows_per_prompt, tokens, scores.shape[1])] = False
+            else:
+                banned[row] = False
         return scores.masked_fill_(banned.to(scores.device), -math.inf)
+
+    def _allowed(self, prompt: int, tokens: Tensor, vocab_size: int) -> Tensor:
+        name, allowed = "prefix_allowed_tokens_fn", self.allowed_tokens(prompt, tokens)
+        allowed = torch.as_tensor(allowed, dtype=torch.int64, device="cpu").flatten()
+        some = self.has_beams or len(allowed) > 0
+        require(some, name, "allow at least one token", f"none for prompt {prompt}")
+        inside = bool(((allowed >= 0) & (allowed < vocab_size)).all())
+        require(inside, name, f"give tokens in [0, vocab_size={vocab_size})", allowed.tolist())
+        return allowed
 
 
 def keep_top_k(scores: Tensor, top_k: int) -> Tensor:

@@ -243,6 +243,11 @@ class BranchedKVCache(KVCache):
         self.slots = torch.zeros(num_rows, max_length, dtype=torch.int32, device=device)
         self.own_slots = torch.zeros(num_rows, dtype=torch.int32, device=device)
 
+    def begin(self, seqlen: int) -> Tensor:
+        if self._longest == 0:
+            raise ValueError("BranchedKVCache: prompts must be stored and branched first, got an empty cache")
+        return super().begin(seqlen)
+
     def branch(self, prompt_of: Tensor) -> None:
         """Let row r begin as a continuation of the stored prompt prompt_of[r]: int64 [R], in [0, B)."""
         self.lengths.copy_(self.prompts.lengths[prompt_of])

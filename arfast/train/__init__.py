@@ -3,13 +3,12 @@
 from .checkpoint import CheckpointError, latest_checkpoint, save_checkpoint, verify
 from .config import TrainConfig
 from .engine import NonFiniteError, StepResult, TrainState
-from .evaluation import Evaluation, evaluate
+from .evaluation import evaluate
 from .signals import TrainingInterrupted
 from .trainer import Trainer, TrainResult
 
 __all__ = [
     "CheckpointError",
-    "Evaluation",
     "NonFiniteError",
     "StepResult",
     "TrainConfig",

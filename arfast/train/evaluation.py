@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from arfast.generate.perplexity import CorpusScores as Evaluation
-from arfast.generate.perplexity import corpus_scores
+from arfast.generate.perplexity import CorpusScores, corpus_scores
 
 from .inputs import model_inputs
 
@@ -34,7 +33,7 @@ def evaluate(
     bytes_per_token: float | None = None,
     max_tokens: int | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> Evaluation | None:
+) -> CorpusScores | None:
     """Score batches (``input_ids, labels, cu_seqlens``) without label smoothing or z-loss.
 
     Args:

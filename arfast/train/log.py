@@ -11,9 +11,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from arfast.generate.perplexity import CorpusScores
+
 from .config import TrainConfig
 from .engine import StepResult, TrainState
-from .evaluation import Evaluation
 from .metrics import JsonLines, plot_loss
 
 _TERMINAL_INTERVAL, _FILE_INTERVAL = 0.2, 10.0  # seconds between redraws of the bar
@@ -86,7 +87,7 @@ class RunLog(contextlib.AbstractContextManager):
         self._seconds, self._tokens = 0.0, 0
         self.metrics.append(row)
 
-    def record_evaluation(self, state: TrainState, evaluation: Evaluation) -> None:
+    def record_evaluation(self, state: TrainState, evaluation: CorpusScores) -> None:
         self.metrics.append(
             {
                 "step": state.step,

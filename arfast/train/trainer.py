@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arfast.generate.perplexity import CorpusScores
+
 from . import checkpoint as ckpt
 from .config import TrainConfig
 from .engine import Engine, StepResult, TrainState
-from .evaluation import Evaluation, evaluate, evaluation_mode
+from .evaluation import evaluate, evaluation_mode
 from .inputs import check_identity, check_inputs, describe, describe_changes, open_data
 from .log import RunLog, notice
 from .manifest import MANIFEST, CheckpointError
@@ -38,7 +40,7 @@ class TrainResult:
     step: int
     tokens: int
     loss: float | None
-    evaluation: Evaluation | None
+    evaluation: CorpusScores | None
     samples: list[dict[str, str]]
 
 
@@ -152,7 +154,7 @@ class Trainer:
             notice(f"Trainer: not bit-identical, since it was written under other conditions ({changes})")
         self._saved_step = self.state.step
 
-    def evaluate(self, split: str = "validation", max_tokens: int | None = None) -> Evaluation:
+    def evaluate(self, split: str = "validation", max_tokens: int | None = None) -> CorpusScores:
         """Loss on a split, without smoothing: the whole of it, or as many batches as hold ``max_tokens`` targets."""
         if split not in self.datasets:
             raise ValueError(f"Trainer: split must be one of {sorted(self.datasets)}, got {split!r}")
@@ -272,7 +274,7 @@ class Trainer:
         own = {OPTIMIZER_FILE, RNG_FILE, STATE_FILE, MANIFEST}
         ckpt.publish(path, self._root, sorted(set(os.listdir(path)) - own))
 
-    def _evaluate(self, split: str, max_tokens: int | None, stop: Callable[[], bool]) -> Evaluation | None:
+    def _evaluate(self, split: str, max_tokens: int | None, stop: Callable[[], bool]) -> CorpusScores | None:
         config, dataset = self.config, self.datasets[split]
         batch_size = config.eval_batch_size or config.micro_batch_size or config.batch_size
         with self._random_state_kept():
@@ -297,7 +299,7 @@ class Trainer:
         if evaluation is not None:
             keys = ("val_loss", "val_perplexity", "val_bits_per_byte", "val_tokens")
             # null is how JSON has NaN and Inf.
-            evaluation = Evaluation(*(math.nan if evaluation[key] is None else evaluation[key] for key in keys))
+            evaluation = CorpusScores(*(math.nan if evaluation[key] is None else evaluation[key] for key in keys))
         return TrainResult(
             output_dir=self.config.output_dir,
             step=state.step,

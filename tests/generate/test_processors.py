@@ -140,8 +140,9 @@ def test_penalty_of_samples_is_that_of_transformers(pair):
             dict(allowed_tokens=torch.zeros(60, dtype=torch.bool)),
             "allowed_tokens must allow at least one token, got none",
         ),
-        (dict(prefix_allowed_tokens_fn=3), r"prefix_allowed_tokens_fn must be a function, got \[3\]"),
-        (dict(logits_processor=[3]), r"logits_processor must be functions, got \(3,\)"),
+        (dict(prefix_allowed_tokens_fn=3), "prefix_allowed_tokens_fn must be a function, got 3"),
+        (dict(logits_processor=[3]), r"logits_processor must be a list of functions, got \[3\]"),
+        (dict(logits_processor=len), "logits_processor must be a list of functions, got <built-in function len>"),
         (
             dict(prefix_allowed_tokens_fn=lambda prompt, tokens: []),
             "prefix_allowed_tokens_fn must allow at least one token, got none for prompt 0",
@@ -184,9 +185,45 @@ def test_padding_counts_as_said_in_no_row(num_beams, tiny_pair, padded_prompts):
     assert (together == PAD).any()
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_constraints_that_leave_nothing(num_beams, pair):
+NOTHING_LEFT = [(1, "logits must be finite, got others for sequences"), (3, "constraints must leave a token to every")]
+
+
+@pytest.mark.parametrize(("num_beams", "message"), NOTHING_LEFT)
+def test_constraints_that_leave_nothing(num_beams, message, pair):
     only_ends = torch.arange(60) == 7
-    with pytest.raises(ValueError, match="generate: (logits must be finite|constraints must leave a token)"):
+    with pytest.raises(ValueError, match=f"generate: {message}"):
         generate(pair[1], torch.tensor([[2, 3]]), 3, num_beams=num_beams, allowed_tokens=only_ends, min_new_tokens=2,
                  eos_token_id=7)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, dict(num_beams=3), dict(do_sample=True, seed=2)], ids=str)
+def test_a_function_is_not_asked_about_what_has_ended(options, pair, padded_prompts):
+    """A tree of answers of different lengths: nothing follows their ends."""
+    _, ours = pair
+    input_ids, mask = padded_prompts(4, 6, 60)
+    answers = [[10, 7], [20, 21, 7], [30, 31, 32, 33, 7]]
+
+    def allowed(prompt, tokens):
+        said = tokens[6:].tolist()
+        return sorted({answer[len(said)] for answer in answers if answer[: len(said)] == said and answer != said})
+
+    out = generate(ours, input_ids, 8, attention_mask=mask, prefix_allowed_tokens_fn=allowed, eos_token_id=7,
+                   pad_token_id=PAD, **options)  # fmt: skip
+    for row in out[:, 6:].tolist():
+        assert [token for token in row if token != PAD] in answers
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_processor_sees_what_is_banned(num_beams, pair):
+    allowed = torch.arange(60) % 2 == 0
+    seen = []
+
+    def look(input_ids, scores):
+        seen.append(scores.clone())
+        return scores
+
+    options = dict(allowed_tokens=allowed, min_new_tokens=2, eos_token_id=4, logits_processor=[look])
+    generate(pair[1], torch.tensor([[2, 3]]), 4, num_beams=num_beams, **options)
+    assert all((scores[:, ~allowed] == -torch.inf).all() for scores in seen)
+    assert (seen[1][:, 4] == -torch.inf).all() and (seen[2][:, 4] > -torch.inf).any()
+    generate(pair[1], torch.tensor([[2, 3]]), 4, logits_processor=None)

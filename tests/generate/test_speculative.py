@@ -12,8 +12,9 @@ from recorded_graphs import recorded_graphs
 
 from arfast.generate import DraftStatistics, generate
 from arfast.generate.draft_length import Clock, DraftLength, expected_speedup
-from arfast.generate.speculative import LookupDrafts
+from arfast.generate.drafts import LookupDrafts
 from arfast.models import CausalLM, CausalLMConfig
+from arfast.nn import BranchedKVCache
 
 PAD = 1
 
@@ -255,7 +256,7 @@ LOOKUP = dict(prompt_lookup_num_tokens=2)
             LOOKUP | dict(allowed_tokens=torch.ones(101).bool()),
             "allowed_tokens must be left out with drafts, got Tensor",
         ),
-        (LOOKUP | dict(logits_processor=[print]), "logits_processor must be left out with drafts, got tuple"),
+        (LOOKUP | dict(logits_processor=[print]), "logits_processor must be left out with drafts, got list"),
     ],
 )
 def test_errors(change, message, model):
@@ -285,3 +286,41 @@ def test_steps_that_are_replayed_as_graphs(name, drafts, padded_prompts):
     expected = generate(model, input_ids, 24, **options)
     with recorded_graphs(), pretended_gpu(), mock.patch("torch.cuda.Event", FakeEvent):
         assert torch.equal(generate(model, input_ids, 24, **options, **drafts[name]), expected)
+
+
+def test_a_draft_model_with_a_shorter_context(model):
+    short = CausalLM(model.config.replace(max_position_embeddings=4), seed=1)
+    with pytest.raises(ValueError, match="generate: input_ids must fit the context, max_position_embeddings=4"):
+        generate(model, torch.arange(6)[None], 2, draft_model=short)
+
+
+def test_drafts_behind_an_end_do_not_count(model):
+    prompt = torch.tensor([[5, 6, 7]])
+    greedy = generate(model, prompt, 8)[0, 3:].tolist()
+    end = greedy[2]
+    statistics = DraftStatistics()
+    out = generate(
+        model, prompt, 8, eos_token_id=end, draft_model=model, num_draft_tokens=6, draft_statistics=statistics
+    )
+    assert out[0, 3:].tolist() == greedy[: greedy.index(end) + 1]
+    assert statistics.accepted < statistics.new_tokens == out.shape[1] - 3
+
+
+def test_copies_of_a_prompt_leave_it_alone(model):
+    """Rows that end early store again what they have, and their prompt is that of others, too."""
+    prompts, written = torch.randint(2, 101, (2, 9), generator=torch.Generator().manual_seed(3)), []
+
+    class Watched(BranchedKVCache):
+        def advance(self, seqlen=1):
+            positions = self.lengths[:, None] + torch.arange(seqlen)
+            places = self.slots.gather(1, positions.clamp(max=self.max_length - 1).long()) + positions
+            written.append(places.flatten().tolist())
+            super().advance(seqlen)
+
+    noisy = make(3, layers=1)
+    options = dict(do_sample=True, top_k=0, temperature=1.5, num_return_sequences=4, eos_token_id=list(range(2, 8)))
+    with mock.patch("arfast.generate.prompts.BranchedKVCache", Watched):
+        generate(model, prompts, 40, draft_model=noisy, seed=5, pad_token_id=1, **options)
+    assert len(written) > 20
+    for places in written:
+        assert len(set(places)) == len(places) and min(places) >= 2 * 9

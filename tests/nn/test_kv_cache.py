@@ -176,6 +176,13 @@ def test_a_branch_takes_over_the_past_of_another(model, ids):
             torch.testing.assert_close(logits[row], model(sequence[None]).logits[0, -1], rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def test_prompts_come_first(model):
+    cache = BranchedKVCache(CONFIG, 1, 4, num_rows=2, max_new_tokens=3)
+    with pytest.raises(ValueError, match="BranchedKVCache: prompts must be stored and branched first, got an empty"):
+        model(torch.ones(2, 1, dtype=torch.int64), cache=cache)
+
+
 def test_memory_of_branches():
     """The prompts once, and a continuation per row."""
     cache = BranchedKVCache(CONFIG, 2, 100, num_rows=16, max_new_tokens=8, shortest_prompt=99)
