@@ -4,6 +4,8 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
+#include <mutex>
 #include <thread>
 
 #include "core/parallel.h"
@@ -15,6 +17,8 @@ namespace arfast::ARFAST_CPU_TARGET {
 struct PhaseCounters {
   alignas(64) std::atomic<int64_t> taken{0};
   alignas(64) std::atomic<int64_t> done{0};
+  std::mutex mutex;
+  std::exception_ptr error;  // the first that a task threw
 };
 
 // One thread's way through the phases. Threads take tasks when they are free for them and wait only for tasks that
@@ -24,7 +28,8 @@ class Phases {
   explicit Phases(PhaseCounters& counters) : counters_(counters) {}
 
   // Calls f(i) for every i in [0, count), each once on some thread, and returns when all are done. Every thread makes
-  // the same calls of `run` in the same order. Which thread runs a task must not matter to its result.
+  // the same calls of `run` in the same order. Which thread runs a task must not matter to its result. A task that
+  // throws is done, or the others would wait for it forever.
   template <typename F>
   void run(int64_t count, const F& f) {
     const int64_t begin = end_;
@@ -32,7 +37,12 @@ class Phases {
     int64_t mine = 0;
     for (int64_t task = counters_.taken.load(std::memory_order_relaxed); task < end_;) {
       if (!counters_.taken.compare_exchange_weak(task, task + 1, std::memory_order_relaxed)) continue;
-      f(task - begin);
+      try {
+        f(task - begin);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(counters_.mutex);
+        if (!counters_.error) counters_.error = std::current_exception();
+      }
       ++mine;
       task = counters_.taken.load(std::memory_order_relaxed);
     }
@@ -54,7 +64,7 @@ class Phases {
   int64_t end_ = 0;
 };
 
-// Calls f(phases) on as many threads as there are for the phase of the most tasks.
+// Calls f(phases) on as many threads as there are for the phase of the most tasks, then throws what a task has thrown.
 template <typename F>
 void run_phases(int64_t most_tasks, const F& f) {
   PhaseCounters counters;
@@ -62,6 +72,7 @@ void run_phases(int64_t most_tasks, const F& f) {
     Phases phases(counters);
     f(phases);
   });
+  if (counters.error) std::rethrow_exception(counters.error);
 }
 
 }  // namespace arfast::ARFAST_CPU_TARGET

@@ -58,6 +58,7 @@ DecodeStepLayer take_layer(Weights& weights, const DecodeStepParams& p, const Op
   layer.o = weights.take("o_proj", "[d, H D]", {d, q});
   layer.post_norm = weights.take("post_attention_layernorm", "[d]", {d});
   layer.gate = weights.take("gate_proj", "[I, d]", {p.intermediate_size, d});
+  if (p.intermediate_size == 0) fail(kOp, "gate_proj", "have at least one row", "[0, " + std::to_string(d) + "]");
   layer.up = weights.take("up_proj", "[I, d]", {p.intermediate_size, d});
   layer.down = weights.take("down_proj", "[d, I]", {d, p.intermediate_size});
   if (options.qkv_bias) {
@@ -130,6 +131,7 @@ Tensor decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor s
   const Tensor& embedding = list[0];
   if (!embedding.is_cpu()) fail(kOp, "weights", "be on the CPU", device_of(embedding));
   check_shape(kOp, "embed_tokens", embedding, "[V, d]", {kAny, kAny});
+  if (embedding.size(1) == 0) fail(kOp, "embed_tokens", "have at least one column", shape_of(embedding));
   check_shape(kOp, "k_cache", k_cache, "[L, rows, S, Hkv, D]", {kAny, kAny, kAny, kAny, kAny});
   const bool several = tokens.dim() == 2;
   if (several) {

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <iterator>
 #include <limits>
+#include <new>
 #include <random>
 #include <thread>
 #include <vector>
@@ -258,6 +259,31 @@ void test_phases() {
   set_parallel_for(before);
 }
 
+// What a task throws reaches the caller, and no thread waits for it: the other tasks run all the same.
+void test_throwing_phases() {
+  const ParallelFor before = get_parallel_for();
+  for (const ParallelFor implementation :
+       {before, ParallelFor{threaded_for}, ParallelFor{indexwise_for}, ParallelFor{late_for}}) {
+    set_parallel_for(implementation);
+    std::atomic<int64_t> runs{0};
+    bool thrown = false;
+    try {
+      run_phases(64, [&](Phases& phases) {
+        for (int phase = 0; phase < 3; ++phase) {
+          phases.run(64, [&](int64_t task) {
+            ++runs;
+            if (phase == 1 && task % 7 == 3) throw std::bad_alloc();
+          });
+        }
+      });
+    } catch (const std::bad_alloc&) {
+      thrown = true;
+    }
+    expect(thrown && runs == 3 * 64, "a task that throws", runs.load());
+  }
+  set_parallel_for(before);
+}
+
 // The name of this target, to compare with what the machine can run.
 constexpr CpuTarget kTarget = kVectorBytes == 64   ? CpuTarget::kAvx512
                               : kVectorBytes == 32 ? CpuTarget::kAvx2
@@ -275,6 +301,7 @@ int run() {
   test_rows<Float16>();
   test_parallel();
   test_phases();
+  test_throwing_phases();
   std::printf("%d lanes: %d failures\n", kFloatLanes, failures);
   return failures == 0 ? 0 : 1;
 }

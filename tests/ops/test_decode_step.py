@@ -254,9 +254,16 @@ def test_nan_in_the_past_stays_in_its_sequence():
     assert logits[0].isnan().all() and logits[1:].isfinite().all()
 
 
-def test_no_sequence():
-    arguments, options = make("grouped", torch.float32, 0)
-    assert run(decode_step, arguments, options)[0].shape == (0, 61)
+@pytest.mark.parametrize(("shape", "vocab"), [((0,), 61), ((0, 3), 61), ((3, 0), 61), ((0,), 0), ((3, 0), 0)], ids=str)
+def test_nothing_to_do(shape, vocab):
+    """No sequence, no token or an empty vocabulary: no logits, and the caches stay as they are."""
+    arguments, options = make("grouped", torch.float32, shape[0])
+    arguments[0] = torch.zeros(shape, dtype=torch.int64)
+    arguments[1][0], arguments[1][2] = (arguments[1][i][:vocab] for i in (0, 2))
+    logits, *caches = run(decode_step, arguments, options)
+    assert logits.shape == (*shape, vocab) and logits.dtype == torch.float32
+    for cache, before in zip(caches, arguments[4:6], strict=True):
+        assert_bitwise_equal(cache, before)
 
 
 def test_opcheck():
@@ -318,6 +325,9 @@ ERRORS = [
     (with_weight(0, Z(61)), r"embed_tokens must have shape \[V, d\] = \[\*, \*\], got \[61\]"),
     (with_weight(0, Z(61, 32, dtype=torch.float64)), "embed_tokens must be float32, bfloat16 or float16, got float64"),
     (with_weight(0, Z(61, 32, device="meta")), "tensors must be on one device"),
+    (with_weight(0, Z(61, 0)), r"embed_tokens must have at least one column, got \[61, 0\]"),
+    (with_weight(9, Z(0, 32)), r"gate_proj must have at least one row, got \[0, 32\]"),
+    (with_weight(9, Z(48)), r"gate_proj must have shape \[I, d\] = \[0, 32\], got \[48\]"),
     (with_weight(2, Z(60, 32)), r"lm_head must have shape \[V, d\] = \[61, 32\], got \[60, 32\]"),
     (with_weight(4, Z(32, 32).half()), r"q_proj must have the dtype of embed_tokens \(float32\), got float16"),
     (with_weight(4, Z(32, 31)), r"q_proj must have shape \[H D, d\] = \[32, 32\], got \[32, 31\]"),
