@@ -43,7 +43,8 @@ class BeamState:
         ending_log_probs: float32 [B, K], of these tokens.
         improvable: bool [B], once false an item accepts no more.
         status: int32 [B], a sum of 1: the item's hypotheses can still change; 2: some candidate of the last step did
-            not end; 4: a row of its logits had no finite log-sum-exp: NaN, infinity or nothing but -inf.
+            not end; 4: a row of its logits had no finite log-sum-exp: NaN, infinity or nothing but -inf, which with
+            `log_probs` is no error but a beam that cannot go on.
         next_tokens: int64 [B*K], to be fed to the model.
         rows: int64 [B*K], the row of the step's logits that each beam continues.
         slots: int32 [B*K, S] or None, `beam_slots` of `attention_decode`: the slot of the caches that holds a position
@@ -188,17 +189,17 @@ def beam_step_reference(
     merged, order = torch.cat([state.scores, new], dim=1).sort(dim=1, descending=True, stable=True)
     endings = torch.stack([torch.full_like(parents, step), parents, tokens], dim=-1)[:, :beams]
     endings = torch.cat([state.endings, endings], dim=1).gather(1, order[:, :beams, None].expand(-1, -1, 3))
-    log_probs = scores - so_far.gather(1, parents.long())
-    state.ending_log_probs.copy_(torch.cat([state.ending_log_probs, log_probs], dim=1).gather(1, order[:, :beams]))
+    gained = scores - so_far.gather(1, parents.long())
+    state.ending_log_probs.copy_(torch.cat([state.ending_log_probs, gained], dim=1).gather(1, order[:, :beams]))
 
     by_score = scores.sort(dim=-1, descending=True, stable=True).indices
     by_end = ends.gather(1, by_score).sort(dim=-1, stable=True).indices
     going = by_score.gather(1, by_end)[:, :beams]  # the K best that do not end, then those that do
-    scores, parents, tokens, log_probs = (x.gather(1, going) for x in (scores, parents, tokens, log_probs))
+    scores, parents, tokens, gained = (x.gather(1, going) for x in (scores, parents, tokens, gained))
     first_row = torch.arange(batch, device=logits.device)[:, None]
     _move_slots(state, step, parents)
     state.parents[step], state.tokens[step] = parents, tokens
-    state.log_probs[step] = log_probs
+    state.log_probs[step] = gained
     state.next_tokens.copy_(tokens.flatten())
     state.rows.copy_((first_row * per_item + parents).flatten())
     state.running.copy_(scores.masked_fill(ends.gather(1, going), -torch.inf))  # what ended goes nowhere
@@ -210,7 +211,8 @@ def beam_step_reference(
     full = (endings[:, :, 0] >= 0).all(-1)
     state.improvable &= ~full | (state.running[:, 0] / state.length_powers[length] > state.scores[:, -1])
     can_change = state.improvable & ~full if state.early_stopping is True else state.improvable
-    goes_on, finite = (exists & ~ends).any(-1), lse.isfinite().all(-1)
+    usable = lse < torch.inf if log_probs else lse.isfinite()
+    goes_on, finite = (exists & ~ends).any(-1), usable.all(-1)
     state.status.copy_(CAN_CHANGE * can_change + GO_ON * goes_on + NOT_FINITE * ~finite)
 
 

@@ -166,7 +166,9 @@ class Advance {
       if (exists(i) && !scratch_.ends[i]) status |= kBeamsGoOn;
     }
     for (int64_t k = 0; k < params_.num_beams; ++k) {
-      if (!(fabsf(params_.lse[group_ * params_.num_beams + k]) < INFINITY)) status |= kBeamsNotFinite;
+      const float lse = params_.lse[group_ * params_.num_beams + k];
+      const bool usable = params_.log_probs ? lse < INFINITY : fabsf(lse) < INFINITY;
+      if (!usable) status |= kBeamsNotFinite;
     }
     state_.improvable[group_] = improvable;
     state_.status[group_] = status;

@@ -43,6 +43,8 @@ struct BeamState {
 // Flags of a group after a step.
 constexpr int32_t kBeamsCanChange = 1;  // a further step could change its hypotheses
 constexpr int32_t kBeamsGoOn = 2;       // a candidate did not end
-constexpr int32_t kBeamsNotFinite = 4;  // a row of logits had no finite log-sum-exp
+// A row of logits had no finite log-sum-exp. One of log-probabilities that are all -infinity does not count: whoever
+// made them banned every token, and the beam cannot go on.
+constexpr int32_t kBeamsNotFinite = 4;
 
 }  // namespace arfast

@@ -186,6 +186,27 @@ def test_status(device):
     assert torch.equal(state.endings[0, :, 0].cpu(), torch.tensor([0, 0], dtype=torch.int32))
 
 
+def test_a_beam_that_cannot_go_on(device):
+    """Nothing but -inf: an error among logits; among log-probabilities, which somebody changed, the end of this beam,
+    and the others of the item take its place."""
+    for log_probs in (False, True):
+        for value in (-INF, INF, NAN):
+            state = BeamState.start(2, 3, 4, device=device)
+            beam_step(torch.randn(2, 7).log_softmax(-1).to(device), state, log_probs=log_probs)
+            logits = torch.randn(6, 7).log_softmax(-1)
+            logits[1] = value
+            expected = copy.deepcopy(state)
+            beam_step(logits.to(device), state, log_probs=log_probs)
+            beam_step_reference(logits.to(device), expected, log_probs=log_probs, prune=beam_prune)
+            assert_same_state(state, expected)
+            bits = CAN_CHANGE | GO_ON
+            assert state.status.tolist() == [bits | NOT_FINITE * (not log_probs or value != -INF), bits]
+            assert state.running.isfinite().all() and not (state.rows == 1).any()
+    beam_step(torch.full((6, 7), -INF, device=device), state, log_probs=True)
+    assert state.status.tolist() == [CAN_CHANGE] * 2
+    assert (state.running == -INF).all()
+
+
 def test_own_slots(device):
     """One buffer of tokens: prompts of several lengths once, then the tokens of each beam. A beam finds its past there
     as if the caches had been reordered at every step."""
