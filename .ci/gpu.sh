@@ -86,7 +86,7 @@ step tests 100 "$python" -m pytest -m "gpu and not slow" --quiet "${workers[@]}"
 
 if has pytest_benchmark; then
   # The sizes that bars are set for, the bars of the issue first; BENCHMARKS="" runs every case, in many minutes.
-  first=(attention train moe_experts cross_entropy decode)
+  first=(attention train moe_experts cross_entropy decode generate)
   files=("${first[@]/#/benchmarks/bench_}")
   files=("${files[@]/%/.py}")
   for file in benchmarks/bench_*.py; do

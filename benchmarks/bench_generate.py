@@ -1,5 +1,5 @@
-"""A whole `generate` of 64 tokens on the CPU against transformers', and CTranslate2's and llama.cpp's where they are
-installed: greedy with one prompt, and beam search with 8 prompts of 8 beams.
+"""A whole `generate` of 64 tokens against transformers', on the CPU also CTranslate2's and llama.cpp's where they are
+installed: greedy with one prompt, and beam search.
 
 The fewest bytes are the weights, read once per step, so the share of the peak is one of bandwidth. No end token: all
 generate the same number of tokens. A table of one run on a quiet machine counts; single numbers of these decoders
@@ -12,7 +12,7 @@ import pytest
 import torch
 from decoders import ctranslate2_decoder, installed, llama_cpp_decoder, transformers_decoder
 from harness import Case
-from llama import LLAMA_11M, LLAMA_50M, transformers_twin
+from llama import LLAMA_1B, LLAMA_11M, LLAMA_50M, transformers_twin
 
 from arfast.generate import generate
 from arfast.models import CausalLM
@@ -22,30 +22,30 @@ LLAMA_12M = LLAMA_11M.replace(intermediate_size=1024, num_key_value_heads=4)
 
 
 @functools.cache
-def models(config, dtype):
-    model = CausalLM(config, seed=0).to(dtype).eval()
+def models(config, dtype, device):
+    model = CausalLM(config, seed=0, device=device).to(dtype).eval()
     return model, transformers_twin(model).eval()
 
 
 @functools.cache
-def decoder(name, config, dtype, num_beams):
-    _, twin = models(config, dtype)
+def decoder(name, config, dtype, num_beams, device):
+    _, twin = models(config, dtype, device)
     if name == "CTranslate2":
         return ctranslate2_decoder(twin, NEW, num_beams)
     return llama_cpp_decoder(twin, NEW) if name == "llama.cpp" else transformers_decoder(twin, NEW, num_beams)
 
 
 def peer(*key):
-    return lambda prompts: torch.no_grad()(decoder(*key))(prompts)
+    return lambda prompts: torch.no_grad()(decoder(*key, prompts.device.type))(prompts)
 
 
-def case(size, config, dtype, batch, num_beams, prompt, gates):
+def case(size, config, dtype, batch, num_beams, prompt, gates, devices=("cpu",)):
     def make_inputs(device):
         return (torch.randint(3, config.vocab_size, (batch, prompt), device=device),)
 
     def ours(prompts):
         options = dict(eos_token_id=[], pad_token_id=0, num_beams=num_beams)
-        return generate(models(config, dtype)[0], prompts, NEW, **options)
+        return generate(models(config, dtype, prompts.device.type)[0], prompts, NEW, **options)
 
     def check(outputs, prompts):
         """In float32 the tokens of transformers, at least the first: of random weights, rounding soon decides."""
@@ -55,8 +55,9 @@ def case(size, config, dtype, batch, num_beams, prompt, gates):
         assert dtype != torch.float32 or same > 0.9, f"only {same:.0%} of the first tokens are those of transformers"
 
     names = ["transformers"]
-    names += ["CTranslate2"] if dtype == torch.float32 and installed("ctranslate2") else []
-    names += ["llama.cpp"] if num_beams == 1 and installed("llama_cpp", "gguf") else []
+    on_cpu = devices == ("cpu",)
+    names += ["CTranslate2"] if on_cpu and dtype == torch.float32 and installed("ctranslate2") else []
+    names += ["llama.cpp"] if on_cpu and num_beams == 1 and installed("llama_cpp", "gguf") else []
     peers = {name: peer(name, config, dtype, num_beams) for name in names}
     kind = "greedy" if num_beams == 1 else f"beam{num_beams}"
     return Case(
@@ -68,8 +69,9 @@ def case(size, config, dtype, batch, num_beams, prompt, gates):
         bytes=NEW * config.num_parameters() * dtype.itemsize,
         tokens=NEW * batch,
         gates={name: gate for name, gate in gates.items() if name in names},
-        devices=("cpu",),
+        devices=devices,
         dtype=dtype,
+        graph=False,
     )
 
 
@@ -81,6 +83,8 @@ CASES = [
     case("50M", LLAMA_50M, BFLOAT16, 1, 1, 32, {"transformers": 3.0, "llama.cpp": 0.9}),
     case("12M", LLAMA_12M, FLOAT32, 8, 8, 16, {"transformers": 1.7, "CTranslate2": 1.0}),
 ]
+GPU_GATES = {"transformers": 10.0}
+CASES += [case("1B", LLAMA_1B, BFLOAT16, 1, beams, 128, GPU_GATES, devices=("cuda",)) for beams in (1, 4, 8)]
 
 
 @pytest.fixture(scope="module", autouse=True)
