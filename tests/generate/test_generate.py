@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import scipy.stats
 import torch
+from streams import Recorder
 
 from arfast.generate import generate, score
 from arfast.models import CausalLM, CausalLMConfig
@@ -138,19 +139,6 @@ def test_samples_follow_the_distribution(filters, model):
     assert 0 < kept.sum() < 101 or filters == dict(top_k=0)
     assert counts[~kept].sum() == 0
     assert scipy.stats.chisquare(counts[kept], 4000 * probabilities[kept]).pvalue > 1e-4
-
-
-class Recorder:
-    """A streamer that keeps what it gets."""
-
-    def __init__(self):
-        self.values, self.ended = [], 0
-
-    def put(self, value):
-        self.values.append(value)
-
-    def end(self):
-        self.ended += 1
 
 
 @pytest.mark.parametrize("options", [{}, dict(do_sample=True, seed=1), dict(do_sample=True, num_return_sequences=2)])

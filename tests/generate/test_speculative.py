@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 from host_waits import pretended_gpu
 from recorded_graphs import recorded_graphs
+from streams import Recorder
 
 from arfast.generate import DraftStatistics, generate
 from arfast.generate.draft_length import Clock, DraftLength, expected_speedup
@@ -139,19 +140,6 @@ def test_drafts_and_verification_have_numbers_of_their_own(model):
     plain = generate(model, prompt, **options)
     drafted = generate(model, prompt, **options, draft_model=model, num_draft_tokens=3)
     assert torch.equal(plain[:, 3], drafted[:, 3]) and (plain[:, 4] == drafted[:, 4]).float().mean() < 0.5
-
-
-class Recorder:
-    """A streamer that keeps what it gets."""
-
-    def __init__(self):
-        self.values, self.ended = [], 0
-
-    def put(self, value):
-        self.values.append(value)
-
-    def end(self):
-        self.ended += 1
 
 
 @pytest.mark.parametrize("options", [{}, dict(do_sample=True, num_return_sequences=2, seed=1)], ids=str)

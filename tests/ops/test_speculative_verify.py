@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
+from filter_errors import FILTER_ERRORS
 from threads import same_for_any_threads
 
 from arfast.ops import sample, speculative_verify, speculative_verify_reference
@@ -303,19 +304,7 @@ def test_compile():
             dict(draft_logits=torch.zeros(2, 3, 9).bfloat16()),
             r"draft_logits must have the dtype of target_logits \(float32\), got bfloat16",
         ),
-        (dict(temperature=-0.5), "temperature must be at least 0 and a finite float32, got -0.5"),
-        (dict(top_k=-1), "top_k must be at least 0, got -1"),
-        (dict(top_p=1.1), r"top_p must be in \[0, 1\], got 1.1"),
-        (dict(min_p=NAN), r"min_p must be in \[0, 1\], got nan"),
-        (
-            dict(generator_state=torch.zeros(3, 3).long()),
-            r"generator_state must have shape \[B, 3\] = \[2, 3\], got \[3, 3\]",
-        ),
-        (dict(generator_state=torch.zeros(2, 3)), "generator_state must be int64, got float32"),
-        (
-            dict(generator_state=torch.zeros(1, 3).long().expand(2, 3)),
-            "generator_state must have memory for every element, got a stride of 0",
-        ),
+        *FILTER_ERRORS,
     ],
 )
 def test_errors(change, message):
