@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 
 #include "binding/tensor.h"
 
@@ -105,15 +106,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune(Tensor logits, Tensor scor
   return {pruning.out_scores, pruning.parents, pruning.tokens, pruning.lse};
 }
 
+template <typename T>
+constexpr ScalarType kScalarType = std::is_same_v<T, float>     ? ScalarType::Float
+                                   : std::is_same_v<T, int32_t> ? ScalarType::Int
+                                   : std::is_same_v<T, int64_t> ? ScalarType::Long
+                                                                : ScalarType::Bool;
+
 // A tensor of the state: of this shape and type, dense, with the logits.
 template <typename T>
 T* state_data(const char* name, const Tensor& tensor, const char* shape, std::initializer_list<int64_t> sizes,
-              ScalarType dtype, const Tensor& logits) {
+              const Tensor& logits) {
   constexpr const char* kOp = "beam_step";
   check_shape(kOp, name, tensor, shape, sizes);
-  check_dtype(kOp, name, tensor, dtype);
+  check_dtype(kOp, name, tensor, kScalarType<T>);
   check_same_device(kOp, name, tensor, "logits", logits);
-  check(tensor.is_contiguous(), kOp, name, "be contiguous", "strides of " + shape_of(tensor));
+  if (!tensor.is_contiguous()) fail(kOp, name, "be contiguous", "strides of " + shape_of(tensor));
   return static_cast<T*>(tensor.data_ptr());
 }
 
@@ -127,68 +134,59 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, bool log_probs, Tens
   check_shape(kOp, "logits", logits, "[B*K, V]", {kAny, kAny});
   check_shape(kOp, "running", running, "[B, K]", {kAny, kAny});
   const int64_t groups = running.size(0), beams = running.size(1);
-  check(1 <= beams && beams <= kMaxStateBeams, kOp, "running", "have 1 to 128 beams per group", shape_of(running));
+  if (beams < 1 || beams > kMaxStateBeams) fail(kOp, "running", "have 1 to 128 beams per group", shape_of(running));
   check_shape(kOp, "ends", ends, "[number of end tokens]", {kAny});
   const int64_t num_ends = ends.size(0);
-  check(num_ends <= kMaxStateEnds, kOp, "ends", "have at most 8 tokens", shape_of(ends));
+  if (num_ends > kMaxStateEnds) fail(kOp, "ends", "have at most 8 tokens", shape_of(ends));
   check_shape(kOp, "parents", parents, "[L, B, K]", {kAny, groups, beams});
   const int64_t length = parents.size(0);
-  check(length >= 1, kOp, "parents", "have room for a step", shape_of(parents));
+  if (length < 1) fail(kOp, "parents", "have room for a step", shape_of(parents));
   check_range(kOp, "early_stopping", early_stopping, 0 <= early_stopping && early_stopping <= 2, "be 0, 1 or 2");
-  check(min_length >= 0, kOp, "min_length", "be at least 0", std::to_string(min_length));
+  if (min_length < 0) fail(kOp, "min_length", "be at least 0", std::to_string(min_length));
   const bool first = logits.size(0) == groups && beams > 1;  // one row per group, which all its beams continue
-  check(first || logits.size(0) == groups * beams, kOp, "logits", "have B*K rows, or B in the first step",
-        shape_of(logits));
-  check(slots.has_value() == prompt_lengths.has_value(), kOp, "slots", "come with prompt_lengths", "one of both");
-  check(slots || !own_slots, kOp, "own_slots", "come with slots", "them alone");
+  if (!first && logits.size(0) != groups * beams) {
+    fail(kOp, "logits", "have B*K rows, or B in the first step", shape_of(logits));
+  }
+  if (slots.has_value() != prompt_lengths.has_value()) fail(kOp, "slots", "come with prompt_lengths", "one of both");
+  if (own_slots && !slots) fail(kOp, "own_slots", "come with slots", "them alone");
 
-  const auto step_data = [&](const char* name, const Tensor& tensor, ScalarType dtype) {
-    return state_data<void>(name, tensor, "[L, B, K]", {length, groups, beams}, dtype, logits);
-  };
   BeamState state{
       .num_beams = beams,
       .max_length = length,
       .min_length = min_length,
       .num_ends = num_ends,
-      .ends = state_data<int64_t>("ends", ends, "[number of end tokens]", {num_ends}, ScalarType::Long, logits),
-      .length_powers =
-          state_data<float>("length_powers", length_powers, "[L + 1]", {length + 1}, ScalarType::Float, logits),
+      .ends = state_data<int64_t>("ends", ends, "[number of end tokens]", {num_ends}, logits),
+      .length_powers = state_data<float>("length_powers", length_powers, "[L + 1]", {length + 1}, logits),
       .early_stopping = static_cast<EarlyStopping>(early_stopping),
       .longest_counts = longest_counts,
-      .lengths = state_data<int32_t>("lengths", lengths, "[B]", {groups}, ScalarType::Int, logits),
-      .running = state_data<float>("running", running, "[B, K]", {groups, beams}, ScalarType::Float, logits),
-      .parents = static_cast<int32_t*>(step_data("parents", parents, ScalarType::Int)),
-      .tokens = static_cast<int32_t*>(step_data("tokens", tokens, ScalarType::Int)),
-      .log_probs = static_cast<float*>(step_data("log_probs", token_log_probs, ScalarType::Float)),
-      .scores = state_data<float>("scores", scores, "[B, K]", {groups, beams}, ScalarType::Float, logits),
-      .endings = state_data<int32_t>("endings", endings, "[B, K, 3]", {groups, beams, 3}, ScalarType::Int, logits),
-      .ending_log_probs =
-          state_data<float>("ending_log_probs", ending_log_probs, "[B, K]", {groups, beams}, ScalarType::Float, logits),
-      .improvable = state_data<bool>("improvable", improvable, "[B]", {groups}, ScalarType::Bool, logits),
-      .status = state_data<int32_t>("status", status, "[B]", {groups}, ScalarType::Int, logits),
-      .next_tokens =
-          state_data<int64_t>("next_tokens", next_tokens, "[B*K]", {groups * beams}, ScalarType::Long, logits),
-      .rows = state_data<int64_t>("rows", rows, "[B*K]", {groups * beams}, ScalarType::Long, logits),
+      .lengths = state_data<int32_t>("lengths", lengths, "[B]", {groups}, logits),
+      .running = state_data<float>("running", running, "[B, K]", {groups, beams}, logits),
+      .parents = state_data<int32_t>("parents", parents, "[L, B, K]", {length, groups, beams}, logits),
+      .tokens = state_data<int32_t>("tokens", tokens, "[L, B, K]", {length, groups, beams}, logits),
+      .log_probs = state_data<float>("log_probs", token_log_probs, "[L, B, K]", {length, groups, beams}, logits),
+      .scores = state_data<float>("scores", scores, "[B, K]", {groups, beams}, logits),
+      .endings = state_data<int32_t>("endings", endings, "[B, K, 3]", {groups, beams, 3}, logits),
+      .ending_log_probs = state_data<float>("ending_log_probs", ending_log_probs, "[B, K]", {groups, beams}, logits),
+      .improvable = state_data<bool>("improvable", improvable, "[B]", {groups}, logits),
+      .status = state_data<int32_t>("status", status, "[B]", {groups}, logits),
+      .next_tokens = state_data<int64_t>("next_tokens", next_tokens, "[B*K]", {groups * beams}, logits),
+      .rows = state_data<int64_t>("rows", rows, "[B*K]", {groups * beams}, logits),
       .slots = nullptr,
       .cache_length = 0,
       .prompt_lengths = nullptr,
       .own_slots = nullptr,
   };
   if (slots) {
-    state.slots = state_data<int32_t>("slots", *slots, "[B*K, S]", {groups * beams, kAny}, ScalarType::Int, logits);
+    state.slots = state_data<int32_t>("slots", *slots, "[B*K, S]", {groups * beams, kAny}, logits);
     state.cache_length = slots->size(1);
-    state.prompt_lengths =
-        state_data<int32_t>("prompt_lengths", *prompt_lengths, "[B]", {groups}, ScalarType::Int, logits);
+    state.prompt_lengths = state_data<int32_t>("prompt_lengths", *prompt_lengths, "[B]", {groups}, logits);
   }
-  if (own_slots) {
-    state.own_slots = state_data<int32_t>("own_slots", *own_slots, "[B*K]", {groups * beams}, ScalarType::Int, logits);
-  }
+  if (own_slots) state.own_slots = state_data<int32_t>("own_slots", *own_slots, "[B*K]", {groups * beams}, logits);
   const Tensor so_far = first ? torch::stable::narrow(running, 1, 0, 1) : running;
   const int64_t num_candidates = std::max<int64_t>(2, 1 + num_ends) * beams;  // leaves K that do not end
   Pruning pruning(kOp, logits, so_far, num_candidates, banned, log_probs);
   if (generator_state) {
-    pruning.generator_state =
-        state_data<int64_t>("generator_state", *generator_state, "[B, 3]", {groups, 3}, ScalarType::Long, logits);
+    pruning.generator_state = state_data<int64_t>("generator_state", *generator_state, "[B, 3]", {groups, 3}, logits);
   }
   pruning.run(state);
 }
@@ -198,17 +196,14 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, bool log_probs, Tens
 STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
   m.def(
       "beam_prune(Tensor logits, Tensor scores, int num_candidates, Tensor? banned, bool log_probs) -> (Tensor, "
-      "Tensor, Tensor, "
-      "Tensor)");
+      "Tensor, Tensor, Tensor)");
   m.def(
       "beam_step(Tensor logits, Tensor? banned, bool log_probs, Tensor ends, Tensor length_powers, int early_stopping, "
-      "bool "
-      "longest_counts, int min_length, Tensor(a!) lengths, Tensor(b!) running, Tensor(c!) parents, Tensor(d!) tokens, "
-      "Tensor(e!) "
-      "token_log_probs, Tensor(f!) scores, Tensor(g!) endings, Tensor(n!) ending_log_probs, Tensor(h!) improvable, "
-      "Tensor(i!) status, Tensor(j!) "
-      "next_tokens, Tensor(k!) rows, Tensor(l!)? slots, Tensor? prompt_lengths, Tensor? own_slots, Tensor(m!)? "
-      "generator_state) -> ()");
+      "bool longest_counts, int min_length, Tensor(a!) lengths, Tensor(b!) running, Tensor(c!) parents, "
+      "Tensor(d!) tokens, Tensor(e!) token_log_probs, Tensor(f!) scores, Tensor(g!) endings, "
+      "Tensor(n!) ending_log_probs, Tensor(h!) improvable, Tensor(i!) status, Tensor(j!) next_tokens, "
+      "Tensor(k!) rows, Tensor(l!)? slots, Tensor? prompt_lengths, Tensor? own_slots, "
+      "Tensor(m!)? generator_state) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) {
   m.impl("beam_prune", TORCH_BOX(&beam_prune));

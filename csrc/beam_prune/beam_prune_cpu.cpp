@@ -56,7 +56,7 @@ template <typename T>
 void draw_from_segment(const Segment<T>& segment, const GumbelNoise& noise, TopList& list) {
   for (int64_t first = 0; first < segment.size; first += kTile) {
     const float best = reduce_max(segment.maxima[first / kTile]);
-    if (best == -kInfinity) continue;
+    if (best == -kInfinity<float>) continue;
     const uint64_t least = least_bits(best, list.threshold());
     const bool* banned = segment.tile_banned(first);
     for (int64_t i = 0; i < segment.tile_size(first); ++i) {
@@ -109,7 +109,7 @@ struct Beam {
   // Scores of NaN or -infinity are no candidates.
   void push(float logit, int64_t token, TopList& best) const {
     const float value = score(logit);
-    if (!(value >= best.threshold() && value > -kInfinity) || ends_too_early(params, group, token)) return;
+    if (!(value >= best.threshold() && value > -kInfinity<float>) || ends_too_early(params, group, token)) return;
     best.push({value, static_cast<int32_t>(first_index + token)});
   }
 
@@ -148,10 +148,10 @@ template <typename T>
 void write_group(const BeamPruneParams& params, int64_t group, const std::vector<Beam>& beams, const TopList& best) {
   for (int64_t i = 0; i < params.num_candidates; ++i) {
     const int64_t at = group * params.num_candidates + i;
-    const Candidate candidate = i < best.size() ? best.begin()[i] : Candidate{-kInfinity, 0};
+    const Candidate candidate = i < best.size() ? best.begin()[i] : Candidate{-kInfinity<float>, 0};
     const int64_t parent = candidate.index / params.vocab_size, token = candidate.index % params.vocab_size;
     params.out_scores[at] = candidate.value;
-    if (params.generator_state != nullptr && candidate.value > -kInfinity) {  // its value has noise
+    if (params.generator_state != nullptr && candidate.value > -kInfinity<float>) {  // its value has noise
       const T logit = row_logits<T>(params, group * params.num_beams + parent)[token];
       params.out_scores[at] = beams[parent].score(static_cast<float>(to_acc(logit)));
     }
@@ -172,7 +172,7 @@ void merge_group(const BeamPruneParams& params, int64_t group, const Workspace& 
   }
   best.cut();
 
-  const float last_score = best.full() ? best.threshold() : kInfinity;
+  const float last_score = best.full() ? best.threshold() : kInfinity<float>;
   const auto may_lack_ties = [&](const Beam& beam) { return beam.may_lack_ties(last_score); };
   if (std::any_of(beams.begin(), beams.end(), may_lack_ties)) {
     best.clear();

@@ -13,8 +13,6 @@
 #include <memory>
 #include <new>
 
-#define ARFAST_BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-
 namespace arfast {
 namespace {
 

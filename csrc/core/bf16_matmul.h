@@ -3,6 +3,11 @@
 
 #include "core/matmul.h"
 
+// Instructions that not every machine with AVX-512 has: see has_bf16_products.
+#if defined(__x86_64__)
+#define ARFAST_BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#endif
+
 namespace arfast {
 
 // Whether this machine adds products of bfloat16 pairs to a float32 (AVX512_BF16), and ARFAST_CPU_TARGET allows it.

@@ -16,9 +16,6 @@ namespace arfast::ARFAST_CPU_TARGET {
 constexpr int64_t kCachedTile = 64;  // keys that are packed and multiplied at a time
 
 template <typename A>
-constexpr A kInfinity = std::numeric_limits<A>::infinity();
-
-template <typename A>
 inline int64_t round_up_to_lanes(int64_t size) {
   return (size + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }

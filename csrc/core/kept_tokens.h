@@ -82,7 +82,7 @@ class KeptTokens {
     best_ = score(sum_.max);
     mass_ = 0;
     count_ = 0;
-    if (best_ == -kInfinity) return;
+    if (best_ == -kInfinity<float>) return;
     is_list_ = take_list();
     if (!is_list_) take_row();
     mass_ = sum<uint64_t>([](int64_t, uint64_t weight) { return weight; });
@@ -145,7 +145,7 @@ class KeptTokens {
 
   uint64_t rank(float x, int64_t token) const {
     const float s = score(x);
-    return s > -kInfinity ? rank_of(distance_of(s, best_), order_of(s), token) : 0;
+    return s > -kInfinity<float> ? rank_of(distance_of(s, best_), order_of(s), token) : 0;
   }
   uint64_t weight_at(float x) const { return weight_of(distance_of(score(x), best_)); }
 

@@ -72,7 +72,7 @@ const float* load_tile(const T* logits, int64_t count, float* buffer) {
   int64_t i = 0;
   for (; i + kFloatLanes <= count; i += kFloatLanes) store(buffer + i, load_as_float(logits + i));
   for (; i < count; ++i) buffer[i] = static_cast<float>(to_acc(logits[i]));
-  std::fill(buffer + count, buffer + kTile, -kInfinity);
+  std::fill(buffer + count, buffer + kTile, -kInfinity<float>);
   return buffer;
 }
 
@@ -93,15 +93,15 @@ const float* mask_tile(const float* tile, const bool* banned, int64_t count, flo
   if (banned == nullptr) return tile;
   int64_t i = 0;
   for (; i + kFloatLanes <= count; i += kFloatLanes) {
-    store(buffer + i, load_flags(banned + i) != 0 ? splat<VecF>(-kInfinity) : load(tile + i));
+    store(buffer + i, load_flags(banned + i) != 0 ? splat<VecF>(-kInfinity<float>) : load(tile + i));
   }
-  for (; i < count; ++i) buffer[i] = banned[i] ? -kInfinity : tile[i];
-  std::fill(buffer + count, buffer + kTile, -kInfinity);
+  for (; i < count; ++i) buffer[i] = banned[i] ? -kInfinity<float> : tile[i];
+  std::fill(buffer + count, buffer + kTile, -kInfinity<float>);
   return buffer;
 }
 
 VecF tile_max(const float* tile) {
-  VecF m0 = splat<VecF>(-kInfinity), m1 = m0;
+  VecF m0 = splat<VecF>(-kInfinity<float>), m1 = m0;
   for (int i = 0; i < kTile; i += 2 * kFloatLanes) {
     m0 = max(load(tile + i), m0);
     m1 = max(load(tile + i + kFloatLanes), m1);
@@ -126,7 +126,7 @@ struct Segment {
 template <typename T>
 PartialSum sum_segment(Segment<T>& segment) {
   alignas(64) float converted[kTile], allowed[kTile];
-  float max = -kInfinity;
+  float max = -kInfinity<float>;
   VecF sums[4] = {};
   for (int64_t first = 0; first < segment.size; first += kTile) {
     const int64_t count = segment.tile_size(first);
@@ -139,13 +139,13 @@ PartialSum sum_segment(Segment<T>& segment) {
     }
     const float* candidates = mask_tile(tile, segment.tile_banned(first), count, allowed);
     segment.maxima[first / kTile] = candidates == tile ? maxima : tile_max(candidates);
-    const VecF base = splat<VecF>(max == -kInfinity ? 0.0f : max);
+    const VecF base = splat<VecF>(max == -kInfinity<float> ? 0.0f : max);
     for (int i = 0; i < kTile; i += 4 * kFloatLanes) {
       for (int j = 0; j < 4; ++j) sums[j] += exp_nonpositive(load(tile + i + j * kFloatLanes) - base);
     }
   }
   float sum = reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  if (max == kInfinity) {  // infinity - infinity has made the sum NaN, which only a NaN among the logits should
+  if (max == kInfinity<float>) {  // infinity - infinity has made the sum NaN, which only a NaN among the logits should
     sum = 1.0f;
     for (int64_t i = 0; i < segment.size; ++i) {
       const float x = static_cast<float>(to_acc(segment.logits[i]));
@@ -192,7 +192,7 @@ struct RowSum {
 };
 
 RowSum merge_sums(const PartialSum* sums, int64_t count) {
-  float max = -kInfinity;
+  float max = -kInfinity<float>;
   for (int64_t i = 0; i < count; ++i) max = std::max(max, sums[i].max);
   double total = 0;
   for (int64_t i = 0; i < count; ++i) {

@@ -58,6 +58,9 @@ using Vec = typename SimdTraits<T>::Vec;
 template <typename T>
 constexpr int kLanes = SimdTraits<T>::kLanes;
 
+template <typename A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
 template <typename V>
 inline V splat(decltype(V{}[0] + 0) value) {
   return V{} + value;

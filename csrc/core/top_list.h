@@ -5,16 +5,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <memory>
 
-#ifndef ARFAST_CPU_TARGET
-#define ARFAST_CPU_TARGET baseline
-#endif
+#include "core/simd.h"
 
 namespace arfast::ARFAST_CPU_TARGET {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A token of a row by its logit, or a token of a group (index = parent * V + token) by its score.
 struct Candidate {
@@ -45,7 +40,7 @@ class TopList {
 
   void clear() {
     size_ = 0;
-    threshold_ = -kInfinity;
+    threshold_ = -kInfinity<float>;
   }
 
   void push(Candidate candidate) {
@@ -76,13 +71,13 @@ class TopList {
       for (int64_t i = 0; i < count / 2; ++i) values[i] = std::max(values[i], values[count - count / 2 + i]);
     }
     std::nth_element(values, values + capacity_ - 1, values + count, Better());
-    threshold_ = std::max(threshold_, std::nextafter(values[capacity_ - 1], -kInfinity));
+    threshold_ = std::max(threshold_, std::nextafter(values[capacity_ - 1], -kInfinity<float>));
   }
 
  private:
   int64_t capacity_;
   int64_t size_ = 0;
-  float threshold_ = -kInfinity;
+  float threshold_ = -kInfinity<float>;
   std::unique_ptr<Candidate[]> buffer_;
 };
 

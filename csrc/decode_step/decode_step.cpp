@@ -77,7 +77,7 @@ DecodeStepLayer take_layer(Weights& weights, const DecodeStepParams& p, const Op
 const float* check_table(const char* argument, const Tensor& table, int64_t positions, int64_t half) {
   check_shape(kOp, argument, table, "[positions, D / 2]", {positions, half});
   check_dtype(kOp, argument, table, ScalarType::Float);
-  check(table.is_contiguous(), kOp, argument, "be contiguous", "strides that are not");
+  if (!table.is_contiguous()) fail(kOp, argument, "be contiguous", "strides that are not");
   return static_cast<const float*>(table.data_ptr());
 }
 
@@ -86,8 +86,9 @@ DecodeStepCache check_cache(const char* argument, const Tensor& cache, std::init
   check_shape(kOp, argument, cache, "[L, rows, S, Hkv, D]", sizes);
   check_same_dtype(kOp, argument, cache, "embed_tokens", embedding);
   check_same_device(kOp, argument, cache, "embed_tokens", embedding);
-  check(cache.size(4) <= 1 || cache.stride(4) == 1, kOp, argument, "have dense channels",
-        "a stride of " + std::to_string(cache.stride(4)));
+  if (cache.size(4) > 1 && cache.stride(4) != 1) {
+    fail(kOp, argument, "have dense channels", "a stride of " + std::to_string(cache.stride(4)));
+  }
   return {cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2), cache.stride(3)};
 }
 
@@ -122,12 +123,12 @@ void check_places(const DecodeStepParams& params, int64_t rows, int64_t capacity
   }
 }
 
-// -> logits [B, V], or [B, T, V] for tokens [B, T]
-Tensor decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor sin, Tensor k_cache, Tensor v_cache,
-                   Tensor seqlens, std::optional<Tensor> beam_slots, std::vector<int64_t> windows, int64_t num_heads,
-                   double eps, bool qkv_bias, bool o_bias, bool qk_norm) {
-  check(list.size() >= 3, kOp, "weights", "begin with embed_tokens, norm and lm_head",
-        std::to_string(list.size()) + " tensors");
+// The sizes of a step, from the shapes that all others must agree with.
+DecodeStepParams checked_sizes(const Tensor& tokens, const std::vector<Tensor>& list, const Tensor& k_cache,
+                               int64_t num_heads) {
+  if (list.size() < 3) {
+    fail(kOp, "weights", "begin with embed_tokens, norm and lm_head", std::to_string(list.size()) + " tensors");
+  }
   const Tensor& embedding = list[0];
   if (!embedding.is_cpu()) fail(kOp, "weights", "be on the CPU", device_of(embedding));
   check_shape(kOp, "embed_tokens", embedding, "[V, d]", {kAny, kAny});
@@ -141,65 +142,84 @@ Tensor decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor s
   }
   check_dtype(kOp, "tokens", tokens, ScalarType::Long);
   check_same_device(kOp, "tokens", tokens, "embed_tokens", embedding);
-  const int64_t layers = k_cache.size(0), rows = k_cache.size(1), capacity = k_cache.size(2);
-  const int64_t num_kv_heads = k_cache.size(3), head_dim = k_cache.size(4), batch = tokens.size(0);
-  const DType dtype = float_dtype(kOp, "embed_tokens", embedding);
-  check(dtype != DType::kFloat64, kOp, "embed_tokens", "be float32, bfloat16 or float16", "float64");
-  check(head_dim > 0 && head_dim % 2 == 0, kOp, "k_cache", "have an even head_dim", std::to_string(head_dim));
-  check(num_kv_heads > 0 && num_heads > 0 && num_heads % num_kv_heads == 0, kOp, "num_heads",
-        ("be a multiple of the " + std::to_string(num_kv_heads) + " key-value heads").c_str(),
-        std::to_string(num_heads));
-  check_range(kOp, "eps", eps, eps >= 0 && eps < 1, "be in [0, 1)");
-  check(static_cast<int64_t>(windows.size()) == layers, kOp, "windows",
-        ("have one entry for each of " + std::to_string(layers) + " layers").c_str(), std::to_string(windows.size()));
 
   DecodeStepParams params{};
-  params.dtype = dtype;
-  params.batch = batch;
+  params.dtype = float_dtype(kOp, "embed_tokens", embedding);
+  params.batch = tokens.size(0);
   params.num_tokens = several ? tokens.size(1) : 1;
   params.hidden_size = embedding.size(1);
   params.intermediate_size = list.size() > 9 && list[9].dim() == 2 ? list[9].size(0) : 0;
   params.vocab_size = embedding.size(0);
-  params.num_layers = layers;
+  params.num_layers = k_cache.size(0);
   params.num_heads = num_heads;
-  params.num_kv_heads = num_kv_heads;
-  params.head_dim = head_dim;
-  params.eps = eps;
+  params.num_kv_heads = k_cache.size(3);
+  params.head_dim = k_cache.size(4);
+  if (params.dtype == DType::kFloat64) fail(kOp, "embed_tokens", "be float32, bfloat16 or float16", "float64");
+  if (params.head_dim <= 0 || params.head_dim % 2 != 0) {
+    fail(kOp, "k_cache", "have an even head_dim", std::to_string(params.head_dim));
+  }
+  if (params.num_kv_heads <= 0 || num_heads <= 0 || num_heads % params.num_kv_heads != 0) {
+    fail(kOp, "num_heads", "be a multiple of the " + std::to_string(params.num_kv_heads) + " key-value heads",
+         std::to_string(num_heads));
+  }
+  return params;
+}
+
+// Of the layers; those of the whole model go to `params`.
+std::vector<DecodeStepLayer> take_weights(const std::vector<Tensor>& list, const std::vector<int64_t>& windows,
+                                          const Options& options, DecodeStepParams& params) {
+  if (static_cast<int64_t>(windows.size()) != params.num_layers) {
+    fail(kOp, "windows", "have one entry for each of " + std::to_string(params.num_layers) + " layers",
+         std::to_string(windows.size()));
+  }
   Weights weights(list);
   params.embedding = weights.take("embed_tokens", "[V, d]", {params.vocab_size, params.hidden_size});
   params.norm = weights.take("norm", "[d]", {params.hidden_size});
   params.head = weights.take("lm_head", "[V, d]", {params.vocab_size, params.hidden_size});
-  std::vector<DecodeStepLayer> layer_weights;
-  layer_weights.reserve(layers);
-  for (const int64_t window : windows) {
-    layer_weights.push_back(take_layer(weights, params, {qkv_bias, o_bias, qk_norm}, window));
-  }
+  std::vector<DecodeStepLayer> layers;
+  layers.reserve(windows.size());
+  for (const int64_t window : windows) layers.push_back(take_layer(weights, params, options, window));
   weights.finish();
-  params.layers = layer_weights.data();
+  return layers;
+}
 
-  params.cos = check_table("cos", cos, kAny, head_dim / 2);
-  params.sin = check_table("sin", sin, cos.size(0), head_dim / 2);
-  params.k_cache = check_cache("k_cache", k_cache, {layers, rows, capacity, num_kv_heads, head_dim}, embedding);
-  params.v_cache = check_cache("v_cache", v_cache, {layers, rows, capacity, num_kv_heads, head_dim}, embedding);
-  check_shape(kOp, "seqlens", seqlens, "[B]", {batch});
+// -> logits [B, V], or [B, T, V] for tokens [B, T]
+Tensor decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor sin, Tensor k_cache, Tensor v_cache,
+                   Tensor seqlens, std::optional<Tensor> beam_slots, std::vector<int64_t> windows, int64_t num_heads,
+                   double eps, bool qkv_bias, bool o_bias, bool qk_norm) {
+  DecodeStepParams params = checked_sizes(tokens, list, k_cache, num_heads);
+  check_range(kOp, "eps", eps, eps >= 0 && eps < 1, "be in [0, 1)");
+  params.eps = eps;
+  const std::vector<DecodeStepLayer> layers = take_weights(list, windows, {qkv_bias, o_bias, qk_norm}, params);
+  params.layers = layers.data();
+
+  const Tensor& embedding = list[0];
+  const int64_t rows = k_cache.size(1), capacity = k_cache.size(2);
+  const auto cache_sizes = {params.num_layers, rows, capacity, params.num_kv_heads, params.head_dim};
+  params.cos = check_table("cos", cos, kAny, params.head_dim / 2);
+  params.sin = check_table("sin", sin, cos.size(0), params.head_dim / 2);
+  params.k_cache = check_cache("k_cache", k_cache, cache_sizes, embedding);
+  params.v_cache = check_cache("v_cache", v_cache, cache_sizes, embedding);
+  check_shape(kOp, "seqlens", seqlens, "[B]", {params.batch});
   check_dtype(kOp, "seqlens", seqlens, ScalarType::Int);
   tokens = to_contiguous(tokens);
   seqlens = to_contiguous(seqlens);
   params.tokens = static_cast<const int64_t*>(tokens.data_ptr());
   params.seqlens = static_cast<const int32_t*>(seqlens.data_ptr());
   if (beam_slots) {
-    check_shape(kOp, "beam_slots", *beam_slots, "[B, S]", {batch, capacity});
+    check_shape(kOp, "beam_slots", *beam_slots, "[B, S]", {params.batch, capacity});
     check_dtype(kOp, "beam_slots", *beam_slots, ScalarType::Int);
     beam_slots = with_dense_rows(*beam_slots);
     params.beam_slots = static_cast<const int32_t*>(beam_slots->data_ptr());
     params.slots_stride = beam_slots->stride(0);
-  } else {
-    check(batch <= rows, kOp, "tokens", "be at most the rows of the caches", std::to_string(batch));
+  } else if (params.batch > rows) {
+    fail(kOp, "tokens", "be at most the rows of the caches", std::to_string(params.batch));
   }
   check_tokens(params);
   check_places(params, rows, std::min(capacity, cos.size(0)));
-  Tensor logits = several ? new_empty(embedding, {batch, params.num_tokens, params.vocab_size}, embedding.scalar_type())
-                          : new_empty(embedding, {batch, params.vocab_size}, embedding.scalar_type());
+  Tensor logits = tokens.dim() == 2 ? new_empty(embedding, {params.batch, params.num_tokens, params.vocab_size},
+                                                embedding.scalar_type())
+                                    : new_empty(embedding, {params.batch, params.vocab_size}, embedding.scalar_type());
   params.logits = logits.data_ptr();
   if (logits.numel() > 0) decode_step_cpu(params);
   return logits;

@@ -10,11 +10,6 @@
 #include "core/simd.h"
 #include "core/transpose.h"
 
-// Instructions that not every machine with AVX-512 has: see has_bf16_products.
-#if defined(__AVX512F__)
-#define ARFAST_BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-#endif
-
 namespace arfast::ARFAST_CPU_TARGET {
 
 // A tile is kFloatLanes pairs of a row and a vector: this many rows for a number of vectors.

@@ -15,8 +15,6 @@ namespace arfast::ARFAST_CPU_TARGET {
 namespace {
 
 template <typename A>
-constexpr A kInfinity = std::numeric_limits<A>::infinity();
-template <typename A>
 constexpr A kLowest = std::numeric_limits<A>::lowest();
 
 // NaN and -inf count as the lowest finite number: -inf is what marks a candidate as taken or masked, so there are

@@ -37,14 +37,6 @@ __device__ Row<T> sequence_row(const SpeculativeVerifyParams& params, int64_t b,
   return {static_cast<const T*>(logits) + offset, params.rows[b * speculative_verify_rows(params) + row]};
 }
 
-// -1: none
-__device__ int64_t draft_token(const SpeculativeVerifyParams& params, int64_t b, int64_t position) {
-  if (position == params.num_drafts) return -1;
-  const int64_t offset = b * params.tokens_stride_batch + position * params.tokens_stride_position;
-  const int64_t token = params.draft_tokens[offset];
-  return 0 <= token && token < params.vocab_size ? token : -1;
-}
-
 // Calls f(logit, token) for the tokens of the calling thread.
 template <typename T, typename F>
 __device__ void for_each_logit(const RowOf<const T>& row, const F& f) {

@@ -52,6 +52,14 @@ constexpr int64_t speculative_verify_rows(const SpeculativeVerifyParams& params)
   return params.num_drafts + 1 + (params.draft_logits != nullptr ? params.num_drafts : 0);
 }
 
+// At a position of a sequence; -1: none.
+static constexpr int64_t draft_token(const SpeculativeVerifyParams& params, int64_t b, int64_t position) {
+  if (position == params.num_drafts) return -1;
+  const int64_t offset = b * params.tokens_stride_batch + position * params.tokens_stride_position;
+  const int64_t token = params.draft_tokens[offset];
+  return 0 <= token && token < params.vocab_size ? token : -1;
+}
+
 ARFAST_CPU_FUNCTION(speculative_verify, SpeculativeVerifyParams)
 ARFAST_CUDA_FUNCTION(speculative_verify, SpeculativeVerifyParams)
 

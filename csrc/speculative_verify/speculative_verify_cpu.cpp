@@ -37,7 +37,7 @@ class Verifier {
   bool verify_position(int64_t b, int64_t position, uint64_t bits, int64_t& token) {
     target_.read(
         row(params_.target_logits, b * params_.target_stride_batch + position * params_.target_stride_position));
-    drafted_ = draft_token(b, position);
+    drafted_ = draft_token(params_, b, position);
     if (drafted_ < 0) {
       token = draw(bits);
       return false;
@@ -49,14 +49,6 @@ class Verifier {
     if (accepts(acceptance_bits(bits), target_share(drafted_), draft_share(drafted_))) return true;
     token = draw_residual(bits);
     return false;
-  }
-
-  // -1: none
-  int64_t draft_token(int64_t b, int64_t position) const {
-    if (position == params_.num_drafts) return -1;
-    const int64_t offset = b * params_.tokens_stride_batch + position * params_.tokens_stride_position;
-    const int64_t token = params_.draft_tokens[offset];
-    return 0 <= token && token < params_.vocab_size ? token : -1;
   }
 
   Share target_share(int64_t token) const { return {target_.weight(token), target_.mass()}; }
