@@ -48,11 +48,11 @@ def case(size, config, dtype, batch, num_beams, prompt, gates, devices=("cpu",))
         return generate(models(config, dtype, prompts.device.type)[0], prompts, NEW, **options)
 
     def check(outputs, prompts):
-        """In float32 the tokens of transformers, at least the first: of random weights, rounding soon decides."""
+        """The tokens of transformers, at least the first: of random weights, rounding soon decides."""
         expected = peers["transformers"](prompts)
         assert outputs[0].shape == expected.shape == (batch, prompt + NEW)
-        same = (outputs[0] == expected)[:, : prompt + 4].double().mean()
-        assert dtype != torch.float32 or same > 0.9, f"only {same:.0%} of the first tokens are those of transformers"
+        same = (outputs[0] == expected)[:, prompt : prompt + (4 if dtype == torch.float32 else 1)].double().mean()
+        assert same > 0.8, f"only {same:.0%} of the first tokens are those of transformers"
 
     names = ["transformers"]
     on_cpu = devices == ("cpu",)

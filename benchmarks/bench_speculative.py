@@ -14,7 +14,7 @@ import torch
 from harness import Case
 from llama import LLAMA_11M
 
-from arfast.generate import DraftStatistics, generate
+from arfast.generate import DecodeStep, DraftStatistics, generate
 from arfast.models import CausalLM
 from arfast.nn import StaticKVCache
 
@@ -71,13 +71,14 @@ def forward_passes(prompts, num_drafts, strength):
     draft(prompts, cache=caches[1], logits_to_keep=1)
     rounds = num_rounds(device, batch, num_drafts, strength)
     tokens = prompts[:, : num_drafts + 1]
+    verify, draft_step = (DecodeStep(*pair) for pair in zip((model, draft), caches, strict=True))
     for i in range(rounds):
         length = PROMPT + i * (NEW - 1) // rounds
         for cache in caches:
             cache.set_lengths(torch.full((batch,), length, dtype=torch.int32, device=device), longest=length)
         for _ in range(num_drafts):
-            draft(tokens[:, :1], cache=caches[1])
-        model(tokens, cache=caches[0])
+            draft_step(tokens[:, 0])
+        verify.extend(tokens)
     return torch.cat([prompts, prompts.new_zeros(batch, NEW)], 1)
 
 

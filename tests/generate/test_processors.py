@@ -227,3 +227,15 @@ def test_a_processor_sees_what_is_banned(num_beams, pair):
     assert all((scores[:, ~allowed] == -torch.inf).all() for scores in seen)
     assert (seen[1][:, 4] == -torch.inf).all() and (seen[2][:, 4] > -torch.inf).any()
     generate(pair[1], torch.tensor([[2, 3]]), 4, logits_processor=None)
+
+
+def test_a_beam_that_may_not_go_on(pair):
+    """The others do; nothing follows the banned one."""
+
+    def ban(input_ids, scores):
+        scores[(input_ids[:, -1] % 3 == 0) & (input_ids.shape[1] > 2)] = -torch.inf
+        return scores
+
+    out = generate(pair[1], torch.tensor([[2, 3]]), 5, num_beams=4, num_return_sequences=4, logits_processor=[ban])
+    new, free = out[:, 2:], generate(pair[1], torch.tensor([[2, 3]]), 5, num_beams=4, num_return_sequences=4)[:, 2:-1]
+    assert new.shape == (4, 5) and (new[:, :-1] % 3 > 0).all() and (free % 3 == 0).any()
