@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <mutex>
 #include <thread>
 
 #include "core/parallel.h"
@@ -17,7 +16,7 @@ namespace arfast::ARFAST_CPU_TARGET {
 struct PhaseCounters {
   alignas(64) std::atomic<int64_t> taken{0};
   alignas(64) std::atomic<int64_t> done{0};
-  std::mutex mutex;
+  std::atomic<bool> failed{false};
   std::exception_ptr error;  // the first that a task threw
 };
 
@@ -40,8 +39,7 @@ class Phases {
       try {
         f(task - begin);
       } catch (...) {
-        const std::lock_guard<std::mutex> lock(counters_.mutex);
-        if (!counters_.error) counters_.error = std::current_exception();
+        if (!counters_.failed.exchange(true)) counters_.error = std::current_exception();
       }
       ++mine;
       task = counters_.taken.load(std::memory_order_relaxed);
