@@ -10,26 +10,21 @@ namespace {
 
 constexpr const char* kOp = "beam_hypotheses";
 
-// Of this type on the device of the parents, dense.
-Tensor checked(const char* argument, const Tensor& tensor, const char* names, std::initializer_list<int64_t> sizes,
-               ScalarType dtype, const Tensor& parents) {
-  check_shape(kOp, argument, tensor, names, sizes);
-  check_dtype(kOp, argument, tensor, dtype);
-  check_same_device(kOp, argument, tensor, "parents", parents);
-  return to_contiguous(tensor);
-}
-
 // -> (tokens int64 [B * n, L], log_probs [B * n, L], lengths int32 [B * n])
 std::tuple<Tensor, Tensor, Tensor> beam_hypotheses(Tensor parents, Tensor tokens, Tensor log_probs, Tensor endings,
                                                    Tensor ending_log_probs, int64_t num_hypotheses, int64_t pad_token) {
-  parents = checked("parents", parents, "[L, B, K]", {kAny, kAny, kAny}, ScalarType::Int, parents);
+  parents =
+      checked_dense(kOp, "parents", parents, "[L, B, K]", {kAny, kAny, kAny}, ScalarType::Int, "parents", parents);
   const int64_t length = parents.size(0), groups = parents.size(1), beams = parents.size(2);
   check(beams <= kMaxHypothesesBeams, kOp, "parents", "have at most 256 beams per group", shape_of(parents));
-  tokens = checked("tokens", tokens, "[L, B, K]", {length, groups, beams}, ScalarType::Int, parents);
-  log_probs = checked("log_probs", log_probs, "[L, B, K]", {length, groups, beams}, ScalarType::Float, parents);
-  endings = checked("endings", endings, "[B, K, 3]", {groups, beams, 3}, ScalarType::Int, parents);
-  ending_log_probs =
-      checked("ending_log_probs", ending_log_probs, "[B, K]", {groups, beams}, ScalarType::Float, parents);
+  tokens =
+      checked_dense(kOp, "tokens", tokens, "[L, B, K]", {length, groups, beams}, ScalarType::Int, "parents", parents);
+  log_probs = checked_dense(kOp, "log_probs", log_probs, "[L, B, K]", {length, groups, beams}, ScalarType::Float,
+                            "parents", parents);
+  endings =
+      checked_dense(kOp, "endings", endings, "[B, K, 3]", {groups, beams, 3}, ScalarType::Int, "parents", parents);
+  ending_log_probs = checked_dense(kOp, "ending_log_probs", ending_log_probs, "[B, K]", {groups, beams},
+                                   ScalarType::Float, "parents", parents);
   check(num_hypotheses >= 1 && num_hypotheses <= beams, kOp, "num_return_sequences",
         ("be in [1, " + std::to_string(beams) + "], the number of beams").c_str(), std::to_string(num_hypotheses));
   const int64_t rows = groups * num_hypotheses;

@@ -174,10 +174,11 @@ Tensor to_contiguous(const Tensor& tensor) {
   return dense;
 }
 
-Tensor checked_integers(const char* op, const char* argument, const Tensor& tensor, const char* names,
-                        std::initializer_list<int64_t> sizes, const char* other_name, const Tensor& other) {
+Tensor checked_dense(const char* op, const char* argument, const Tensor& tensor, const char* names,
+                     std::initializer_list<int64_t> sizes, ScalarType dtype, const char* other_name,
+                     const Tensor& other) {
   check_shape(op, argument, tensor, names, sizes);
-  check_dtype(op, argument, tensor, ScalarType::Int);
+  check_dtype(op, argument, tensor, dtype);
   check_same_device(op, argument, tensor, other_name, other);
   return to_contiguous(tensor);
 }

@@ -65,9 +65,14 @@ Tensor with_dense_rows(const Tensor& tensor);
 
 Tensor to_contiguous(const Tensor& tensor);
 
-// `tensor`, which must be int32 of this shape on the device of `other`, dense.
-Tensor checked_integers(const char* op, const char* argument, const Tensor& tensor, const char* names,
-                        std::initializer_list<int64_t> sizes, const char* other_name, const Tensor& other);
+// `tensor`, which must have this type and shape on the device of `other`, dense.
+Tensor checked_dense(const char* op, const char* argument, const Tensor& tensor, const char* names,
+                     std::initializer_list<int64_t> sizes, ScalarType dtype, const char* other_name,
+                     const Tensor& other);
+inline Tensor checked_integers(const char* op, const char* argument, const Tensor& tensor, const char* names,
+                               std::initializer_list<int64_t> sizes, const char* other_name, const Tensor& other) {
+  return checked_dense(op, argument, tensor, names, sizes, ScalarType::Int, other_name, other);
+}
 
 // An integer that is read from such a tensor must be in [0, limit).
 void check_entry(const char* op, const char* argument, int32_t value, int64_t limit, int64_t row, int64_t column);

@@ -19,15 +19,6 @@ DType check_logits(const Tensor& router_logits) {
   return float_dtype(kOp, "router_logits", router_logits);
 }
 
-// `tensor` dense, of this shape and type, with the logits.
-Tensor prepare(const char* name, const Tensor& tensor, const char* names, std::initializer_list<int64_t> sizes,
-               ScalarType dtype, const Tensor& router_logits) {
-  check_shape(kOp, name, tensor, names, sizes);
-  check_dtype(kOp, name, tensor, dtype);
-  check_same_device(kOp, name, tensor, "router_logits", router_logits);
-  return to_contiguous(tensor);
-}
-
 template <typename T>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
@@ -40,9 +31,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> router_losses_forward(Tensor 
   const DType dtype = check_logits(router_logits);
   const int64_t tokens = router_logits.size(0), experts = router_logits.size(1);
   if (expert_ids) {
-    expert_ids = prepare("expert_ids", *expert_ids, "[T, K]", {tokens, kAny}, ScalarType::Int, router_logits);
+    expert_ids = checked_dense(kOp, "expert_ids", *expert_ids, "[T, K]", {tokens, kAny}, ScalarType::Int,
+                               "router_logits", router_logits);
   }
-  if (mask) mask = prepare("mask", *mask, "[T]", {tokens}, ScalarType::Bool, router_logits);
+  if (mask) mask = checked_dense(kOp, "mask", *mask, "[T]", {tokens}, ScalarType::Bool, "router_logits", router_logits);
   check_range(kOp, "divisor", divisor, divisor > 0, "be positive");
   router_logits = with_dense_rows(router_logits);
 
@@ -92,14 +84,15 @@ Tensor router_losses_backward(std::optional<Tensor> dbalance, std::optional<Tens
   const int64_t tokens = router_logits.size(0), experts = router_logits.size(1);
   const ScalarType wide = statistics_dtype(dtype);
   const auto scalar = [&](const char* name, std::optional<Tensor>& tensor) {
-    if (tensor) tensor = prepare(name, *tensor, "[]", {}, wide, router_logits);
+    if (tensor) tensor = checked_dense(kOp, name, *tensor, "[]", {}, wide, "router_logits", router_logits);
   };
   scalar("dbalance", dbalance);
   scalar("dz", dz);
-  if (mask) mask = prepare("mask", *mask, "[T]", {tokens}, ScalarType::Bool, router_logits);
-  fractions = prepare("fractions", fractions, "[E]", {experts}, wide, router_logits);
-  lse = prepare("lse", lse, "[T]", {tokens}, wide, router_logits);
-  num_counted = prepare("num_counted", num_counted, "[1]", {1}, ScalarType::Int, router_logits);
+  if (mask) mask = checked_dense(kOp, "mask", *mask, "[T]", {tokens}, ScalarType::Bool, "router_logits", router_logits);
+  fractions = checked_dense(kOp, "fractions", fractions, "[E]", {experts}, wide, "router_logits", router_logits);
+  lse = checked_dense(kOp, "lse", lse, "[T]", {tokens}, wide, "router_logits", router_logits);
+  num_counted =
+      checked_dense(kOp, "num_counted", num_counted, "[1]", {1}, ScalarType::Int, "router_logits", router_logits);
   router_logits = with_dense_rows(router_logits);
   Tensor drouter_logits = new_empty(router_logits, {tokens, experts}, router_logits.scalar_type());
   const RouterLossesBackwardParams params{

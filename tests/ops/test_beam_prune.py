@@ -1,14 +1,12 @@
 """beam_prune against its reference: lse and scores in float64, the order of the candidates exactly."""
 
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
+from cpu_targets import run_on_target
 from threads import same_for_any_threads
 
 from arfast.ops import beam_prune, beam_prune_reference
@@ -294,9 +292,7 @@ def test_other_instruction_sets(target):
     """The portable code, as machines without AVX-512 run it."""
     tests = ("test_rows_that_have_no_candidates", "test_random_cases_with_many_ties")
     files = [f"{__file__}::{test}" for test in tests]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu", *files]
-    result = subprocess.run(command, env=os.environ | {"ARFAST_CPU_TARGET": target}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_on_target(target, files)
 
 
 def test_no_gradient():

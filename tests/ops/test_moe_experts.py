@@ -1,12 +1,9 @@
 """moe_experts against its reference in float64, and against transformers' mixture-of-experts blocks."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
+from cpu_targets import run_on_target
 from threads import same_for_any_threads
 
 from arfast.ops import grouped_mm, moe_combine, moe_experts, moe_experts_reference, moe_permute, moe_route
@@ -215,12 +212,9 @@ def test_same_bits_for_every_number_of_threads(tokens, experts, top_k, dtype):
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="the machine has one instruction set")
 @pytest.mark.parametrize("target", ["baseline", "avx2"])
 def test_other_instruction_sets(target):
-    """The choice is made once per process: a fresh one runs a few cases of this file and of the routing's."""
+    """A few cases of this file and of the routing's."""
     few = "(float32 and (33-8-4 or 257-96) or cpu-sigmoid-96) and not emulated and not cuda"
-    files = (__file__, __file__.replace("experts", "routing"))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", few, *files]
-    result = subprocess.run(command, env=os.environ | {"ARFAST_CPU_TARGET": target}, capture_output=True, text=True)
-    assert result.returncode == 0 and "5 passed" in result.stdout, result.stdout[-4000:]
+    assert "5 passed" in run_on_target(target, [__file__, __file__.replace("experts", "routing")], few)
 
 
 def test_opcheck():

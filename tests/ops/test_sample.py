@@ -1,13 +1,11 @@
 """sample against its reference: tokens exactly, since all of their arithmetic is on integers, and log-probabilities."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
+from cpu_targets import run_on_target
 from filter_errors import FILTER_ERRORS
 from threads import same_for_any_threads
 
@@ -217,9 +215,7 @@ def test_same_bits_for_every_number_of_threads(options):
 def test_other_instruction_sets(target):
     """The portable code, as machines without AVX-512 run it."""
     files = [f"{__file__}::{test}" for test in ("test_ties", "test_rows_that_are_not_finite", "test_extreme_values")]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu", *files]
-    result = subprocess.run(command, env=os.environ | {"ARFAST_CPU_TARGET": target}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_on_target(target, files)
 
 
 def test_no_gradient():
