@@ -1,8 +1,10 @@
 // Label-smoothed cross-entropy on the CPU (Szegedy et al. 2015, arXiv 1512.00567, section 7; z-loss: de Brebisson and
 // Vincent 2016, arXiv 1604.08859): threads over rows. A row comes from memory once: the second pass, which writes the
-// gradient, finds it in the cache, and may write it in place.
+// gradient, finds it and its exponentials in the cache, and may write it in place.
+#include <algorithm>
 #include <cmath>
 
+#include "core/arena.h"
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "cross_entropy/cross_entropy.h"
@@ -18,6 +20,18 @@ struct Statistics {
   double max;         // of z'
   double sum;         // of exp(z' - max)
   double logits_sum;  // of w z', when there is smoothing
+};
+
+// exp(z' - shift) of a row, each tile with the shift it had when the statistics came to it: half the work of the
+// gradient.
+template <typename A>
+struct Exponentials {
+  explicit Exponentials(int64_t size)
+      : values(thread_scratch<A, Exponentials>(size + num_tiles(size))), shifts(values + size) {}
+  static int64_t num_tiles(int64_t size) { return (size + kTile - 1) / kTile; }
+
+  A* values;  // [V]
+  A* shifts;  // per tile
 };
 
 template <typename T>
@@ -73,16 +87,19 @@ struct TileSums {
 };
 
 // w (z' - shift) is what is summed in float, not w z': the loss subtracts W lse, and what cancels there must not have
-// been rounded.
+// been rounded. `kept`: where the exponentials are stored, or nullptr.
 template <typename T, bool kCap, bool kSmooth, bool kWeighted>
-TileSums tile_sums(const CrossEntropyParams& params, const T* row, int64_t begin, int64_t end, Acc<T> shift) {
+TileSums tile_sums(const CrossEntropyParams& params, const T* row, int64_t begin, int64_t end, Acc<T> shift,
+                   Acc<T>* kept) {
   constexpr Acc<T> kLowest = -std::numeric_limits<Acc<T>>::infinity();
   const Acc<T>* weight = reinterpret_cast<const Acc<T>*>(params.weight);
   Vec<T> exponentials[kChains] = {}, logits[kChains] = {}, weights[kChains] = {};
   for_each_logit<T, kCap>(row, begin, end, static_cast<Acc<T>>(params.softcap), kLowest,
                           [&](int k, int64_t i, Vec<T> z, int count) {
                             Vec<T> shifted = z - shift;
-                            exponentials[k] += exp(shifted);
+                            const Vec<T> exponential = exp(shifted);
+                            exponentials[k] += exponential;
+                            if (kept != nullptr) store_lanes(kept + i, exponential, count);
                             if (!kSmooth) return;
                             // 0 * -inf past the end would be NaN.
                             for (int lane = count; lane < kLanes<T>; ++lane) shifted[lane] = 0;
@@ -102,7 +119,7 @@ TileSums tile_sums(const CrossEntropyParams& params, const T* row, int64_t begin
 // Online softmax statistics (Milakov and Gimelshein 2018, arXiv 1805.02867) tile by tile; sums leave float after each
 // tile.
 template <typename T, bool kCap>
-Statistics row_statistics(const CrossEntropyParams& params, const T* row) {
+Statistics row_statistics(const CrossEntropyParams& params, const T* row, const Exponentials<Acc<T>>* kept) {
   constexpr Acc<T> kLowest = -std::numeric_limits<Acc<T>>::infinity();
   const Acc<T> cap = static_cast<Acc<T>>(params.softcap);
   const bool smooth = params.label_smoothing > 0, weighted = params.weight != nullptr;
@@ -119,39 +136,69 @@ Statistics row_statistics(const CrossEntropyParams& params, const T* row) {
     }
     // Nothing but -inf so far: -inf - -inf would be NaN.
     const Acc<T> shift = s.max == kLowest ? 0 : static_cast<Acc<T>>(s.max);
-    const TileSums tile = sums(params, row, begin, end, shift);
+    if (kept != nullptr) kept->shifts[begin / kTile] = shift;
+    const TileSums tile = sums(params, row, begin, end, shift, kept != nullptr ? kept->values : nullptr);
     s.sum += tile.exponentials;
     s.logits_sum += tile.logits;
   }
   return s;
 }
 
-// d/dz_v = ((1 - eps) w_y + eps / V W) p_v - eps / V w_v - [v == y] (1 - eps) w_y, and 2 z_loss lse p_v of the z-loss;
-// the column of the target is corrected before the only rounding. With a cap, times 1 - (z' / cap)^2.
+// What the gradient of a row is made of: d/dz_v = probability_scale exp(z'_v - shift) - ce_scale eps / V w_v
+// - [v == y] ce_scale (1 - eps) w_y. With a cap, times 1 - (z' / cap)^2.
+struct GradientTerms {
+  int64_t target;
+  double target_weight;
+  double shift;
+  double probability_scale;
+  double ce_scale;
+};
+
+// In double, where p - 1 cancels.
 template <typename T, bool kCap>
-void write_gradient(const CrossEntropyParams& params, const T* row, T* gradient, int64_t target, double target_weight,
-                    double shift, double probability_scale, double ce_scale) {
-  const int64_t size = params.vocab_size;
-  const Acc<T> cap = static_cast<Acc<T>>(params.softcap);
+double gradient_at_target(const CrossEntropyParams& params, const GradientTerms& terms, const T* row) {
+  Vec<T> capped_target = splat<Vec<T>>(to_acc(row[terms.target]));
+  if constexpr (kCap) capped_target = capped<T>(capped_target, static_cast<Acc<T>>(params.softcap));
   const Acc<T>* weight = reinterpret_cast<const Acc<T>*>(params.weight);
-  const Acc<T> scale = static_cast<Acc<T>>(probability_scale), offset = static_cast<Acc<T>>(shift);
-  const Acc<T> uniform = static_cast<Acc<T>>(ce_scale * params.label_smoothing / static_cast<double>(size));
-  const auto value = [&](Vec<T> z, Vec<T> w) {
-    Vec<T> g = exp(z - offset) * scale - uniform * w;
-    if constexpr (kCap) g *= 1 - z * z * (1 / (cap * cap));
-    return g;
+  const double z = capped_target[0], eps = params.label_smoothing;
+  const double gradient =
+      std::exp(z - terms.shift) * terms.probability_scale - terms.ce_scale * (1 - eps) * terms.target_weight -
+      terms.ce_scale * eps / static_cast<double>(params.vocab_size) * (weight ? weight[terms.target] : 1);
+  return kCap ? gradient * (1 - z * z / (params.softcap * params.softcap)) : gradient;
+}
+
+// The column of the target is corrected before the only rounding.
+template <typename T, bool kCap>
+void write_gradient(const CrossEntropyParams& params, const GradientTerms& terms, const T* row,
+                    const Exponentials<Acc<T>>* kept, T* gradient) {
+  using A = Acc<T>;
+  const int64_t size = params.vocab_size;
+  const A* weight = reinterpret_cast<const A*>(params.weight);
+  const A uniform = static_cast<A>(terms.ce_scale * params.label_smoothing / static_cast<double>(size));
+  const auto smoothing = [&](int64_t i, int count) {
+    return uniform * (weight ? load_lanes(weight + i, count) : splat<Vec<T>>(1));
   };
-  // The target's column, in double, where p - 1 cancels; before the loop, since in place its logit is gone afterwards.
-  Vec<T> z_target = splat<Vec<T>>(to_acc(row[target]));
-  if constexpr (kCap) z_target = capped<T>(z_target, cap);
-  const double z = z_target[0], eps = params.label_smoothing;
-  double at_target = std::exp(z - shift) * probability_scale - ce_scale * (1 - eps) * target_weight -
-                     ce_scale * eps / static_cast<double>(size) * (weight ? weight[target] : 1);
-  if constexpr (kCap) at_target *= 1 - z * z / (params.softcap * params.softcap);
-  for_each_logit<T, kCap>(row, 0, size, cap, 0, [&](int, int64_t i, Vec<T> z, int count) {
-    store_lanes(gradient + i, value(z, weight ? load_lanes(weight + i, count) : splat<Vec<T>>(1)), count);
-  });
-  gradient[target] = from_acc<T>(static_cast<Acc<T>>(at_target));
+  // Before the loop: in place its logit is gone afterwards.
+  const A at_target = static_cast<A>(gradient_at_target<T, kCap>(params, terms, row));
+  if (kept != nullptr) {
+    for (int64_t begin = 0; begin < size; begin += kTile) {
+      const double tile_scale = terms.probability_scale * std::exp(kept->shifts[begin / kTile] - terms.shift);
+      const A scale = static_cast<A>(tile_scale);
+      for_each_logit<A, false>(kept->values, begin, std::min(begin + kTile, size), 0, 0,
+                               [&](int, int64_t i, Vec<T> exponential, int count) {
+                                 store_lanes(gradient + i, exponential * scale - smoothing(i, count), count);
+                               });
+    }
+  } else {
+    const A cap = static_cast<A>(params.softcap), shift = static_cast<A>(terms.shift);
+    const A scale = static_cast<A>(terms.probability_scale);
+    for_each_logit<T, kCap>(row, 0, size, cap, 0, [&](int, int64_t i, Vec<T> z, int count) {
+      Vec<T> g = exp(z - shift) * scale - smoothing(i, count);
+      if constexpr (kCap) g *= 1 - z * z * (1 / (cap * cap));
+      store_lanes(gradient + i, g, count);
+    });
+  }
+  gradient[terms.target] = from_acc<T>(at_target);
 }
 
 template <typename T, bool kCap>
@@ -171,8 +218,12 @@ void process_row(const CrossEntropyParams& params, int64_t i) {
   const CrossEntropyTotals& totals = *params.totals;
   const double eps = params.label_smoothing, per_class = eps / static_cast<double>(size);
   const double target_weight = weight ? weight[target] : 1;
+  // With a cap the gradient needs z' itself.
+  const bool keeps = ce != nullptr && gradient != nullptr && !kCap;
+  const Exponentials<Acc<T>> exponentials(keeps ? size : 0);
+  const auto* kept = keeps ? &exponentials : nullptr;
   const Statistics s =
-      ce ? row_statistics<T, kCap>(params, row) : Statistics{statistics[0], std::exp(double{statistics[1]}), 0};
+      ce ? row_statistics<T, kCap>(params, row, kept) : Statistics{statistics[0], std::exp(double{statistics[1]}), 0};
   const double log_sum = std::log(s.sum), lse = s.max + log_sum;
   if (ce) {
     Vec<T> z = splat<Vec<T>>(to_acc(row[target]));
@@ -189,9 +240,11 @@ void process_row(const CrossEntropyParams& params, int64_t i) {
   if (gradient == nullptr) return;
   const double upstream = params.row_scale ? reinterpret_cast<const Acc<T>*>(params.row_scale)[i] : 1;
   const double ce_scale = totals.ce_scale * upstream;
+  // (1 - eps) w_y + eps / V W of the loss, and 2 z_loss lse of the z-loss
   const double on_probability = ce_scale * ((1 - eps) * target_weight + per_class * totals.weight_sum) +
                                 totals.z_scale * upstream * 2 * params.z_loss * lse;
-  write_gradient<T, kCap>(params, row, gradient, target, target_weight, s.max, on_probability / s.sum, ce_scale);
+  const GradientTerms terms{target, target_weight, s.max, on_probability / s.sum, ce_scale};
+  write_gradient<T, kCap>(params, terms, row, kept, gradient);
 }
 
 // Statistics and class weights are float, double for float64: calls f with that type.
