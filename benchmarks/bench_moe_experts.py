@@ -1,8 +1,11 @@
-"""The mixture-of-experts layer, moe_route and moe_experts, against torch's grouped_mm, forward and with backward.
+"""The mixture-of-experts layer, moe_route and moe_experts, against torch's grouped_mm, forward and with backward, and
+against the experts of transformers' Mixtral, which go one by one.
 
 On a GPU a layer of Qwen3-30B-A3B: 8192 tokens as in training, and a few as in decoding, where reading the weights of
 the experts that are hit is all there is to do.
 """
+
+import functools
 
 import pytest
 import torch
@@ -22,11 +25,31 @@ def layer_reference(hidden, router_logits, w_gate_up, w_down):
     return moe_experts_reference(hidden, moe_route_reference(router_logits, TOP_K), w_gate_up, w_down)
 
 
+def chosen_experts(router_logits):
+    weights, expert_ids = torch.softmax(router_logits, -1).topk(TOP_K)
+    return weights / weights.sum(-1, keepdim=True), expert_ids
+
+
+@functools.cache
+def mixtral_experts(experts, size, inner):
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    config = mixtral.MixtralConfig(hidden_size=size, intermediate_size=inner, num_local_experts=experts)
+    config._experts_implementation = "eager"
+    with torch.device("meta"):
+        return mixtral.MixtralExperts(config)
+
+
+def mixtral_layer(hidden, router_logits, w_gate_up, w_down):
+    weights, expert_ids = chosen_experts(router_logits)
+    module = mixtral_experts(*w_down.shape)
+    parameters = {"gate_up_proj": w_gate_up, "down_proj": w_down}
+    return torch.func.functional_call(module, parameters, (hidden, expert_ids, weights.to(hidden.dtype)))
+
+
 def grouped_mm_layer(hidden, router_logits, w_gate_up, w_down):
     """Sort, gather, grouped_mm, SwiGLU, grouped_mm, index_add: the fastest form in plain torch. It does not wait for
     the host, as bincount would."""
-    weights, expert_ids = torch.softmax(router_logits, -1).topk(TOP_K)
-    weights = weights / weights.sum(-1, keepdim=True)
+    weights, expert_ids = chosen_experts(router_logits)
     experts, order = expert_ids.flatten().sort(stable=True)
     tokens = order // TOP_K
     ends = torch.searchsorted(experts, torch.arange(len(w_down), device=experts.device), right=True, out_int32=True)
@@ -57,8 +80,9 @@ def forward_case(tokens, size, inner, experts, dtype, **options):
     )
 
 
-def gradient_case(tokens, size, inner, experts, dtype, **options):
+def gradient_case(tokens, size, inner, experts, dtype, transformers=False, **options):
     forward = forward_case(tokens, size, inner, experts, dtype)
+    peers = {"grouped_mm": grouped_mm_layer} | ({"transformers": mixtral_layer} if transformers else {})
 
     def make_inputs(device):
         arguments = forward.make_inputs(device)
@@ -68,7 +92,7 @@ def gradient_case(tokens, size, inner, experts, dtype, **options):
         name=forward.name.replace("forward", "forward-backward"),
         make_inputs=make_inputs,
         ours=with_gradients(layer),
-        peers={"grouped_mm": with_gradients(grouped_mm_layer)},
+        peers={name: with_gradients(peer) for name, peer in peers.items()},
         check=accurate(with_gradients(layer_reference)),
         flops=3 * forward.flops,
         **options,
@@ -81,7 +105,9 @@ CASES = []
 for dtype, devices in ((torch.float32, ("cpu",)), (torch.bfloat16, ("cpu", "cuda"))):
     CASES += [forward_case(tokens, *SIZE, dtype, devices=devices) for tokens in (1, 16, 4096)]
     CASES += [gradient_case(256, *SIZE, dtype, devices=devices)]
-    CASES += [gradient_case(4096, *SIZE, dtype, devices=devices, gates={"grouped_mm": 1.3})]
+    gates = {"grouped_mm": 1.5, "transformers": 6.0}
+    CASES += [gradient_case(4096, *SIZE, dtype, transformers=True, devices=("cpu",), gates=gates)]
+CASES += [gradient_case(4096, *SIZE, torch.bfloat16, devices=("cuda",), gates={"grouped_mm": 1.3})]
 ON_GPU = (*QWEN3_30B_A3B, torch.bfloat16)
 CASES += [forward_case(tokens, *ON_GPU, devices=("cuda",)) for tokens in (1, 16, 64)]
 CASES += [make(8192, *ON_GPU, devices=("cuda",), gates={"grouped_mm": 1.0}) for make in (forward_case, gradient_case)]

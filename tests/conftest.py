@@ -51,6 +51,13 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--emulator-seed") is None:
         config.option.emulator_seed = random.randrange(1 << 31)
+    # A worker of pytest-xdist repeats what the header says.
+    config.option.emulator_seed = getattr(config, "workerinput", {}).get("emulator_seed", config.option.emulator_seed)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["emulator_seed"] = node.config.option.emulator_seed
 
 
 def pytest_report_header(config):

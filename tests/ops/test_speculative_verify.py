@@ -158,7 +158,7 @@ def test_greedy_takes_the_first_of_the_best(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_are_not_finite(dtype, poisoned, device):
-    target, tokens, draft, state = inputs(9, 2, 300, dtype)
+    target, tokens, draft, state = inputs(9, 2, 41, dtype)
     target[0, 0, 7] = NAN
     target[1, 0, 7] = INF
     target[2, 0] = -INF
@@ -173,7 +173,7 @@ def test_rows_that_are_not_finite(dtype, poisoned, device):
         for logits in (draft, None):
             before = state.clone()
             new, _ = check(target, tokens, logits, state, **filters)
-            assert new.max() < 300 and new[:, 0].min() >= 0 and new[7, 0] % 2 == 1
+            assert new.max() < 41 and new[:, 0].min() >= 0 and new[7, 0] % 2 == 1
             logprobs = speculative_verify(target, tokens, logits, **filters, generator_state=before)[2]
             assert logprobs[:3, 0].isnan().all() and not logprobs[4:].isnan().any()
 
