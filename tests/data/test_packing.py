@@ -48,7 +48,7 @@ def test_best_fit_wastes_little():
 def test_split_documents(seqlen):
     lengths = [2, 3, 7, 8, 9, 15, 16, 17, 64, 2]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    starts, sizes = split_documents(offsets, seqlen)
+    starts, sizes, _ = split_documents(offsets, seqlen)
     expected = []
     for first, end in zip(offsets[:-1], offsets[1:], strict=True):
         start = first
@@ -90,4 +90,4 @@ def test_rows(make_rows, seqlen, seed):
 @pytest.mark.parametrize("make_rows", PACKINGS)
 def test_empty_split(make_rows):
     statistics = make_rows(np.array([0]), 8).statistics
-    assert statistics == type(statistics)(0, 0, 0, 0)
+    assert statistics == type(statistics)(0, 0, 0, 0, 0, 0)
