@@ -48,7 +48,7 @@ class Batch:
     num_tokens: int
 
 
-def _check_out(tensor: torch.Tensor, shape: tuple[int, int]) -> None:
+def check_out(tensor: torch.Tensor, shape: tuple[int, int]) -> None:
     on_cpu = tensor.device.type == "cpu"
     if tensor.shape != shape or tensor.dtype != torch.int64 or not (on_cpu and tensor.is_contiguous()):
         rule = f"hold contiguous int64 tensors {list(shape)} on the CPU"
@@ -189,7 +189,7 @@ class PackedDataset:
         else:
             input_ids, labels = out.input_ids, out.labels
             for tensor in (input_ids, labels):
-                _check_out(tensor, shape)
+                check_out(tensor, shape)
         ids, targets = input_ids.numpy().reshape(-1), labels.numpy().reshape(-1)
         place, boundaries = 0, [0]
         for sample in samples:
@@ -223,3 +223,12 @@ class PackedDataset:
         offsets = self._stream.offsets
         first, last = np.searchsorted(offsets, (start, start + len(ids)))
         targets[offsets[first:last] - start] = IGNORE_INDEX
+
+
+def packing_statistics(path: str | os.PathLike, split: str, seqlen: int) -> dict[str, PackingStatistics]:
+    """What one epoch of a prepared split wastes under each packing, by its name; arguments and errors as above.
+
+    >>> packing_statistics("data", "train", seqlen=4096)["documents"].padding_share  # doctest: +SKIP
+    0.0012
+    """
+    return {packing: PackedDataset(path, split, seqlen, packing).statistics for packing in _PACKINGS}

@@ -5,7 +5,7 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,16 +236,33 @@ def _build(
     return manifest
 
 
-def _reuse(out_dir: Path, recipe: dict) -> DatasetManifest:
+def _reuse(owner: str, out_dir: Path, recipe: dict) -> DatasetManifest:
     """The data set that stands in a directory, if it is what the recipe would make."""
     if not (out_dir / MANIFEST_NAME).exists():
-        raise ValueError(f"prepare_dataset: out_dir must be empty or a data set, got other files in {str(out_dir)!r}")
+        raise ValueError(f"{owner}: out_dir must be empty or a data set, got other files in {str(out_dir)!r}")
     manifest = DatasetManifest.load(out_dir)
     if different := [key for key in recipe if manifest.recipe.get(key) != recipe[key]]:
         actual = f"another {', '.join(different)} in {str(out_dir)!r}"
-        raise ValueError(f"prepare_dataset: out_dir must be empty or hold the same data set, got {actual}")
+        raise ValueError(f"{owner}: out_dir must be empty or hold the same data set, got {actual}")
     manifest.verify()
     return manifest
+
+
+def make_or_reuse(owner: str, out_dir: Path, recipe: dict, build: Callable[[], DatasetManifest]) -> DatasetManifest:
+    """The data set of a recipe in ``out_dir``: the one that stands there, or what ``build`` makes, one at a time.
+
+    Errors begin with ``owner``; a full disk becomes an OSError that tells how much is free.
+    """
+    try:
+        with locked_directory(out_dir):
+            return _reuse(owner, out_dir, recipe) if any(out_dir.iterdir()) else build()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(out_dir.parent).free
+        actual = f"{os.strerror(error.errno)!r} with {free} bytes free"
+        message = f"{owner}: out_dir must have room for the data set, got {actual}"
+        raise OSError(error.errno, message, str(out_dir)) from error
 
 
 def _check_arguments(source: object, out_dir: Path, tokenizer: Tokenizer | None) -> None:
@@ -316,15 +333,6 @@ def prepare_dataset(
         "validation_fraction": float(validation_fraction),
         "test_fraction": float(test_fraction),
     }
-    try:
-        with locked_directory(out_dir):
-            if any(out_dir.iterdir()):
-                return _reuse(out_dir, recipe)
-            return _build(corpus, plan, recipe, tokenizer, out_dir, progress)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free = shutil.disk_usage(out_dir.parent).free
-        actual = f"{os.strerror(error.errno)!r} with {free} bytes free"
-        message = f"prepare_dataset: out_dir must have room for the data set, got {actual}"
-        raise OSError(error.errno, message, str(out_dir)) from error
+    return make_or_reuse(
+        "prepare_dataset", out_dir, recipe, lambda: _build(corpus, plan, recipe, tokenizer, out_dir, progress)
+    )
