@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         default="builtin:python",
-        help="text file, JSON-lines file, directory, data set made by `arfast tokenize`, or builtin:python",
+        help="file or directory of text or records, data set made by `arfast tokenize`, JSON file of a mixture of such "
+        "data sets, or builtin:python",
     )
     parser.add_argument("--preset", default="tiny", choices=CausalLMConfig.presets(), metavar="NAME", help="model size")
     parser.add_argument("--vocab-size", type=int, help="of the tokenizer that is learned (default: the preset's)")
@@ -63,7 +64,7 @@ def _add_field(parser, field):
 def run(arguments: argparse.Namespace) -> dict:
     import torch
 
-    from arfast.data import DatasetManifest, prepare_dataset
+    from arfast.data import DatasetManifest, dataset_directories, prepare_dataset
     from arfast.models import CausalLM, CausalLMConfig
     from arfast.train import TrainConfig, Trainer
 
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> dict:
     if directory != arguments.data:
         print(f"arfast train: preparing {arguments.data} in {directory}", file=sys.stderr)
         prepare_dataset(arguments.data, directory, vocab_size=vocab_size, progress=config.progress)
-    tokenizer = DatasetManifest.load(directory).tokenizer
+    tokenizer = DatasetManifest.load(dataset_directories(directory)[0]).tokenizer
     model_config = preset.replace(
         vocab_size=tokenizer["vocab_size"],
         max_position_embeddings=max(preset.max_position_embeddings, config.seqlen),
@@ -125,7 +126,8 @@ def _best_dtype():
 
 
 def _dataset_directory(data, output_dir):
-    """Where the shards are, or are to be: the given directory when it is a data set already."""
+    """Where the shards are, or are to be: as given when that is a data set already, or a mixture of data sets."""
     from pathlib import Path
 
-    return data if Path(data, "dataset.json").is_file() else str(Path(output_dir) / "data")
+    prepared = Path(data, "dataset.json").is_file() or (Path(data).suffix == ".json" and Path(data).is_file())
+    return data if prepared else str(Path(output_dir) / "data")

@@ -17,6 +17,7 @@ from arfast.data.checks import MAX_SEED, check_integer
 from arfast.data.files import new_directory, open_regular
 from arfast.data.manifest import DatasetManifest, SplitInfo, describe_tokenizer
 from arfast.data.prepare import SplitWriter, frame_tokens, make_or_reuse
+from arfast.data.shards import SHARD_MAGIC
 from arfast.data.split import SPLITS, assign_splits, check_fractions
 from arfast.data.tokenizer import Tokenizer
 
@@ -45,6 +46,8 @@ class _TokenFile:
         with open(open_regular(path), "rb") as file:
             header = np.frombuffer(file.read(4 * _HEADER_INTEGERS), "u1")
             size = os.fstat(file.fileno()).st_size
+        if header.tobytes().startswith(SHARD_MAGIC):
+            raise ValueError(f"{rule} be a file of nanoGPT or llm.c, got a shard of a prepared data set")
         if size == 0 or size % 2:
             raise ValueError(f"{rule} hold token ids of 2 or 4 bytes, got {size} bytes")
         magic, version, count = header[:12].view("<i4").tolist() if len(header) >= 12 else (0, 0, 0)

@@ -74,10 +74,9 @@ def read_mixture(path: str | os.PathLike) -> list[MixtureSource]:
 
 
 def dataset_directories(data: str | os.PathLike) -> list[Path]:
-    """The prepared data sets behind ``data``: itself, or the sources of a mixture when it is a JSON file."""
+    """The prepared data sets behind ``data``: itself, or the sources of a mixture when it is a file."""
     path = Path(data)
-    is_mixture = path.suffix == ".json" and path.is_file()
-    return [Path(source.data) for source in read_mixture(path)] if is_mixture else [path]
+    return [Path(source.data) for source in read_mixture(path)] if path.is_file() else [path]
 
 
 class MixtureDataset:

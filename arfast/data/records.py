@@ -155,17 +155,18 @@ def _check_schema(path: Path, schema: Any, column: str | None) -> list[str]:
     """The columns to read; ValueError when they are not there or hold something else."""
     types = _pyarrow(path).types
     fields = _fields(schema.names, column)
-    rule = f"read_documents: {str(path)!r} must have a column {fields[0]!r} of "
-    if missing := [name for name in fields if name not in schema.names]:
-        others = "" if column else " (or 'prompt' and 'completion', or 'messages')"
-        raise ValueError(f"{rule}strings{others}, got no {missing[0]!r} in {', '.join(schema.names) or 'no columns'}")
     for name in fields:
+        wanted = "messages" if name == "messages" else "strings"
+        rule = f"read_documents: {str(path)!r} must have a column {name!r} of {wanted}"
+        if name not in schema.names:
+            others = "" if column else " (or 'prompt' and 'completion', or 'messages')"
+            raise ValueError(f"{rule}{others}, got {', '.join(schema.names) or 'no columns'}")
         kind = schema.field(name).type
         kind = kind.value_type if types.is_dictionary(kind) else kind
         is_list = types.is_list(kind) or types.is_large_list(kind)
         is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
         if not (is_list if name == "messages" else is_text):
-            raise ValueError(f"{rule}{'messages' if name == 'messages' else 'strings'}, got {name!r} of type {kind}")
+            raise ValueError(f"{rule}, got {name!r} of type {kind}")
     return list(fields)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from arfast.data.files import open_regular, sha256
 
 HEADER_BYTES = 256
-_MAGIC = b"arfshard"
+SHARD_MAGIC = b"arfshard"
 _FIELDS = struct.Struct("<8sIIQQQQ32s32sQ")
 _CHECKSUM_BYTES = 32
 _DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
@@ -65,14 +65,14 @@ class ShardHeader(NamedTuple):
     def pack(self) -> bytes:
         hashes = bytes.fromhex(self.tokenizer_fingerprint), bytes.fromhex(self.content_sha256)
         version = 1 if self.num_spans is None else 2
-        fields = _FIELDS.pack(_MAGIC, version, *self[:5], *hashes, self.num_spans or 0)
+        fields = _FIELDS.pack(SHARD_MAGIC, version, *self[:5], *hashes, self.num_spans or 0)
         fields = fields.ljust(HEADER_BYTES - _CHECKSUM_BYTES, b"\0")
         return fields + hashlib.sha256(fields).digest()
 
     @classmethod
     def unpack(cls, data: bytes, name: str) -> "ShardHeader":
         fields, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
-        if len(data) != HEADER_BYTES or not fields.startswith(_MAGIC):
+        if len(data) != HEADER_BYTES or not fields.startswith(SHARD_MAGIC):
             raise ValueError(f"Shard: {name} must be a token shard, got a file that does not start like one")
         if hashlib.sha256(fields).digest() != checksum:
             raise ValueError(f"Shard: {name} must have an intact header, got one that fails its checksum")

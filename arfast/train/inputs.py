@@ -37,7 +37,7 @@ def open_data(
         datasets = dict(data)
     else:
         if not Path(data).exists():
-            rule = "data must be a directory made by prepare_dataset, or the JSON file of a mixture"
+            rule = "data must be a directory made by prepare_dataset or a mixture's JSON file"
             raise ValueError(f"Trainer: {rule}, got {os.fspath(data)!r}")
         options = {"seqlen": config.seqlen, "packing": config.packing, "seed": config.seed}
         if Path(data).is_file():
