@@ -151,9 +151,12 @@ def test_evaluation_walks_every_source_once(numbered, packing):
     totals = ("num_tokens", "num_documents", "num_bytes", "num_samples")
     assert all(getattr(mixture, name) == sum(getattr(c, name) for c in mixture.components) for name in totals)
     assert mixture.statistics.num_targets == sum(c.statistics.num_targets for c in mixture.components)
-    # The first batches stand for the mixture: two of four are of the first source.
-    first = [next(component.evaluation_batches(2)).input_ids.tolist() for component in mixture.components]
-    assert [first.index(batch.input_ids.tolist()) for batch in batches[:2]] == spread([50, 25, 17, 8])[:2].tolist()
+    # The sources take turns by their fractions while they last.
+    left = [list(component.evaluation_batches(2)) for component in mixture.components]
+    turns = []
+    for source in np.resize(spread([50, 25, 17, 8]), 2000).tolist():
+        turns += [left[source].pop(0).input_ids.tolist()] if left[source] else []
+    assert [batch.input_ids.tolist() for batch in batches] == turns and not any(left)
 
 
 def test_a_mixture_that_runs_out(numbered):
