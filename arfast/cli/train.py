@@ -64,7 +64,7 @@ def _add_field(parser, field):
 def run(arguments: argparse.Namespace) -> dict:
     import torch
 
-    from arfast.data import DatasetManifest, dataset_directories, prepare_dataset
+    from arfast.data import DatasetManifest, MixtureDataset, dataset_directories, prepare_dataset
     from arfast.models import CausalLM, CausalLMConfig
     from arfast.train import TrainConfig, Trainer
 
@@ -88,7 +88,8 @@ def run(arguments: argparse.Namespace) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = CausalLM(model_config, seed=config.seed, device=device)
     print(f"arfast train: {model.num_parameters():,} parameters, {config.dtype}, on {device}", file=sys.stderr)
-    result = Trainer(model, config, directory).fit()
+    trainer = Trainer(model, config, directory)
+    result = trainer.fit()
     for sample in result.samples:
         print(f"--- {sample['prompt']!r}\n{sample['prompt']}{sample['text']}\n")
     summary = dict(output_dir=result.output_dir, step=result.step, tokens=result.tokens, loss=result.loss)
@@ -103,7 +104,23 @@ def run(arguments: argparse.Namespace) -> dict:
             val_perplexity=evaluation.perplexity,
             val_bits_per_byte=evaluation.bits_per_byte,
         )
+    if isinstance(trainer.datasets["train"], MixtureDataset):
+        summary["sources"] = _report_sources(trainer)
     return summary
+
+
+def _report_sources(trainer):
+    """How often each source of a mixture was seen, and the loss on its own validation split."""
+    report = {}
+    for name, epochs in trainer.datasets["train"].epochs(trainer.state.position).items():
+        report[name] = dict(epochs=epochs)
+        line = f"{name}: {epochs:.3f} epochs"
+        if (split := f"validation/{name}") in trainer.datasets:
+            evaluation = trainer.evaluate(split)
+            report[name] |= dict(val_loss=evaluation.loss, val_bits_per_byte=evaluation.bits_per_byte)
+            line += f", {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte"
+        print(line)
+    return report
 
 
 def _settings(arguments, config_class):
