@@ -146,5 +146,6 @@ def _dataset_directory(data, output_dir):
     """Where the shards are, or are to be: as given when that is a data set already, or a mixture of data sets."""
     from pathlib import Path
 
-    prepared = Path(data, "dataset.json").is_file() or (Path(data).suffix == ".json" and Path(data).is_file())
-    return data if prepared else str(Path(output_dir) / "data")
+    from arfast.data import is_prepared
+
+    return data if is_prepared(data) else str(Path(output_dir) / "data")

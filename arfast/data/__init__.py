@@ -5,7 +5,14 @@ from arfast.data.dataset import Batch, PackedDataset, packing_statistics
 from arfast.data.documents import Document, read_documents
 from arfast.data.formats import import_tokens
 from arfast.data.manifest import DatasetManifest
-from arfast.data.mixture import MixtureDataset, MixtureSource, dataset_directories, open_mixture, read_mixture
+from arfast.data.mixture import (
+    MixtureDataset,
+    MixtureSource,
+    dataset_directories,
+    is_prepared,
+    open_mixture,
+    read_mixture,
+)
 from arfast.data.packing import PackingStatistics
 from arfast.data.prepare import prepare_dataset
 from arfast.data.tokenizer import Tokenizer
@@ -22,6 +29,7 @@ __all__ = [
     "builtin",
     "dataset_directories",
     "import_tokens",
+    "is_prepared",
     "open_mixture",
     "packing_statistics",
     "prepare_dataset",

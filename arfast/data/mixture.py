@@ -15,7 +15,7 @@ import torch
 from arfast.data.checks import check_integer
 from arfast.data.dataset import Batch, PackedDataset, check_out
 from arfast.data.files import read_file
-from arfast.data.manifest import DatasetManifest, canonical_hash
+from arfast.data.manifest import MANIFEST_NAME, DatasetManifest, canonical_hash
 from arfast.data.tokenizer import Tokenizer
 from arfast.data.turns import MAX_PERIOD, Turns, rows_per_period
 
@@ -71,6 +71,12 @@ def read_mixture(path: str | os.PathLike) -> list[MixtureSource]:
         return [MixtureSource(**entry) for entry in entries]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{rule}, got: {error}") from None
+
+
+def is_prepared(data: str | os.PathLike) -> bool:
+    """Whether ``data`` is a prepared data set or a mixture of some, and not text that is still to be prepared."""
+    path = Path(data)
+    return (path / MANIFEST_NAME).is_file() or (path.suffix == ".json" and path.is_file())
 
 
 def dataset_directories(data: str | os.PathLike) -> list[Path]:
@@ -258,6 +264,8 @@ def open_mixture(
     sources = read_mixture(path)
     train = MixtureDataset(sources, "train", seqlen, packing, seed)
     train.check_length(num_samples)
+    for component in train.components:
+        component.batch(0, 1)  # a source shorter than a row is refused now, and not when its turn comes
     held_out = [s for s in sources if DatasetManifest.load(s.data).splits["validation"].num_documents]
     if not held_out:
         return {"train": train}
@@ -292,6 +300,8 @@ def _check_components(names: list[str], components: list[PackedDataset]) -> None
             expected, found = first.tokenizer_fingerprint, component.tokenizer_fingerprint
             rule = f"sources must share one tokenizer, that of {names[0]!r} is {expected}"
             raise ValueError(f"MixtureDataset: {rule}, got {found} of {name!r}")
+        if component.num_samples == 0:
+            raise ValueError(f"MixtureDataset: sources must hold at least one row with a target, got none in {name!r}")
         if component.fingerprint in seen:
             other = seen[component.fingerprint]
             raise ValueError(f"MixtureDataset: sources must be different data sets, got {name!r} equal to {other!r}")

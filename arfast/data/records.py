@@ -174,8 +174,7 @@ def _parquet_batches(path: Path, column: str | None) -> Iterator[Any]:
     # Without pre_buffer: it would hold the compressed bytes of all row groups at once.
     with _pyarrow(path).parquet.ParquetFile(path, pre_buffer=False) as file:
         columns = _check_schema(path, file.schema_arrow, column)
-        for group in range(file.num_row_groups):
-            yield from file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False)
+        yield from file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False)
 
 
 def _arrow_batches(path: Path, column: str | None) -> Iterator[Any]:

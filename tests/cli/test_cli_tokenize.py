@@ -100,6 +100,10 @@ def test_train_on_a_mixture(arfast, tmp_path):
     assert summary["sources"]["web"]["epochs"] == 9 / train[0].num_samples
     assert summary["sources"]["code"]["epochs"] == 3 / train[1].num_samples
     assert any(line.startswith("code: ") and "bits per byte" in line for line in lines)
+    evaluations = [arfast("eval", "run", "--data", data, "--seqlen", 32)[1] for data in ("mixture.json", "web", "code")]
+    assert evaluations[0]["tokens"] == evaluations[1]["tokens"] + evaluations[2]["tokens"]
+    assert evaluations[0]["loss"] == pytest.approx(summary["val_loss"], rel=1e-5)
+    assert evaluations[2]["loss"] == pytest.approx(summary["sources"]["code"]["val_loss"], rel=1e-5)
     error = arfast(*command, "--max-steps", 5000, "--output-dir", "other", status=2)
     assert "sources must hold the 640,000 tokens of the run in their fractions, got: 'code' lacks " in error
     assert not (tmp_path / "other").exists()

@@ -1,5 +1,8 @@
 """Token files of nanoGPT and llm.c become the data set that the same text gives, and each bad file an error."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
@@ -215,5 +218,17 @@ def test_nothing_is_left_when_a_file_changes(tmp_path, tokenizer, bodies, monkey
 
     monkeypatch.setattr(Tokenizer, "save", change)
     with pytest.raises(ValueError, match="import_tokens: path must not change while it is read, got other tokens"):
+        import_tokens(tmp_path / "a.bin", tmp_path / "data", tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, tokenizer, bodies, monkeypatch):
+    write_nanogpt(tmp_path / "a.bin", joined(bodies, tokenizer.eos_token_id))
+
+    def full(self, *arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(formats.SplitWriter, "add", full)
+    with pytest.raises(OSError, match="import_tokens: out_dir must have room for the data set, got 'No space left"):
         import_tokens(tmp_path / "a.bin", tmp_path / "data", tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]

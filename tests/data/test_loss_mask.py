@@ -10,11 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arfast import CausalLM, CausalLMConfig, TrainConfig, Trainer
 from arfast.data import Document, PackedDataset, packing_statistics, prepare_dataset
 from arfast.data.manifest import DatasetManifest, SplitInfo, describe_tokenizer
 from arfast.data.packing import ContiguousRows, pack_documents, pad_documents, pad_segments
 from arfast.data.shards import HEADER_BYTES, Shard, ShardHeader, ShardWriter
 from arfast.data.stream import TargetSpans, TokenStream
+from arfast.train import evaluate
 
 IGNORE = -100
 
@@ -236,6 +238,30 @@ def test_bytes_per_target(tmp_path, tokenizer):
         ids = batch.labels[batch.labels != IGNORE].tolist()
         decoded += len(tokenizer.decode(ids).encode())
     assert decoded == data.num_bytes
+
+
+@pytest.mark.parametrize("packing", ["contiguous", "documents"])
+def test_training_learns_the_completions_alone(tmp_path, tokenizer, packing):
+    """After training on the completions, they are much likelier than at the start, and the prompts are not."""
+    prompts = [f"{generator.random():.12f} = " for generator in map(np.random.default_rng, range(120))]
+    documents = [Document(prompt + "the answer", "", ((len(prompt), len(prompt) + 10),)) for prompt in prompts]
+    prepare_dataset(documents, tmp_path / "data", tokenizer, validation_fraction=0.1)
+    prepare_dataset([Document(prompt, "") for prompt in prompts], tmp_path / "prompts", tokenizer)
+    shape = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
+    model = CausalLM(CausalLMConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=64, **shape), seed=0)
+    config = TrainConfig(
+        output_dir=str(tmp_path / "run"), max_steps=30, seqlen=64, batch_size=8, packing=packing, learning_rate=1e-2,
+        progress=False,
+    )  # fmt: skip
+    trainer = Trainer(model, config, tmp_path / "data")
+    result = trainer.fit()
+    assert result.evaluation.num_tokens == trainer.datasets["validation"].num_targets
+    others = PackedDataset(tmp_path / "prompts", "train", 64, packing)
+    on_prompts = evaluate(model, others.evaluation_batches(4))
+    uniform = np.log(tokenizer.vocab_size)
+    assert result.evaluation.loss < 0.3 * uniform < 0.8 * uniform < on_prompts.loss
 
 
 def test_packing_statistics(dataset_path):

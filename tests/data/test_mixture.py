@@ -226,6 +226,10 @@ def test_bad_mixtures(numbered, tmp_path):
         opened((numbered[0], 0.5), (tmp_path / "other", 0.5))
     with pytest.raises(FileNotFoundError, match="path must hold a dataset.json, got 'nowhere'"):
         opened((numbered[0], 0.5), ("nowhere", 0.5))
+    masked = [Document(f"document {i}", "", ()) for i in range(40)]
+    prepare_dataset(masked, tmp_path / "masked", Tokenizer.load(numbered[0]))
+    with pytest.raises(ValueError, match="sources must hold at least one row with a target, got none in 'masked'"):
+        MixtureDataset(sources_of([numbered[0], tmp_path / "masked"], [0.5, 0.5]), "train", 16, "documents")
     mixture = opened((numbered[0], 1.0))
     mixture.check_tokenizer(Tokenizer.load(numbered[0]))
     with pytest.raises(ValueError, match="tokenizer must be the one of the shards"):
@@ -294,6 +298,8 @@ def test_validation_together_and_per_source(mixture_file):
     )
     with pytest.raises(ValueError, match="MixtureDataset: sources must hold the 3,200,000 tokens .*'code' lacks"):
         open_mixture(mixture_file, 32, num_samples=100_000)
+    with pytest.raises(ValueError, match="seqlen must be at most the corpus, got 1000000: the train split has"):
+        open_mixture(mixture_file, 1_000_000)
 
 
 def tiny_model(tokenizer):
