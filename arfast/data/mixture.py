@@ -319,11 +319,11 @@ def _interleave(
         input_ids, labels = out.input_ids, out.labels
         for tensor in (input_ids, labels):
             check_out(tensor, shape)
+    ids, targets = (tensor.numpy().reshape(batch_size, seqlen) for tensor in (input_ids, labels))
     lengths, order = [], []
     for places, batch in parts:
-        index = torch.from_numpy(places)
-        input_ids.view(batch_size, seqlen)[index] = batch.input_ids.view(-1, seqlen)
-        labels.view(batch_size, seqlen)[index] = batch.labels.view(-1, seqlen)
+        ids[places] = batch.input_ids.numpy().reshape(-1, seqlen)
+        targets[places] = batch.labels.numpy().reshape(-1, seqlen)
         if isolated:
             boundaries = batch.cu_seqlens.numpy()
             lengths.append(np.diff(boundaries))

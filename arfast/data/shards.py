@@ -98,7 +98,7 @@ class ShardWriter:
         self._fingerprint = tokenizer_fingerprint
         self._dtype = _DTYPES[2 if vocab_size <= 1 << 16 else 4]
         self._offsets = array.array("Q", [0])
-        self._spans: list[np.ndarray] = []
+        self._spans = array.array("Q")  # starts and ends in turn
         self._masked = False
         self._num_bytes = 0
         self._digest = hashlib.sha256()
@@ -131,15 +131,14 @@ class ShardWriter:
 
     def _add_spans(self, size: int, targets: np.ndarray | None) -> None:
         if targets is None:
-            self._spans.append(np.array([[1, size]]) + self.num_tokens)
+            self._spans.extend((self.num_tokens + 1, self.num_tokens + size))
             return
         if targets.shape != (size,) or targets.dtype != np.bool_ or targets[0]:
             rule = f"targets must be bool [{size}] and False for the first token"
             raise ValueError(f"ShardWriter.add: {rule}, got {targets.dtype} {list(targets.shape)}")
         self._masked = True
-        # Where the mask changes: starts and ends in turn.
-        edges = np.flatnonzero(np.diff(targets, append=False)) + 1
-        self._spans.append(edges.reshape(-1, 2) + self.num_tokens)
+        edges = np.flatnonzero(np.diff(targets, append=False)) + 1  # where the mask changes
+        self._spans.extend((edges + self.num_tokens).tolist())
 
     def _write(self, data: memoryview | bytes) -> None:
         self._digest.update(data)
@@ -152,9 +151,8 @@ class ShardWriter:
         self._write(np.asarray(self._offsets).astype("<u8").data.cast("B"))
         num_spans = None
         if self._masked:
-            spans = np.concatenate(self._spans)
-            num_spans = len(spans)
-            self._write(spans.astype("<u8").tobytes())
+            num_spans = len(self._spans) // 2
+            self._write(np.asarray(self._spans).astype("<u8").tobytes())
         counts = token_bytes, self._vocab_size, num_tokens, len(self._offsets) - 1, self._num_bytes
         header = ShardHeader(*counts, self._fingerprint, self._digest.hexdigest(), num_spans)
         self._file.seek(0)
