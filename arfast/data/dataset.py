@@ -226,7 +226,7 @@ class PackedDataset:
 
 
 def packing_statistics(path: str | os.PathLike, split: str, seqlen: int) -> dict[str, PackingStatistics]:
-    """What one epoch of a prepared split wastes under each packing, by its name; arguments and errors as above.
+    """What an epoch of a prepared split wastes under each packing, by its name; arguments as of ``PackedDataset``.
 
     >>> packing_statistics("data", "train", seqlen=4096)["documents"].padding_share  # doctest: +SKIP
     0.0012

@@ -71,7 +71,7 @@ class _Plan:
     num_bytes: np.ndarray
 
 
-def _update(corpus_hash: "hashlib._Hash", digest: bytes, document: Document) -> None:
+def _add_document(corpus_hash: "hashlib._Hash", digest: bytes, document: Document) -> None:
     corpus_hash.update(digest)
     if document.targets is not None:
         corpus_hash.update(repr(document.targets).encode())
@@ -83,7 +83,7 @@ def _make_plan(corpus: _Corpus, seed: int, validation_fraction: float, test_frac
     index, num_bytes = [], []
     for document in corpus:
         digest = document_digest(document.text, seed)
-        _update(corpus_hash, digest, document)
+        _add_document(corpus_hash, digest, document)
         num_bytes.append(len(document.text.encode()))
         index.append(-1 if digest in different else len(different))
         different[digest] = None
@@ -96,7 +96,7 @@ def _planned_documents(corpus: _Corpus, plan: _Plan, seed: int) -> Iterator[tupl
     """(split, document) of each that is no copy; ends with an error if the corpus is not the one planned for."""
     corpus_hash = hashlib.sha256()
     for number, document in enumerate(corpus):
-        _update(corpus_hash, document_digest(document.text, seed), document)
+        _add_document(corpus_hash, document_digest(document.text, seed), document)
         if number == len(plan.splits):
             break
         if plan.splits[number] != _COPY:
