@@ -64,22 +64,23 @@ def _score_documents(arguments):
 
     from tqdm import tqdm
 
-    from arfast.data import PackedDataset, prepare_dataset
+    from arfast.data import MixtureDataset, PackedDataset, is_prepared, prepare_dataset
     from arfast.train import evaluate
 
     model, tokenizer = load_checkpoint(arguments.checkpoint, arguments.dtype)
     with tempfile.TemporaryDirectory() as temporary:
         directory, split = arguments.data, arguments.split or "validation"
-        if not Path(directory, "dataset.json").is_file():
+        if not is_prepared(directory):
             if arguments.split is not None:
                 raise ValueError(f"eval: split must be left out unless data is a data set directory, got {split!r}")
             directory, split = str(Path(temporary, "data")), "train"
             prepare_dataset(arguments.data, directory, tokenizer, validation_fraction=0.0, test_fraction=0.0)
-        data = PackedDataset(directory, split, _seqlen(arguments))
+        open_split = MixtureDataset.load if Path(directory).is_file() else PackedDataset
+        data = open_split(directory, split, _seqlen(arguments))
         data.check_tokenizer(tokenizer)
         total = -(-data.num_samples // arguments.batch_size)
         batches = tqdm(data.evaluation_batches(arguments.batch_size), total=total, file=sys.stderr, unit="batch")
-        bytes_per_token = data.num_bytes / data.statistics.num_targets
+        bytes_per_token = data.num_bytes / data.num_targets
         return evaluate(model, batches, bytes_per_token=bytes_per_token, max_tokens=arguments.max_tokens)
 
 

@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         default="builtin:python",
-        help="text file, JSON-lines file, directory, data set made by `arfast tokenize`, or builtin:python",
+        help="file or directory of text or records, data set made by `arfast tokenize`, JSON file of a mixture of such "
+        "data sets, or builtin:python",
     )
     parser.add_argument("--preset", default="tiny", choices=CausalLMConfig.presets(), metavar="NAME", help="model size")
     parser.add_argument("--vocab-size", type=int, help="of the tokenizer that is learned (default: the preset's)")
@@ -63,7 +64,7 @@ def _add_field(parser, field):
 def run(arguments: argparse.Namespace) -> dict:
     import torch
 
-    from arfast.data import DatasetManifest, prepare_dataset
+    from arfast.data import DatasetManifest, MixtureDataset, dataset_directories, prepare_dataset
     from arfast.models import CausalLM, CausalLMConfig
     from arfast.train import TrainConfig, Trainer
 
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> dict:
     if directory != arguments.data:
         print(f"arfast train: preparing {arguments.data} in {directory}", file=sys.stderr)
         prepare_dataset(arguments.data, directory, vocab_size=vocab_size, progress=config.progress)
-    tokenizer = DatasetManifest.load(directory).tokenizer
+    tokenizer = DatasetManifest.load(dataset_directories(directory)[0]).tokenizer
     model_config = preset.replace(
         vocab_size=tokenizer["vocab_size"],
         max_position_embeddings=max(preset.max_position_embeddings, config.seqlen),
@@ -87,7 +88,8 @@ def run(arguments: argparse.Namespace) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = CausalLM(model_config, seed=config.seed, device=device)
     print(f"arfast train: {model.num_parameters():,} parameters, {config.dtype}, on {device}", file=sys.stderr)
-    result = Trainer(model, config, directory).fit()
+    trainer = Trainer(model, config, directory)
+    result = trainer.fit()
     for sample in result.samples:
         print(f"--- {sample['prompt']!r}\n{sample['prompt']}{sample['text']}\n")
     summary = dict(output_dir=result.output_dir, step=result.step, tokens=result.tokens, loss=result.loss)
@@ -102,7 +104,23 @@ def run(arguments: argparse.Namespace) -> dict:
             val_perplexity=evaluation.perplexity,
             val_bits_per_byte=evaluation.bits_per_byte,
         )
+    if isinstance(trainer.datasets["train"], MixtureDataset):
+        summary["sources"] = _report_sources(trainer)
     return summary
+
+
+def _report_sources(trainer):
+    """How often each source of a mixture was seen, and the loss on its own validation split."""
+    report = {}
+    for name, epochs in trainer.datasets["train"].epochs(trainer.state.position).items():
+        report[name] = dict(epochs=epochs)
+        line = f"{name}: {epochs:.3f} epochs"
+        if (split := f"validation/{name}") in trainer.datasets:
+            evaluation = trainer.evaluate(split)
+            report[name] |= dict(val_loss=evaluation.loss, val_bits_per_byte=evaluation.bits_per_byte)
+            line += f", {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte"
+        print(line)
+    return report
 
 
 def _settings(arguments, config_class):
@@ -125,7 +143,9 @@ def _best_dtype():
 
 
 def _dataset_directory(data, output_dir):
-    """Where the shards are, or are to be: the given directory when it is a data set already."""
+    """Where the shards are, or are to be: as given when that is a data set already, or a mixture of data sets."""
     from pathlib import Path
 
-    return data if Path(data, "dataset.json").is_file() else str(Path(output_dir) / "data")
+    from arfast.data import is_prepared
+
+    return data if is_prepared(data) else str(Path(output_dir) / "data")

@@ -1,4 +1,4 @@
-"""Documents from text files, JSON lines and directories, one at a time, with an error that names the faulty file."""
+"""Documents from files of text or records and from directories, one at a time, with an error that names the file."""
 
 import codecs
 import json
@@ -6,24 +6,18 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from arfast.data.files import read_file
+from arfast.data.records import RECORD_SUFFIXES, Document, read_records
 
 # Unless it is the only file, a text of up to 16 MiB is one document.
 _MAX_WHOLE_BYTES = 16 << 20
 _MIN_PIECE_BYTES, _MAX_PIECE_BYTES = 2 << 10, 256 << 10
 _PIECES = 128
 _READ_BYTES = 4096
-MAX_LINE_BYTES = 64 << 20
-_JSON_SUFFIXES = {".jsonl", ".ndjson"}
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A text, and the file (and line or piece) that it came from."""
-
-    text: str
-    source: str
+_HUGGING_FACE_FILES = ("state.json", "dataset_info.json")
+_MAX_JSON_BYTES = 16 << 20
 
 
 class NotTextError(ValueError):
@@ -65,37 +59,42 @@ def _read_text(path: Path, piece_bytes: int | None) -> Iterator[Document]:
         yield Document(text, f"{path}#{pieces}" if piece_bytes else str(path))
 
 
-def _read_json_lines(path: Path) -> Iterator[Document]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
-            if not line.strip():
-                continue
-            rule = f"read_documents: line {number} of {str(path)!r} must"
-            if len(line) > MAX_LINE_BYTES:
-                raise ValueError(f"{rule} hold at most {MAX_LINE_BYTES} bytes, got more")
-            try:
-                record = json.loads(line)
-                text = record.get("text") if isinstance(record, dict) else None
-                if not isinstance(text, str):
-                    raise ValueError(f"{type(record).__name__} with a 'text' of type {type(text).__name__}")
-                text.encode()
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{rule} be a JSON object with a string 'text', got: {error}") from None
-            yield Document(text, f"{path}:{number}")
+def _hugging_face_files(folder: Path) -> list[Path]:
+    """The Arrow files of a dataset that ``datasets.Dataset.save_to_disk`` wrote."""
+    rule = f"read_documents: {str(folder / 'state.json')!r} must name the files of a Hugging Face dataset"
+    try:
+        names = [
+            entry["filename"] for entry in json.loads(read_file(folder / "state.json", _MAX_JSON_BYTES))["_data_files"]
+        ]
+        files = [folder / Path(name).name for name in names]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{rule}, got: {type(error).__name__} {error}") from None
+    if missing := [path for path in files if not path.is_file()]:
+        raise ValueError(f"{rule}, got {missing[0].name!r}, which is absent")
+    return files
 
 
 def _files(directory: Path) -> list[Path]:
-    """Regular files below a directory in the order of their names; hidden ones and linked directories are left out."""
+    """Regular files below a directory in the order of their names; hidden ones and linked directories are left out.
+
+    Of a folder that is a Hugging Face dataset: its data.
+    """
     files = []
     for folder, subfolders, names in os.walk(directory):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted((path for path in files if path.is_file()), key=lambda path: path.relative_to(directory).as_posix())
+        if "dataset_dict.json" in names:
+            actual = f"a Hugging Face DatasetDict with {', '.join(sorted(subfolders))} in {folder!r}"
+            raise ValueError(f"read_documents: source must be one split of a dataset, got {actual}")
+        if all(name in names for name in _HUGGING_FACE_FILES):
+            files += _hugging_face_files(Path(folder))
+        else:
+            files += [path for name in names if not name.startswith(".") and (path := Path(folder, name)).is_file()]
+    return sorted(files, key=lambda path: path.relative_to(directory).as_posix())
 
 
-def _read_file(path: Path, alone: bool) -> Iterator[Document]:
-    if path.suffix in _JSON_SUFFIXES:
-        return _read_json_lines(path)
+def _read_file(path: Path, alone: bool, column: str | None) -> Iterator[Document]:
+    if path.name.endswith(RECORD_SUFFIXES):
+        return read_records(path, column)
     size = path.stat().st_size
     if not alone and size <= _MAX_WHOLE_BYTES:
         return _read_text(path, None)
@@ -104,20 +103,32 @@ def _read_file(path: Path, alone: bool) -> Iterator[Document]:
     return _read_text(path, min(max(piece_bytes, _MIN_PIECE_BYTES), _MAX_PIECE_BYTES))
 
 
-def read_documents(source: str | os.PathLike) -> Iterator[Document]:
-    """Documents of a text file, a JSON-lines file, or all such files below a directory, in a fixed order.
+def read_documents(source: str | os.PathLike, column: str | None = None) -> Iterator[Document]:
+    """Documents of a file, or of all files below a directory, in a fixed order and in bounded memory.
 
-    ``.jsonl`` and ``.ndjson``: one document per line, the string under "text". Any other file: UTF-8 text, one document
-    per file; a file that is alone or above 16 MiB is a stream without known documents, and is cut at the ends of lines
-    into about 128 pieces of 2 to 256 KiB. In a directory, files that are not text are left out with a warning. Ends of
-    lines are kept; documents of white space alone are left out.
+    One document per record of ``.jsonl``, ``.ndjson`` (both also ``.gz``, ``.zst``), ``.parquet`` and ``.arrow`` files;
+    a directory may be, or hold, datasets that ``datasets.Dataset.save_to_disk`` wrote. A record has the string "text";
+    or the strings "prompt" and "completion", of which the completion alone is a target; or "messages", records with a
+    "role" (system, user, assistant) and a "content", of which the assistant's contents are targets.
+
+    Any other file: UTF-8 text, one document per file; a file that is alone or above 16 MiB is a stream without known
+    documents, and is cut at the ends of lines into about 128 pieces of 2 to 256 KiB. In a directory, files that are not
+    text are left out with a warning. Ends of lines are kept; documents of white space alone are left out.
 
     Args:
         source: path of a file or a directory.
+        column: the field of a record that holds its text, or "messages"; None: as above.
 
     Raises:
         FileNotFoundError: ``source`` does not exist.
-        ValueError: a file is not UTF-8 text, a line is not a record with a text, or there is no document at all.
+        ImportError: Parquet, Arrow or Zstandard without pyarrow (the extra ``arfast[data]``).
+        ValueError: a file is damaged or not UTF-8 text, a record or a table lacks the text, or there is no document.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+    ...     _ = file.write('{"prompt": "2 + 2 =", "completion": " 4"}'), file.flush()
+    ...     [(document.text, document.targets) for document in read_documents(file.name)]
+    [('2 + 2 = 4', ((7, 9),))]
     """
     root = Path(source)
     if not root.exists():
@@ -130,7 +141,7 @@ def read_documents(source: str | os.PathLike) -> Iterator[Document]:
     for path in files:
         begun = root.is_file()
         try:
-            for document in _read_file(path, alone=len(files) == 1):
+            for document in _read_file(path, len(files) == 1, column):
                 if document.text.strip():
                     found = begun = True
                     yield document

@@ -31,7 +31,7 @@ def hash_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SplitInfo:
-    """Totals of a split: ``num_bytes`` counts UTF-8 bytes of text, ``shards`` maps file names to content hashes."""
+    """Totals of a split: ``num_bytes`` counts UTF-8 bytes of target text, ``shards`` maps names to content hashes."""
 
     num_documents: int
     num_tokens: int

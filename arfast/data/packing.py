@@ -6,10 +6,12 @@ Best-fit decreasing for language models: Ding et al., "Fewer Truncations Improve
 """
 
 import bisect
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import astuple, dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from arfast.data.stream import TargetSpans
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +22,33 @@ class PackingStatistics:
     num_targets: positions that carry a loss.
     num_padding: positions that hold padding.
     num_truncated: tokens of the split that no row holds.
+    num_positions: of all rows; num_tokens: of the split.
     """
 
     num_samples: int
     num_targets: int
     num_padding: int
     num_truncated: int
+    num_positions: int
+    num_tokens: int
+
+    @property
+    def target_share(self) -> float:
+        """Of all positions, those that carry a loss."""
+        return self.num_targets / max(1, self.num_positions)
+
+    @property
+    def padding_share(self) -> float:
+        """Of all positions, those that hold padding."""
+        return self.num_padding / max(1, self.num_positions)
+
+    @property
+    def truncated_share(self) -> float:
+        """Of the tokens of the split, those that no row holds."""
+        return self.num_truncated / max(1, self.num_tokens)
+
+    def __add__(self, other: "PackingStatistics") -> "PackingStatistics":
+        return PackingStatistics(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def _ceil_div(a: int | np.ndarray, b: int) -> int | np.ndarray:
@@ -47,13 +70,15 @@ class ContiguousRows:
 
     isolated = False
 
-    def __init__(self, offsets: np.ndarray, seqlen: int):
+    def __init__(self, offsets: np.ndarray, seqlen: int, targets: TargetSpans | None = None):
         self._seqlen = seqlen
         self._num_tokens = num_tokens = int(offsets[-1])
         num_samples = max(0, _ceil_div(num_tokens - 1, seqlen - 1))
+        num_positions = num_samples * seqlen
         # Each window but the first repeats one token.
-        num_padding = num_samples * seqlen - (num_tokens + num_samples - 1) if num_samples else 0
-        self.statistics = PackingStatistics(num_samples, max(0, num_tokens - (len(offsets) - 1)), num_padding, 0)
+        num_padding = num_positions - (num_tokens + num_samples - 1) if num_samples else 0
+        num_targets = int(targets.count(0, num_tokens)) if targets else num_tokens - (len(offsets) - 1)
+        self.statistics = PackingStatistics(num_samples, num_targets, num_padding, 0, num_positions, num_tokens)
 
     def segments(self, row: int) -> list[tuple[int, int]]:
         start = row * (self._seqlen - 1)
@@ -61,35 +86,66 @@ class ContiguousRows:
 
 
 class SegmentRows:
-    """Rows given by explicit segments: row r holds segments row_offsets[r] to row_offsets[r + 1]."""
+    """Rows given by explicit segments of a stream of ``num_tokens``: which row each segment is in, in ascending order.
 
-    def __init__(self, row_offsets: np.ndarray, starts: np.ndarray, lengths: np.ndarray, *, seqlen: int, isolated: bool,
-                 num_truncated: int = 0):  # fmt: skip
-        self._row_offsets, self._starts, self._lengths = row_offsets, starts, lengths
+    Two segments overlap by one token when one begins with the other's last, and not otherwise.
+    """
+
+    def __init__(self, segments: "Segments", row: np.ndarray, *, seqlen: int, num_tokens: int, isolated: bool):
         self.isolated = isolated
-        num_samples, num_tokens = len(row_offsets) - 1, int(lengths.sum())
-        num_padding = num_samples * seqlen - num_tokens
-        self.statistics = PackingStatistics(num_samples, num_tokens - len(starts), num_padding, num_truncated)
+        order = np.argsort(row, kind="stable")
+        self._starts, self._lengths = segments.starts[order], segments.lengths[order]
+        self._row_offsets = np.concatenate([[0], np.cumsum(np.bincount(row))]).astype(np.int64)
+        num_samples = len(self._row_offsets) - 1
+        num_filled, num_positions = int(segments.lengths.sum()), num_samples * seqlen
+        self.statistics = PackingStatistics(
+            num_samples=num_samples,
+            num_targets=int(segments.num_targets.sum()),
+            num_padding=num_positions - num_filled,
+            num_truncated=num_tokens - (num_filled - segments.num_overlaps),
+            num_positions=num_positions,
+            num_tokens=num_tokens,
+        )
 
     def segments(self, row: int) -> list[tuple[int, int]]:
         first, last = self._row_offsets[row : row + 2].tolist()
         return list(zip(self._starts[first:last].tolist(), self._lengths[first:last].tolist(), strict=True))
 
 
-def split_documents(offsets: np.ndarray, seqlen: int) -> tuple[np.ndarray, np.ndarray]:
+class Segments(NamedTuple):
+    """Pieces of documents in the order of the stream, int64 [S] each: first token, length, number of targets."""
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    num_targets: np.ndarray
+
+    @property
+    def num_overlaps(self) -> int:
+        """How many begin with the last token of the one before."""
+        return int(np.count_nonzero(self.starts[1:] == (self.starts + self.lengths)[:-1] - 1))
+
+    @classmethod
+    def with_targets(cls, starts: np.ndarray, lengths: np.ndarray, targets: TargetSpans | None) -> "Segments":
+        """Counts the targets, and drops segments without any: alone in their context they would teach nothing."""
+        if targets is None:
+            return cls(starts, lengths, lengths - 1)
+        num_targets = targets.count(starts + 1, starts + lengths)
+        kept = num_targets > 0
+        return cls(starts[kept], lengths[kept], num_targets[kept])
+
+
+def split_documents(offsets: np.ndarray, seqlen: int, targets: TargetSpans | None = None) -> Segments:
     """Cuts documents into segments of at most ``seqlen`` tokens that overlap by one token.
 
     Args:
         offsets: int64 [num_documents + 1], each document of two tokens at least.
-
-    Returns:
-        (starts, lengths) of the segments, int64 [S], in the order of the documents.
+        targets: which tokens carry a loss; None: all but each document's first.
     """
     num_segments = _ceil_div(np.diff(offsets) - 1, seqlen - 1)
     document = np.repeat(np.arange(len(num_segments)), num_segments)
     index = np.arange(len(document)) - (np.cumsum(num_segments) - num_segments)[document]
     starts = offsets[document] + index * (seqlen - 1)
-    return starts, np.minimum(seqlen, offsets[document + 1] - starts)
+    return Segments.with_targets(starts, np.minimum(seqlen, offsets[document + 1] - starts), targets)
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -140,25 +196,24 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return bin_of
 
 
-def pack_documents(offsets: np.ndarray, seqlen: int) -> SegmentRows:
-    """Rows filled with whole documents, best fit first; a document longer than a row is cut, and nothing is lost."""
-    starts, lengths = split_documents(offsets, seqlen)
-    row = best_fit_decreasing(lengths, seqlen)
-    order = np.argsort(row, kind="stable")
-    row_offsets = np.concatenate([[0], np.cumsum(np.bincount(row))])
-    return SegmentRows(row_offsets, starts[order], lengths[order], seqlen=seqlen, isolated=True)
+def pack_documents(offsets: np.ndarray, seqlen: int, targets: TargetSpans | None = None) -> SegmentRows:
+    """Rows filled with whole documents, best fit first; a document longer than a row is cut, and no target is lost."""
+    segments = split_documents(offsets, seqlen, targets)
+    row = best_fit_decreasing(segments.lengths, seqlen)
+    return SegmentRows(segments, row, seqlen=seqlen, num_tokens=int(offsets[-1]), isolated=True)
 
 
-def pad_documents(offsets: np.ndarray, seqlen: int) -> SegmentRows:
+def pad_documents(offsets: np.ndarray, seqlen: int, targets: TargetSpans | None = None) -> SegmentRows:
     """One document per row; what does not fit is truncated."""
-    lengths = np.diff(offsets)
-    kept = np.minimum(lengths, seqlen)
-    rows = np.arange(len(lengths) + 1)
-    num_truncated = int((lengths - kept).sum())
-    return SegmentRows(rows, offsets[:-1], kept, seqlen=seqlen, isolated=False, num_truncated=num_truncated)
+    segments = Segments.with_targets(offsets[:-1], np.minimum(np.diff(offsets), seqlen), targets)
+    return _one_per_row(segments, seqlen, int(offsets[-1]))
 
 
-def pad_segments(offsets: np.ndarray, seqlen: int) -> SegmentRows:
+def pad_segments(offsets: np.ndarray, seqlen: int, targets: TargetSpans | None = None) -> SegmentRows:
     """One segment per row: as ``pad_documents``, but a long document continues in the next row."""
-    starts, lengths = split_documents(offsets, seqlen)
-    return SegmentRows(np.arange(len(starts) + 1), starts, lengths, seqlen=seqlen, isolated=False)
+    return _one_per_row(split_documents(offsets, seqlen, targets), seqlen, int(offsets[-1]))
+
+
+def _one_per_row(segments: Segments, seqlen: int, num_tokens: int) -> SegmentRows:
+    rows = np.arange(len(segments.starts))
+    return SegmentRows(segments, rows, seqlen=seqlen, num_tokens=num_tokens, isolated=False)

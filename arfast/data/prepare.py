@@ -5,7 +5,7 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +37,14 @@ class _Corpus:
 
     name: str
     content: Path | list[Document]
+    column: str | None = None
 
     @classmethod
-    def open(cls, source: str | os.PathLike | Iterable[Document]) -> "_Corpus":
+    def open(cls, source: str | os.PathLike | Iterable[Document], column: str | None) -> "_Corpus":
         if isinstance(source, str) and source.startswith(BUILTIN_PREFIX):
             return cls(source, builtin(source.removeprefix(BUILTIN_PREFIX)))
         if isinstance(source, (str, os.PathLike)):
-            return cls(str(source), Path(source))
+            return cls(str(source), Path(source), column)
         documents = list(source)
         for document in documents:
             if not isinstance(document, Document):
@@ -53,14 +54,14 @@ class _Corpus:
         return cls("documents", documents)
 
     def __iter__(self) -> Iterator[Document]:
-        return read_documents(self.content) if isinstance(self.content, Path) else iter(self.content)
+        return read_documents(self.content, self.column) if isinstance(self.content, Path) else iter(self.content)
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """What the first pass over the corpus decides.
 
-    corpus_sha256: hash of all texts in their order.
+    corpus_sha256: hash of all documents in their order.
     splits: uint8 [num_documents], an index into SPLITS, or _COPY for a text that came before.
     num_bytes: int64 [num_documents], UTF-8 bytes.
     """
@@ -70,13 +71,19 @@ class _Plan:
     num_bytes: np.ndarray
 
 
+def _add_document(corpus_hash: "hashlib._Hash", digest: bytes, document: Document) -> None:
+    corpus_hash.update(digest)
+    if document.targets is not None:
+        corpus_hash.update(repr(document.targets).encode())
+
+
 def _make_plan(corpus: _Corpus, seed: int, validation_fraction: float, test_fraction: float) -> _Plan:
     corpus_hash = hashlib.sha256()
     different: dict[bytes, None] = {}
     index, num_bytes = [], []
     for document in corpus:
         digest = document_digest(document.text, seed)
-        corpus_hash.update(digest)
+        _add_document(corpus_hash, digest, document)
         num_bytes.append(len(document.text.encode()))
         index.append(-1 if digest in different else len(different))
         different[digest] = None
@@ -85,15 +92,15 @@ def _make_plan(corpus: _Corpus, seed: int, validation_fraction: float, test_frac
     return _Plan(corpus_hash.hexdigest(), np.append(splits, np.uint8(_COPY))[index], np.array(num_bytes))
 
 
-def _planned_texts(corpus: _Corpus, plan: _Plan, seed: int) -> Iterator[tuple[int, str]]:
-    """(split, text) of each document that is no copy; ends with an error if the corpus is not the one planned for."""
+def _planned_documents(corpus: _Corpus, plan: _Plan, seed: int) -> Iterator[tuple[int, Document]]:
+    """(split, document) of each that is no copy; ends with an error if the corpus is not the one planned for."""
     corpus_hash = hashlib.sha256()
     for number, document in enumerate(corpus):
-        corpus_hash.update(document_digest(document.text, seed))
+        _add_document(corpus_hash, document_digest(document.text, seed), document)
         if number == len(plan.splits):
             break
         if plan.splits[number] != _COPY:
-            yield int(plan.splits[number]), document.text
+            yield int(plan.splits[number]), document
     if corpus_hash.hexdigest() != plan.corpus_sha256:
         raise ValueError(f"prepare_dataset: source must not change while it is read, got other text in {corpus.name!r}")
 
@@ -105,13 +112,13 @@ def _train_tokenizer(corpus: _Corpus, plan: _Plan, seed: int, vocab_size: int, p
 
     def texts() -> Iterator[str]:
         credit = 0.0
-        for split, text in _planned_texts(corpus, plan, seed):
+        for split, document in _planned_documents(corpus, plan, seed):
             if split == 0:
-                bar.update(len(text.encode()))
+                bar.update(len(document.text.encode()))
                 credit += share
                 if credit >= 1.0:
                     credit -= 1.0
-                    yield text
+                    yield document.text
 
     with _progress_bar("learn tokenizer", total, progress) as bar:
         return Tokenizer.train(texts(), vocab_size)
@@ -121,7 +128,7 @@ def _progress_bar(title: str, num_bytes: int, progress: bool) -> tqdm:
     return tqdm(total=num_bytes, unit="B", unit_scale=True, desc=title, disable=not progress)
 
 
-class _SplitWriter:
+class SplitWriter:
     """Writes the shards of one split, a new one whenever the last is full."""
 
     def __init__(self, directory: Path, split: str, tokenizer: Tokenizer):
@@ -134,11 +141,12 @@ class _SplitWriter:
         path = self._directory / self._name
         self._writer = ShardWriter(path, self._tokenizer.vocab_size, self._tokenizer.fingerprint)
 
-    def add(self, tokens: list[int], num_bytes: int) -> None:
+    def add(self, tokens: Sequence[int] | np.ndarray, num_bytes: int, targets: np.ndarray | None = None) -> None:
+        """As ``ShardWriter.add``."""
         if self._writer.num_tokens and self._writer.num_tokens + len(tokens) > _MAX_SHARD_TOKENS:
             self._headers[self._name] = self._writer.close()
             self._start_shard()
-        self._writer.add(tokens, num_bytes)
+        self._writer.add(tokens, num_bytes, targets)
 
     def close(self) -> SplitInfo:
         self._headers[self._name] = self._writer.close()
@@ -148,33 +156,56 @@ class _SplitWriter:
         )
         return SplitInfo(*totals, {name: header.content_sha256 for name, header in self._headers.items()})
 
-    def __enter__(self) -> "_SplitWriter":
+    def __enter__(self) -> "SplitWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._writer.__exit__(*exception)
 
 
-def _write_shards(
-    texts: Iterator[tuple[int, str]], tokenizer: Tokenizer, directory: Path, bar: tqdm
-) -> dict[str, SplitInfo]:
+def frame_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The tokens that open and close a document. Some models (Qwen) have no start token: there the end token opens a
+    document, as in their training."""
     end = tokenizer.eos_token_id
-    # Some models (Qwen) have no start token: there the end token opens a document, as in their training.
-    start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    with ExitStack() as stack:
-        writers = [stack.enter_context(_SplitWriter(directory, split, tokenizer)) for split in SPLITS]
+    return end if tokenizer.bos_token_id is None else tokenizer.bos_token_id, end
 
-        def flush(batch: list[tuple[int, str]]) -> None:
-            encoded = tokenizer.encode_batch([text for _, text in batch], add_special_tokens=False)
-            for (split, text), ids in zip(batch, encoded, strict=True):
-                num_bytes = len(text.encode())
-                writers[split].add([start, *ids, end], num_bytes)
-                bar.update(num_bytes)
+
+def _encode(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int, np.ndarray | None]]:
+    """(tokens, bytes of target text, targets) of each document, as ``ShardWriter.add`` wants them.
+
+    Each part of the text that is a target is closed by an end token, which is a target too.
+    """
+    start, end = frame_tokens(tokenizer)
+    pieces = [[(d.text, True)] if d.targets is None else d.pieces() for d in documents]
+    encoded = iter(tokenizer.encode_batch([text for some in pieces for text, _ in some], add_special_tokens=False))
+    for document, some in zip(documents, pieces, strict=True):
+        tokens, targets = [start], [False]
+        for _, is_target in some:
+            tokens += next(encoded) + [end] * is_target
+            targets += [is_target] * (len(tokens) - len(targets))
+        if not (some and some[-1][1]):
+            tokens.append(end)
+            targets.append(False)
+        num_bytes = sum(len(text.encode()) for text, is_target in some if is_target)
+        yield tokens, num_bytes, None if document.targets is None else np.array(targets)
+
+
+def _write_shards(
+    documents: Iterator[tuple[int, Document]], tokenizer: Tokenizer, directory: Path, bar: tqdm
+) -> dict[str, SplitInfo]:
+    with ExitStack() as stack:
+        writers = [stack.enter_context(SplitWriter(directory, split, tokenizer)) for split in SPLITS]
+
+        def flush(batch: list[tuple[int, Document]]) -> None:
+            encoded = _encode([document for _, document in batch], tokenizer)
+            for (split, document), arguments in zip(batch, encoded, strict=True):
+                writers[split].add(*arguments)
+                bar.update(len(document.text.encode()))
 
         batch, size = [], 0
-        for split, text in texts:
-            batch.append((split, text))
-            size += len(text)
+        for split, document in documents:
+            batch.append((split, document))
+            size += len(document.text)
             if size >= _BATCH_BYTES:
                 flush(batch)
                 batch, size = [], 0
@@ -193,7 +224,7 @@ def _build(
         tokenizer.save(directory)
         is_copy = plan.splits == _COPY
         with _progress_bar("tokenize", int(plan.num_bytes[~is_copy].sum()), progress) as bar:
-            splits = _write_shards(_planned_texts(corpus, plan, seed), tokenizer, directory, bar)
+            splits = _write_shards(_planned_documents(corpus, plan, seed), tokenizer, directory, bar)
         source = {
             "name": corpus.name,
             "python": platform.python_version(),
@@ -205,16 +236,33 @@ def _build(
     return manifest
 
 
-def _reuse(out_dir: Path, recipe: dict) -> DatasetManifest:
+def _reuse(owner: str, out_dir: Path, recipe: dict) -> DatasetManifest:
     """The data set that stands in a directory, if it is what the recipe would make."""
     if not (out_dir / MANIFEST_NAME).exists():
-        raise ValueError(f"prepare_dataset: out_dir must be empty or a data set, got other files in {str(out_dir)!r}")
+        raise ValueError(f"{owner}: out_dir must be empty or a data set, got other files in {str(out_dir)!r}")
     manifest = DatasetManifest.load(out_dir)
     if different := [key for key in recipe if manifest.recipe.get(key) != recipe[key]]:
         actual = f"another {', '.join(different)} in {str(out_dir)!r}"
-        raise ValueError(f"prepare_dataset: out_dir must be empty or hold the same data set, got {actual}")
+        raise ValueError(f"{owner}: out_dir must be empty or hold the same data set, got {actual}")
     manifest.verify()
     return manifest
+
+
+def make_or_reuse(owner: str, out_dir: Path, recipe: dict, build: Callable[[], DatasetManifest]) -> DatasetManifest:
+    """The data set of a recipe in ``out_dir``: the one that stands there, or what ``build`` makes, one at a time.
+
+    Errors begin with ``owner``; a full disk becomes an OSError that tells how much is free.
+    """
+    try:
+        with locked_directory(out_dir):
+            return _reuse(owner, out_dir, recipe) if any(out_dir.iterdir()) else build()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(out_dir.parent).free
+        actual = f"{os.strerror(error.errno)!r} with {free} bytes free"
+        message = f"{owner}: out_dir must have room for the data set, got {actual}"
+        raise OSError(error.errno, message, str(out_dir)) from error
 
 
 def _check_arguments(source: object, out_dir: Path, tokenizer: Tokenizer | None) -> None:
@@ -235,23 +283,28 @@ def prepare_dataset(
     vocab_size: int = DEFAULT_VOCAB_SIZE,
     seed: int = 0,
     *,
+    column: str | None = None,
     validation_fraction: float = 0.05,
     test_fraction: float = 0.05,
     progress: bool = False,
 ) -> DatasetManifest:
     """Makes a data set directory, or reuses the one that stands there when it is complete, intact and the same.
 
-    Each document becomes start token, tokens, end token. The directory appears under its name only when all of it is on
-    the disk; a process that is killed leaves at most a hidden temporary directory, which the next one removes. Of
-    processes that prepare one directory at once, one works and the others wait for it.
+    Each document becomes start token, tokens, end token. Where it says which parts of its text are targets
+    (``Document.targets``), those and the end token that follows each of them are, and the rest is not.
+
+    The directory appears under its name only when all of it is on the disk; a process that is killed leaves at most a
+    hidden temporary directory, which the next one removes. Of processes that prepare one directory at once, one works
+    and the others wait for it.
 
     Args:
-        source: path of a text file, a JSON-lines file or a directory (see ``read_documents``), ``"builtin:python"``, or
+        source: path of a file or a directory of text or records (see ``read_documents``), ``"builtin:python"``, or
             Documents.
         out_dir: directory to make; absent, empty, or the same data set.
         tokenizer: to encode with; None learns one from the training split.
         vocab_size: of the tokenizer to learn.
         seed: of the split (see ``assign_splits``), in [0, 2**64).
+        column: of records, see ``read_documents``.
         validation_fraction, test_fraction: expected shares of the documents.
         progress: shows progress on stderr.
 
@@ -271,7 +324,7 @@ def prepare_dataset(
     check_fractions(validation_fraction, test_fraction)
     vocab_size = check_integer("prepare_dataset: vocab_size", vocab_size, MIN_VOCAB_SIZE, MAX_VOCAB_SIZE)
     seed = check_integer("prepare_dataset: seed", seed, 0, MAX_SEED)
-    corpus = _Corpus.open(source)
+    corpus = _Corpus.open(source, column)
     plan = _make_plan(corpus, seed, validation_fraction, test_fraction)
     recipe = {
         "corpus_sha256": plan.corpus_sha256,
@@ -280,15 +333,6 @@ def prepare_dataset(
         "validation_fraction": float(validation_fraction),
         "test_fraction": float(test_fraction),
     }
-    try:
-        with locked_directory(out_dir):
-            if any(out_dir.iterdir()):
-                return _reuse(out_dir, recipe)
-            return _build(corpus, plan, recipe, tokenizer, out_dir, progress)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free = shutil.disk_usage(out_dir.parent).free
-        actual = f"{os.strerror(error.errno)!r} with {free} bytes free"
-        message = f"prepare_dataset: out_dir must have room for the data set, got {actual}"
-        raise OSError(error.errno, message, str(out_dir)) from error
+    return make_or_reuse(
+        "prepare_dataset", out_dir, recipe, lambda: _build(corpus, plan, recipe, tokenizer, out_dir, progress)
+    )

@@ -7,7 +7,7 @@ Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), se
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -169,3 +169,7 @@ class Tokenizer:
             if not (isinstance(token, int) and 0 <= token < self.vocab_size):
                 raise ValueError(f"Tokenizer.decode: ids must be integers in [0, {self.vocab_size}), got {token!r}")
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        """As ``decode`` for each list of token ids, on all cores."""
+        return self._backend.decode_batch(batch, skip_special_tokens=True)

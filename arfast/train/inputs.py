@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from arfast.data import DatasetManifest, PackedDataset, Tokenizer
+from arfast.data import DatasetManifest, PackedDataset, Tokenizer, dataset_directories, open_mixture
 
 from .config import TrainConfig
 from .manifest import CheckpointError
@@ -29,20 +29,24 @@ _OPERATIONAL_FIELDS = frozenset(
 def open_data(
     data: str | os.PathLike[str] | Mapping[str, Any], config: TrainConfig, tokenizer: Any | None
 ) -> tuple[dict[str, Any], Any | None]:
-    """Data sets by split name, and the tokenizer; both read from ``data`` when it is a prepared directory.
+    """Data sets by split name, and the tokenizer; both read from ``data`` when it is a prepared directory or a mixture.
 
-    A validation split without documents is left out.
+    A validation split without documents is left out. A mixture has one for all its sources and one for each.
     """
     if isinstance(data, Mapping):
         datasets = dict(data)
     else:
-        if not Path(data).is_dir():
-            raise ValueError(f"Trainer: data must be a directory made by prepare_dataset, got {os.fspath(data)!r}")
+        if not Path(data).exists():
+            rule = "data must be a directory made by prepare_dataset or a mixture's JSON file"
+            raise ValueError(f"Trainer: {rule}, got {os.fspath(data)!r}")
         options = {"seqlen": config.seqlen, "packing": config.packing, "seed": config.seed}
-        datasets = {"train": PackedDataset(data, "train", **options)}
-        if DatasetManifest.load(data).splits["validation"].num_documents:
-            datasets["validation"] = PackedDataset(data, "validation", **options)
-        tokenizer = tokenizer or Tokenizer.load(data)
+        if Path(data).is_file():
+            datasets = open_mixture(data, num_samples=-(-config.total_tokens // config.seqlen), **options)
+        else:
+            datasets = {"train": PackedDataset(data, "train", **options)}
+            if DatasetManifest.load(data).splits["validation"].num_documents:
+                datasets["validation"] = PackedDataset(data, "validation", **options)
+        tokenizer = tokenizer or Tokenizer.load(dataset_directories(data)[0])
     if "train" not in datasets:
         raise ValueError(f"Trainer: data must have a 'train' split, got {sorted(datasets)}")
     return datasets, tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from arfast.data import Document, builtin, documents, read_documents
+from arfast.data import Document, builtin, documents, read_documents, records
 
 
 def texts(source):
@@ -103,14 +103,14 @@ def test_bad_text_file(tmp_path, content, message):
 @pytest.mark.parametrize(
     "line, message",
     [
-        (b"plain text", "be a JSON object with a string 'text', got: Expecting value"),
-        (b'{"body": "a"}', "be a JSON object with a string 'text', got: dict with a 'text' of type NoneType"),
-        (b'{"text": 3}', "be a JSON object with a string 'text', got: dict with a 'text' of type int"),
-        (b'["text"]', "be a JSON object with a string 'text', got: list with a 'text' of type NoneType"),
-        (b'{"text": "a\\ud800"}', "be a JSON object with a string 'text', got: .*surrogates not allowed"),
-        (b'{"text": "\xff"}', "be a JSON object with a string 'text', got: .*invalid start byte"),
-        (b"[" * 100_000, "be a JSON object with a string 'text', got: maximum recursion depth"),
-        (b'{"text": ' + b"9" * 5000 + b"}", "be a JSON object with a string 'text', got: Exceeds the limit"),
+        (b"plain text", "be a JSON object with a string 'text' .*, got: Expecting value"),
+        (b'{"body": "a"}', "be a JSON object with a string 'text' .*, got: dict with a 'text' of type NoneType"),
+        (b'{"text": 3}', "be a JSON object with a string 'text' .*, got: dict with a 'text' of type int"),
+        (b'["text"]', "be a JSON object with a string 'text' .*, got: list"),
+        (b'{"text": "a\\ud800"}', "be a JSON object with a string 'text' .*, got: .*surrogates not allowed"),
+        (b'{"text": "\xff"}', "be a JSON object with a string 'text' .*, got: .*invalid start byte"),
+        (b"[" * 100_000, "be a JSON object with a string 'text' .*, got: maximum recursion depth"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "be a JSON object with a string 'text' .*, got: Exceeds the limit"),
     ],
 )
 def test_bad_json_lines(tmp_path, line, message):
@@ -120,7 +120,7 @@ def test_bad_json_lines(tmp_path, line, message):
 
 
 def test_endless_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
     (tmp_path / "bad.jsonl").write_text('{"text": "' + "a" * 200)
     with pytest.raises(ValueError, match="line 1 of .* must hold at most 100 bytes, got more"):
         texts(tmp_path / "bad.jsonl")

@@ -7,7 +7,8 @@ import struct
 import numpy as np
 import pytest
 
-from arfast.data.shards import HEADER_BYTES, Shard, ShardHeader, ShardWriter, TokenStream
+from arfast.data.shards import HEADER_BYTES, Shard, ShardHeader, ShardWriter
+from arfast.data.stream import TokenStream
 
 FINGERPRINT = hashlib.sha256(b"tokenizer").hexdigest()
 
@@ -126,7 +127,7 @@ def forge(path, **changes):
         ({"num_tokens": 8}, "must have rising offsets from 0 to 8"),
         ({"num_tokens": 2**63}, "must have 18446744073709551904 bytes, got 304"),
         ({"num_documents": 2**63}, "must have 73786976294838206744 bytes, got 304"),
-        ({"token_bytes": 3}, "must have version 1 with 2 or 4 bytes per token, got version 1 with 3"),
+        ({"token_bytes": 3}, "must have version 1 or 2 with 2 or 4 bytes per token, got version 1 with 3"),
         ({"vocab_size": 0}, r"must have a vocab_size in \[1, 2\*\*31\), got 0"),
         ({"vocab_size": 2**63}, r"must have a vocab_size in \[1, 2\*\*31\), got 9223372036854775808"),
     ],
@@ -139,10 +140,10 @@ def test_hostile_content_with_valid_checksums(small, changes, message):
 
 def test_other_version(small):
     data = bytearray(small.read_bytes())
-    struct.pack_into("<I", data, 8, 2)
+    struct.pack_into("<I", data, 8, 3)
     data[224:256] = hashlib.sha256(data[:224]).digest()
     small.write_bytes(data)
-    with pytest.raises(ValueError, match="must have version 1 .*, got version 2"):
+    with pytest.raises(ValueError, match="must have version 1 or 2 .*, got version 3"):
         Shard(small)
 
 

@@ -44,7 +44,9 @@ def test_tokenizer_must_be_that_of_the_data(tmp_path):
 
 def test_data_argument(tmp_path):
     config = TrainConfig(**SIZE, output_dir=tmp_path)
-    with pytest.raises(ValueError, match="Trainer: data must be a directory made by prepare_dataset, got '/no/where'"):
+    with pytest.raises(
+        ValueError, match="Trainer: data must be a directory made by prepare_dataset .*, got '/no/where'"
+    ):
         Trainer(TinyLM(TinyConfig()), config, "/no/where")
     with pytest.raises(ValueError, match=r"Trainer: data must have a 'train' split, got \['test'\]"):
         Trainer(TinyLM(TinyConfig()), config, {"test": TinyData()})
