@@ -60,17 +60,21 @@ class DecodeStep:
         self._memory: list[Tensor] = []  # what the graph reads and writes lives as long as the graph
         self._warm = self._refused = False
 
-    @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         """Store tokens, int64 [B]; the logits [B, V] that follow, which the next call overwrites."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(tokens)
         if tokens.shape != self.tokens.shape:
             expected = f"one per sequence of the cache, {list(self.tokens.shape)}"
             raise ValueError(f"DecodeStep: tokens must be {expected}, got {list(tokens.shape)}")
+        if self._is_dense:
+            return self._step(tokens)
         self.tokens.copy_(tokens)
         if self.graph is None:
             if not self._warm or not self._can_capture() or not self._capture():
                 self._warm = True
-                return self._step()
+                return self._step(self.tokens)
         else:
             if self.cache.k is not self._memory[0]:
                 raise ValueError("DecodeStep: cache must keep its memory, got another one (select with another number)")
@@ -94,11 +98,8 @@ class DecodeStep:
     def _dense(self) -> DenseStep | None:
         return DenseStep(self.model, self.cache) if DenseStep.serves(self.model, self.cache) else None
 
-    def _step(self) -> Tensor:
-        if self._is_dense:
-            logits = self._dense(self.tokens)
-        else:
-            logits = decode_one_token(self.model, self.tokens, self.cache)
+    def _step(self, tokens: Tensor) -> Tensor:
+        logits = self._dense(tokens) if self._is_dense else decode_one_token(self.model, tokens, self.cache)
         if self.then is not None:
             self.then(logits)
         return logits
@@ -115,7 +116,7 @@ class DecodeStep:
         graph, cache = torch.cuda.CUDAGraph(), self.cache
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on with their work
-                self._logits = self._step()
+                self._logits = self._step(self.tokens)
         except RuntimeError as error:
             warnings.warn(f"DecodeStep: decoding goes on without a CUDA graph: {error}", stacklevel=3)
             cache.set_lengths(cache.lengths)  # the host may have counted tokens that the GPU has not seen

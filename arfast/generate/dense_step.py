@@ -23,8 +23,8 @@ class DenseStep:
     """`ops.decode_step` with the weights and the cache of a model."""
 
     def __init__(self, model: CausalLM, cache: KVCache):
-        self.model, self.cache, self.rotary = model, cache, model.model.rotary
-        config = model.config
+        self.model, self.cache, config = model, cache, model.config
+        self.rotary = model.model.rotary(None, cache.max_length)
         self.options = {
             "num_heads": config.num_attention_heads,
             "eps": config.rms_norm_eps,
@@ -67,19 +67,14 @@ class DenseStep:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Store tokens, int64 [B] or [B, T]; the logits [B, V] or [B, T, V] that follow."""
-        cache, rotary = self.cache, self.rotary
-        num_tokens = tokens[:1].numel()
+        cache = self.cache
+        num_tokens = tokens.shape[1] if tokens.dim() > 1 else 1
         cache.advance(num_tokens)
-        torch.add(cache.lengths, num_tokens, out=cache.seqlens)
-        cos, sin = rotary.cos, rotary.sin
-        if len(cos) < cache.max_length:
-            cos, sin = rotary(None, cache.max_length)
+        cache.lengths.add_(num_tokens)
         weights = [parameters[name] for parameters, name in self.places]
-        state = (cache.k, cache.v, cache.seqlens)
+        state = (*self.rotary, cache.k, cache.v, cache.lengths)
         try:
-            logits = ops.decode_step(tokens, weights, cos, sin, *state, beam_slots=cache.slots, **self.options)
+            return ops.decode_step(tokens, weights, *state, beam_slots=cache.slots, **self.options)
         except Exception:
-            cache.set_lengths(cache.lengths)  # the host has counted tokens that are not stored
+            cache.set_lengths(cache.lengths - num_tokens)
             raise
-        cache.lengths.copy_(cache.seqlens)
-        return logits

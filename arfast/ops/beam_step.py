@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arfast.ops._gumbel import gumbel_noise
-from arfast.ops._library import register_fake
+from arfast.ops._library import needs_grad, register_fake
 from arfast.ops.beam_prune import beam_prune_reference
 
 _ops = torch.ops.arfast
@@ -152,9 +152,11 @@ def beam_step(
     """
     if state.early_stopping not in _EARLY_STOPPING:
         raise RuntimeError(f"beam_step: early_stopping must be True, False or 'never', got {state.early_stopping!r}")
+    if needs_grad(logits):
+        logits = logits.detach()
     s = state
     _ops.beam_step(
-        logits.detach(), banned, log_probs, s.ends, s.length_powers, _EARLY_STOPPING[s.early_stopping],
+        logits, banned, log_probs, s.ends, s.length_powers, _EARLY_STOPPING[s.early_stopping],
         s.longest_counts, s.min_length, s.lengths, s.running, s.parents, s.tokens, s.log_probs, s.scores, s.endings,
         s.ending_log_probs, s.improvable, s.status, s.next_tokens, s.rows, s.slots, s.prompt_lengths, s.own_slots,
         generator_state,
