@@ -79,11 +79,18 @@ class BeamSearch:
             state.prompt_lengths = cache.prompts.lengths
         return state
 
-    def step(self, logits: Tensor) -> None:
-        """Logits [B * K, V], or [B, V] after the prompts, where an item has no beams yet."""
+    @property
+    def takes_tile_sums(self) -> bool:
+        plain = self.num_groups == 1 and not self.processors and self._banned is None and self.generator_state is None
+        return plain and self.options.min_new_tokens == 0
+
+    def step(self, logits: Tensor, tile_sums: Tensor | None = None) -> None:
+        """Logits [B * K, V], or [B, V] after the prompts, where an item has no beams yet; tile_sums: see
+        `ops.beam_step`, only if the search takes them."""
         if self.num_groups > 1 or self.processors:
             return self._step_in_turn(logits)
-        ops.beam_step(logits, self.states[0], banned=self._banned, generator_state=self.generator_state)
+        options = dict(banned=self._banned, generator_state=self.generator_state, tile_sums=tile_sums)
+        ops.beam_step(logits, self.states[0], **options)
 
     def _step_in_turn(self, logits: Tensor) -> None:
         """Group after group, after what changes their scores."""
@@ -114,7 +121,7 @@ class BeamSearch:
             ValueError: logits of an item were not finite.
         """
         status = self.status.tolist()
-        flags = {item for group in status for item in group}
+        flags = set().union(*status)
         if any(item & NOT_FINITE for item in flags):
             broken = sorted({i for group in status for i, item in enumerate(group) if item & NOT_FINITE})
             step = int(self.states[0].lengths.max())
@@ -162,7 +169,12 @@ def beam_search(
     state = generator_state_of([(seed, 0) for seed in seeds], logits.device) if options.do_sample else None
     search = BeamSearch(batch, options, logits.device, input_ids, processors, cache, state)
     search.step(logits)
-    decode = DecodeStep(model, cache, None if processors else search.step)
+    decode = DecodeStep(
+        model,
+        cache,
+        None if processors else lambda logits: search.step(logits, decode.tile_sums),
+        with_tile_sums=search.takes_tile_sums,
+    )
     for step in range(options.max_new_tokens):
         if looks_up(step, options.max_new_tokens, logits) and search.is_done():
             break

@@ -20,12 +20,19 @@ def has_hooks(model: nn.Module) -> bool:
 
 
 class DenseStep:
-    """`ops.decode_step` with the weights and the cache of a model."""
+    """`ops.decode_step` with the weights and the cache of a model.
 
-    def __init__(self, model: CausalLM, cache: KVCache):
+    Attributes:
+        tile_sums: those of the last logits, if they are wanted.
+    """
+
+    def __init__(self, model: CausalLM, cache: KVCache, with_tile_sums: bool = False):
         self.model, self.cache, config = model, cache, model.config
         self.rotary = model.model.rotary(None, cache.max_length)
+        self.tile_sums: Tensor | None = None
         self.options = {
+            "advance": True,
+            "with_tile_sums": with_tile_sums,
             "num_heads": config.num_attention_heads,
             "eps": config.rms_norm_eps,
             "windows": [config.window(layer) for layer in range(config.num_hidden_layers)],
@@ -70,11 +77,13 @@ class DenseStep:
         cache = self.cache
         num_tokens = tokens.shape[1] if tokens.dim() > 1 else 1
         cache.advance(num_tokens)
-        cache.lengths.add_(num_tokens)
         weights = [parameters[name] for parameters, name in self.places]
         state = (*self.rotary, cache.k, cache.v, cache.lengths)
         try:
-            return ops.decode_step(tokens, weights, *state, beam_slots=cache.slots, **self.options)
+            logits = ops.decode_step(tokens, weights, *state, beam_slots=cache.slots, **self.options)
         except Exception:
-            cache.set_lengths(cache.lengths - num_tokens)
+            cache.set_lengths(cache.lengths)  # the host has counted tokens that are not stored
             raise
+        if self.options["with_tile_sums"]:
+            logits, self.tile_sums = logits
+        return logits
