@@ -138,8 +138,9 @@ def beam_step(
             among the K drawn first become hypotheses, the K best by score of the others the beams: transformers'
             `do_sample`. The call adds 1 to the step, on the device. The draw does not depend on the batch or the number
             of threads; nor on the device, but for the last bit of lse, which `log_probs` makes exact.
-        tile_sums: float32 [2, B*K, tiles], those of `decode_step` for these logits, of which then only the few tiles are
-            read that can hold a candidate. On the CPU, without banned, log_probs, generator_state and state.min_length.
+        tile_sums: float32 [2, B*K, tiles], those of `decode_step` for these logits, of which then only the few tiles
+            are read that can hold a candidate. On the CPU, without banned, log_probs, generator_state and a minimum
+            length.
 
     Raises:
         RuntimeError: an argument does not fit: `beam_step: <argument> must <rule>, got <actual>`.

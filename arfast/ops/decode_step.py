@@ -61,8 +61,8 @@ def decode_step(
 
     Returns:
         logits [B, V] or [B, T, V] in the dtype of the weights. With with_tile_sums a tuple of them and float32
-        [2, B, tiles] or [2, B, T, tiles]: in every tile of 256 columns, the last one shorter, the maximum and the sum of
-        exp(logit - maximum).
+        [2, B, tiles] or [2, B, T, tiles]: in every tile of 256 columns, the last one shorter, the maximum and the sum
+        of exp(logit - maximum).
 
     Raises:
         IndexError: `decode_step: tokens must be in [0, vocab_size=V), got <actual>`.
@@ -145,8 +145,8 @@ def tile_sums_reference(logits):
 
 @register_fake("decode_step")
 def _(
-    tokens, weights, cos, sin, k_cache, v_cache, seqlens, beam_slots, windows, num_heads, eps, qkv_bias, o_bias, qk_norm,
-    advance=False, with_tile_sums=False,
+    tokens, weights, cos, sin, k_cache, v_cache, seqlens, beam_slots, windows, num_heads, eps, qkv_bias, o_bias,
+    qk_norm, advance=False, with_tile_sums=False,
 ):  # fmt: skip
     vocab_size = weights[0].shape[0]
     shape = (2, *tokens.shape, (vocab_size + 255) // 256) if with_tile_sums else (0,)

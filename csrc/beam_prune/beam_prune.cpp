@@ -192,10 +192,12 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, bool log_probs, Tens
   }
   if (tile_sums) {
     if (banned || log_probs || generator_state || min_length > 0 || !on_cpu(logits)) {
-      fail(kOp, "tile_sums", "come without banned, log_probs, generator_state and min_length, on the CPU", "one of them");
+      fail(kOp, "tile_sums", "come without banned, log_probs, generator_state and min_length, on the CPU",
+           "one of them");
     }
     const int64_t tiles = num_logits_tiles(logits.size(1));
-    pruning.tile_sums = state_data<float>("tile_sums", *tile_sums, "[2, B*K, tiles]", {2, logits.size(0), tiles}, logits);
+    pruning.tile_sums =
+        state_data<float>("tile_sums", *tile_sums, "[2, B*K, tiles]", {2, logits.size(0), tiles}, logits);
   }
   pruning.run(state);
 }

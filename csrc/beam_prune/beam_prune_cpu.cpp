@@ -240,8 +240,8 @@ void select_from_tiles(const BeamPruneParams& params, int64_t group) {
   for (int64_t k = 0; k < params.num_beams; ++k) {
     const TileSums tiles(params, first_row + k);
     const float lse = params.lse[first_row + k] = tiles.lse();
-    const Beam& beam = beams.emplace_back(
-        Beam{params, group, lse, params.scores[first_row + k], k * params.vocab_size, TopList(1)});
+    const Beam& beam =
+        beams.emplace_back(Beam{params, group, lse, params.scores[first_row + k], k * params.vocab_size, TopList(1)});
     for (int64_t i = 0; i < num_tiles; ++i) {
       const float score = beam.score(tiles.maxima[i]);
       scores.push_back(std::isnan(score) ? -kInfinity<float> : score);
@@ -268,7 +268,8 @@ struct Alone {
 };
 
 void beam_step_from_tiles(const BeamPruneParams& params) {
-  const int64_t grain = grain_for(params.num_beams * num_logits_tiles(params.vocab_size) + params.num_candidates * kTile);
+  const int64_t grain =
+      grain_for(params.num_beams * num_logits_tiles(params.vocab_size) + params.num_candidates * kTile);
   dispatch_dtype(params.dtype, [&](auto tag) {
     parallel_for(params.num_groups, grain, [&](int64_t first, int64_t last) {
       AdvanceScratch scratch;

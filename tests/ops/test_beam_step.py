@@ -13,7 +13,6 @@ from views import overlapping
 
 from arfast.ops import BeamState, attention_decode_reference, beam_prune, beam_step, beam_step_reference
 from arfast.ops.beam_step import CAN_CHANGE, GO_ON, NOT_FINITE
-from arfast.ops.decode_step import tile_sums_reference
 
 NAN, INF = math.nan, math.inf
 MODES = [False, True, "never"]
@@ -278,100 +277,6 @@ def test_same_for_any_threads():
         return tuple(tensors(state).values())
 
     same_for_any_threads(run)
-
-
-TILED = [(2, 3, 257, 5, 0), (1, 4, 5000, 6, 3), (3, 8, 700, 5, 1), (2, 5, 40, 4, 8), (1, 128, 300, 3, 1)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("size", TILED, ids=str)
-def test_from_tile_sums(size, dtype):
-    """The same choice as from the logits, with scores as accurate."""
-    ours = start(size, "cpu", cache=size[3] + 9)
-    plain, exact = copy.deepcopy(ours), copy.deepcopy(ours)
-    for name in ("running", "scores", "log_probs", "length_powers"):
-        setattr(exact, name, getattr(exact, name).double())
-    for step in range(size[3]):
-        logits = (3 * torch.randn(size[0] * (1 if step == 0 else size[1]), size[2])).to(dtype)
-        beam_step(logits, ours, tile_sums=None if step == 0 else tile_sums_reference(logits))
-        beam_step(logits, plain)
-        beam_step_reference(logits, exact)
-        for name, value in tensors(plain).items():
-            if not value.is_floating_point():
-                assert torch.equal(getattr(ours, name), value), (step, name)
-        for name in ("running", "scores", "log_probs"):
-            assert_accurate(*(getattr(state, name) for state in (ours, exact, plain)), name=name)
-
-
-def test_ties_within_tiles():
-    """Of equal scores the smaller beam and token first, as without tile_sums: rows that are all the same."""
-    for size in ((2, 1, 900, 4, 1), (1, 6, 900, 4, 2)):
-        state = start(size, "cpu")
-        beam_step(step_logits(size, state, True), state)
-        state.running.fill_(-1.5)
-        expected = copy.deepcopy(state)
-        logits = step_logits(size, state, False)
-        logits[:] = logits[0]
-        beam_step(logits, state, tile_sums=tile_sums_reference(logits))
-        beam_step(logits, expected)
-        for name in ("tokens", "parents", "endings", "next_tokens"):
-            assert torch.equal(getattr(state, name), getattr(expected, name)), name
-
-
-@pytest.mark.parametrize("bad", [[NAN], [INF], [-INF], [INF, NAN], "-inf everywhere", "NaN everywhere"], ids=str)
-def test_broken_rows_in_tiles(bad):
-    size = (2, 3, 600, 5, 1)
-    state = start(size, "cpu")
-    beam_step(torch.randn(2, 600), state)
-    expected, logits = copy.deepcopy(state), torch.randn(6, 600)
-    if isinstance(bad, str):
-        logits[1] = -INF if bad.startswith("-") else NAN
-    else:
-        logits[1, 300 : 300 + len(bad)] = torch.tensor(bad)
-    sums = tile_sums_reference(logits)
-    sums[0] = torch.stack([tile.nan_to_num(-INF, INF, -INF).amax(-1) for tile in logits.split(256, 1)], 1)
-    sums[1] = torch.where(sums[0] == INF, torch.where(logits.isnan().any(-1, keepdim=True), NAN, 1.0), sums[1])
-    beam_step(logits, state, tile_sums=sums)
-    beam_step(logits, expected)
-    for name in ("status", "next_tokens", "parents"):
-        assert torch.equal(getattr(state, name), getattr(expected, name)), name
-
-
-def test_tile_sums_for_any_threads_and_batch():
-    size = (5, 4, 20000, 3, 2)
-    first = start(size, "cpu")
-    beam_step(torch.randn(5, 20000), first)
-    logits = torch.randn(20, 20000)
-    sums = tile_sums_reference(logits)
-
-    def run(items=slice(0, 5)):
-        state, rows = start((items.stop - items.start, *size[1:]), "cpu"), slice(4 * items.start, 4 * items.stop)
-        state.ends, state.lengths = first.ends, first.lengths[items].clone()
-        state.running = first.running[items].clone()
-        beam_step(logits[rows], state, tile_sums=sums[:, rows].contiguous())
-        return state.running, state.next_tokens, state.tokens
-
-    same_for_any_threads(run)
-    for part, whole in zip(run(slice(3, 4)), run(), strict=True):
-        wanted = whole[12:16] if whole.dim() == 1 else whole[..., 3:4, :]
-        assert_bitwise_equal(part, wanted)
-
-
-def test_tile_sums_errors():
-    def refused(message, min_length=0, sums=(2, 6, 1), rows=6, **options):
-        state = start((2, 3, 9, 4, 1), "cpu", min_length=min_length)
-        with pytest.raises(RuntimeError, match="beam_step: tile_sums must " + message):
-            beam_step(torch.randn(rows, 9), state, tile_sums=torch.zeros(sums), **options)
-
-    for options in (
-        dict(banned=torch.zeros(9, dtype=torch.bool)),
-        dict(log_probs=True),
-        dict(generator_state=torch.zeros(2, 3, dtype=torch.int64)),
-        dict(min_length=1),
-    ):
-        refused("come without banned, log_probs, generator_state and min_length", **options)
-    refused(r"have shape \[2, B\*K, tiles\] = \[2, 6, 1\], got \[2, 6, 2\]", sums=(2, 6, 2))
-    refused(r"have shape", rows=2)
 
 
 def test_opcheck():

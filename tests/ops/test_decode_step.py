@@ -6,10 +6,9 @@ from accuracy import assert_accurate, assert_bitwise_equal
 from threads import num_threads, same_for_any_threads
 
 from arfast.ops import decode_step, decode_step_reference
-from arfast.ops.decode_step import tile_sums_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
 # V, d, I, L, H, Hkv, D, options
 MODELS = {
     "grouped": (61, 32, 48, 2, 4, 2, 8, {}),
@@ -85,62 +84,6 @@ def test_every_model(name, dtype, poisoned):
 def test_every_batch(batch, dtype, poisoned):
     check(*make("grouped", dtype, batch))
     check(*make("norms, biases", dtype, batch, length=5, spare=0))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3,), (2, 3)], ids=str)
-@pytest.mark.parametrize("vocab", [1, 256, 700])
-def test_tile_sums(vocab, shape, dtype):
-    """Of the logits as they are returned, whose bits do not change; the same for any threads, alone or in a batch."""
-    arguments, options = make("grouped", dtype, shape[0])
-    arguments[0] = torch.randint(vocab, shape)
-    arguments[1][0], arguments[1][2] = (torch.randn(vocab, 32).to(dtype) for _ in range(2))
-    arguments[6].clamp_(min=3)
-
-    def tile_sums(arguments):
-        (logits, sums), *_ = run(decode_step, arguments, options | dict(with_tile_sums=True))
-        return logits, sums
-
-    logits, sums = tile_sums(arguments)
-    assert_bitwise_equal(logits, run(decode_step, arguments, options)[0])
-    assert_bitwise_equal(sums[0], tile_sums_reference(logits)[0])
-    assert_accurate(sums, tile_sums_reference(logits.double()), tile_sums_reference(logits))
-    same_for_any_threads(lambda: tile_sums(arguments))
-    tokens, weights, cos, sin, *caches, seqlens = arguments
-    _, alone = tile_sums([tokens[1:2], weights, cos, sin, *(cache[:, 1:2] for cache in caches), seqlens[1:2]])
-    assert_bitwise_equal(alone, sums[:, 1:2])
-
-
-def test_infinite_logits_in_tiles():
-    """An infinite logit, with or without a NaN beside it, and NaN alone."""
-    arguments, options = make("grouped", torch.float32, 1)
-    arguments[1][0] = torch.ones(700, 32)
-    arguments[1][1].fill_(0)[0] = 1
-    for values in ([INF], [INF, NAN], [NAN], [-INF]):
-        head = arguments[1][2] = torch.ones(700, 32)
-        head[300 : 300 + len(values), 0] = torch.tensor(values)
-        (logits, sums), *_ = run(decode_step, arguments, options | dict(with_tile_sums=True))
-        assert bool(sums[1, 0, 1].isnan()) == bool(logits.isnan().any()), values
-        assert sums[:, 0, ::2].isfinite().all()
-        assert sums[0, 0, 1] == logits.nan_to_num(-INF, INF, -INF)[0, 256:512].max()
-
-
-def test_advance():
-    """seqlens that do not count the new tokens yet do so after the call, unless it fails."""
-    arguments, options = make("grouped", torch.float32, 3)
-    expected = run(decode_step, arguments, options)
-    after = arguments[6].clone()
-    arguments[6] -= 1
-    for actual, wanted in zip(run(decode_step, arguments, options | dict(advance=True)), expected, strict=True):
-        assert_bitwise_equal(actual, wanted)
-    assert_bitwise_equal(arguments[6], after)
-    full, options = torch.full((3,), 72, dtype=torch.int32), options | dict(advance=True)
-    for bad in (full, torch.full_like(full, 2**31 - 1)):
-        with pytest.raises(RuntimeError, match=r"decode_step: seqlens must be in \[1, 72\], .*, got \d+ at position 0"):
-            decode_step(*arguments[:6], bad, **options)
-    assert full.tolist() == [72] * 3
-    with pytest.raises(RuntimeError, match="decode_step: seqlens must be contiguous with advance"):
-        decode_step(*arguments[:6], torch.ones(6, dtype=torch.int32)[::2], **options)
 
 
 def test_a_long_context():
