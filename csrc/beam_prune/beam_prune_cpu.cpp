@@ -235,8 +235,8 @@ void select_from_tiles(const BeamPruneParams& params, int64_t group) {
   const int64_t num_tiles = num_logits_tiles(params.vocab_size), first_row = group * params.num_beams;
   std::vector<Beam> beams;
   beams.reserve(params.num_beams);
-  std::vector<float> scores;
-  scores.reserve(params.num_beams * num_tiles);
+  const int64_t num_scores = params.num_beams * num_tiles;
+  std::unique_ptr<float[]> scores(new float[num_scores]), bounds(new float[num_scores]);
   for (int64_t k = 0; k < params.num_beams; ++k) {
     const TileSums tiles(params, first_row + k);
     const float lse = params.lse[first_row + k] = tiles.lse();
@@ -244,12 +244,11 @@ void select_from_tiles(const BeamPruneParams& params, int64_t group) {
         beams.emplace_back(Beam{params, group, lse, params.scores[first_row + k], k * params.vocab_size, TopList(1)});
     for (int64_t i = 0; i < num_tiles; ++i) {
       const float score = beam.score(tiles.maxima[i]);
-      scores.push_back(std::isnan(score) ? -kInfinity<float> : score);
+      scores[k * num_tiles + i] = bounds[k * num_tiles + i] = std::isnan(score) ? -kInfinity<float> : score;
     }
   }
   TopList best(std::min(params.num_candidates, params.num_beams * params.vocab_size));
-  std::vector<float> bounds = scores;
-  best.raise_threshold(bounds.data(), static_cast<int64_t>(bounds.size()));
+  best.raise_threshold(bounds.get(), num_scores);
   for (int64_t k = 0; k < params.num_beams; ++k) {
     for (int64_t i = 0; i < num_tiles; ++i) {
       if (scores[k * num_tiles + i] <= best.threshold()) continue;
