@@ -52,6 +52,9 @@ class BeamSearch:
         self.num_groups = options.num_beam_groups
         self.tokens = torch.zeros(batch * options.num_beams, dtype=torch.int64, device=device)
         self.states = [self._state(batch, group, cache, device) for group in range(self.num_groups)]
+        self.status = torch.stack([state.status for state in self.states])  # [G, B], in one place to be read at once
+        for state, status in zip(self.states, self.status, strict=True):
+            state.status = status
         self.history = [prompts] * self.num_groups if processors else None
         allowed = options.allowed_tokens
         self._banned = None if allowed is None or options.do_sample else ~allowed.to(device)[None]
@@ -76,8 +79,21 @@ class BeamSearch:
             state.prompt_lengths = cache.prompts.lengths
         return state
 
-    def step(self, logits: Tensor) -> None:
-        """Logits [B * K, V], or [B, V] after the prompts, where an item has no beams yet."""
+    @property
+    def takes_tile_sums(self) -> bool:
+        plain = self.num_groups == 1 and not self.processors and self._banned is None and self.generator_state is None
+        return plain and self.options.min_new_tokens == 0
+
+    def step(self, logits: Tensor, tile_sums: Tensor | None = None) -> None:
+        """Logits [B * K, V], or [B, V] after the prompts, where an item has no beams yet; tile_sums: see
+        `ops.beam_step`, only if the search takes them."""
+        if self.num_groups > 1 or self.processors:
+            return self._step_in_turn(logits)
+        options = dict(banned=self._banned, generator_state=self.generator_state, tile_sums=tile_sums)
+        ops.beam_step(logits, self.states[0], **options)
+
+    def _step_in_turn(self, logits: Tensor) -> None:
+        """Group after group, after what changes their scores."""
         diverse = self.num_groups > 1 and self.options.diversity_penalty > 0
         by_score = diverse or bool(self.processors)
         scores = logits.float().log_softmax(-1) if by_score else logits
@@ -90,9 +106,8 @@ class BeamSearch:
                 mine -= self.options.diversity_penalty * counts.repeat_interleave(len(mine) // batch, 0)
             for processor in self.processors:
                 mine = processor(self.history[group], mine)
-            banned = None if self._banned is None else self._banned.expand(mine.shape)
             options = dict(log_probs=by_score, generator_state=self.generator_state)
-            ops.beam_step(mine, state, banned=banned, **options)
+            ops.beam_step(mine, state, banned=self._banned, **options)
             if diverse:
                 chosen, goes_on = state.next_tokens.view(batch, -1), (state.status & GOES_ON) == GOES_ON
                 counts.scatter_add_(1, chosen, goes_on[:, None].expand(chosen.shape).float())
@@ -105,12 +120,13 @@ class BeamSearch:
         Raises:
             ValueError: logits of an item were not finite.
         """
-        status = torch.stack([state.status for state in self.states]).tolist()
-        broken = sorted({item for group in status for item, flags in enumerate(group) if flags & NOT_FINITE})
-        if broken:
+        status = self.status.tolist()
+        flags = set().union(*status)
+        if any(item & NOT_FINITE for item in flags):
+            broken = sorted({i for group in status for i, item in enumerate(group) if item & NOT_FINITE})
             step = int(self.states[0].lengths.max())
             raise ValueError(f"generate: logits must be finite, got others for prompts {broken} by step {step}")
-        return not any(flags & GOES_ON == GOES_ON for group in status for flags in group)
+        return not any(item & GOES_ON == GOES_ON for item in flags)
 
     def hypotheses(self) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens int64 [B * n, T], their log-probabilities [B * n, T], scores [B * n]) of the n = num_return_sequences
@@ -153,7 +169,12 @@ def beam_search(
     state = generator_state_of([(seed, 0) for seed in seeds], logits.device) if options.do_sample else None
     search = BeamSearch(batch, options, logits.device, input_ids, processors, cache, state)
     search.step(logits)
-    decode = DecodeStep(model, cache, None if processors else search.step)
+    decode = DecodeStep(
+        model,
+        cache,
+        None if processors else lambda logits: search.step(logits, decode.tile_sums),
+        with_tile_sums=search.takes_tile_sums,
+    )
     for step in range(options.max_new_tokens):
         if looks_up(step, options.max_new_tokens, logits) and search.is_done():
             break

@@ -39,6 +39,10 @@ class DecodeStep:
         cache: the sequences to continue, at least one token each.
         then: called with the logits of every step, and replayed with it: a choice of the next tokens, say. It must do
             all it does on the device and in memory that stays.
+        with_tile_sums: whether `tile_sums` are wanted.
+
+    Attributes:
+        tile_sums: of the last step's logits, see `ops.decode_step`; None where a step is not one such op.
 
     Example:
         >>> model = CausalLM(CausalLMConfig.preset("tiny"))
@@ -52,25 +56,35 @@ class DecodeStep:
         [13]
     """
 
-    def __init__(self, model: Any, cache: KVCache, then: Callable[[Tensor], None] | None = None):
-        self.model, self.cache, self.then = model, cache, then
+    def __init__(
+        self,
+        model: Any,
+        cache: KVCache,
+        then: Callable[[Tensor], None] | None = None,
+        with_tile_sums: bool = False,
+    ):
+        self.model, self.cache, self.then, self.with_tile_sums = model, cache, then, with_tile_sums
         self.tokens = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.k.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None  # the graph's
         self._memory: list[Tensor] = []  # what the graph reads and writes lives as long as the graph
         self._warm = self._refused = False
 
-    @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         """Store tokens, int64 [B]; the logits [B, V] that follow, which the next call overwrites."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(tokens)
         if tokens.shape != self.tokens.shape:
             expected = f"one per sequence of the cache, {list(self.tokens.shape)}"
             raise ValueError(f"DecodeStep: tokens must be {expected}, got {list(tokens.shape)}")
+        if self._is_dense:
+            return self._step(tokens)
         self.tokens.copy_(tokens)
         if self.graph is None:
             if not self._warm or not self._can_capture() or not self._capture():
                 self._warm = True
-                return self._step()
+                return self._step(self.tokens)
         else:
             if self.cache.k is not self._memory[0]:
                 raise ValueError("DecodeStep: cache must keep its memory, got another one (select with another number)")
@@ -92,13 +106,15 @@ class DecodeStep:
 
     @functools.cached_property
     def _dense(self) -> DenseStep | None:
-        return DenseStep(self.model, self.cache) if DenseStep.serves(self.model, self.cache) else None
+        serves = DenseStep.serves(self.model, self.cache)
+        return DenseStep(self.model, self.cache, self.with_tile_sums) if serves else None
 
-    def _step(self) -> Tensor:
-        if self._is_dense:
-            logits = self._dense(self.tokens)
-        else:
-            logits = decode_one_token(self.model, self.tokens, self.cache)
+    @property
+    def tile_sums(self) -> Tensor | None:
+        return self._dense.tile_sums if self._is_dense else None
+
+    def _step(self, tokens: Tensor) -> Tensor:
+        logits = self._dense(tokens) if self._is_dense else decode_one_token(self.model, tokens, self.cache)
         if self.then is not None:
             self.then(logits)
         return logits
@@ -115,7 +131,7 @@ class DecodeStep:
         graph, cache = torch.cuda.CUDAGraph(), self.cache
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on with their work
-                self._logits = self._step()
+                self._logits = self._step(self.tokens)
         except RuntimeError as error:
             warnings.warn(f"DecodeStep: decoding goes on without a CUDA graph: {error}", stacklevel=3)
             cache.set_lengths(cache.lengths)  # the host may have counted tokens that the GPU has not seen

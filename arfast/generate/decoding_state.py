@@ -1,5 +1,6 @@
 """The state of greedy decoding and sampling: the tokens of sequences that grow by one in every step."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -72,10 +73,10 @@ class DecodingState:
 
     def is_done(self, step: int) -> bool:
         """Whether all sequences have ended, `step` being the last step done; waits for the device."""
-        if bool(self._sum.isnan().any()):
-            broken = self._sum.isnan().nonzero().flatten().tolist()
+        broken = [row for row, total in enumerate(self._sum.tolist()) if math.isnan(total)]
+        if broken:
             raise ValueError(f"generate: logits must be finite, got others for sequences {broken} by step {step}")
-        return len(self._ends) > 0 and not bool(self._going.any())
+        return len(self._ends) > 0 and not any(self._going.tolist())
 
     def result(self) -> GenerationOutput:
         """T is the length of the longest sequence, its end token included."""

@@ -20,12 +20,19 @@ def has_hooks(model: nn.Module) -> bool:
 
 
 class DenseStep:
-    """`ops.decode_step` with the weights and the cache of a model."""
+    """`ops.decode_step` with the weights and the cache of a model.
 
-    def __init__(self, model: CausalLM, cache: KVCache):
-        self.model, self.cache, self.rotary = model, cache, model.model.rotary
-        config = model.config
+    Attributes:
+        tile_sums: those of the last logits, if they are wanted.
+    """
+
+    def __init__(self, model: CausalLM, cache: KVCache, with_tile_sums: bool = False):
+        self.model, self.cache, config = model, cache, model.config
+        self.rotary = model.model.rotary(None, cache.max_length)
+        self.tile_sums: Tensor | None = None
         self.options = {
+            "advance": True,
+            "with_tile_sums": with_tile_sums,
             "num_heads": config.num_attention_heads,
             "eps": config.rms_norm_eps,
             "windows": [config.window(layer) for layer in range(config.num_hidden_layers)],
@@ -67,19 +74,16 @@ class DenseStep:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Store tokens, int64 [B] or [B, T]; the logits [B, V] or [B, T, V] that follow."""
-        cache, rotary = self.cache, self.rotary
-        num_tokens = tokens[:1].numel()
+        cache = self.cache
+        num_tokens = tokens.shape[1] if tokens.dim() > 1 else 1
         cache.advance(num_tokens)
-        torch.add(cache.lengths, num_tokens, out=cache.seqlens)
-        cos, sin = rotary.cos, rotary.sin
-        if len(cos) < cache.max_length:
-            cos, sin = rotary(None, cache.max_length)
         weights = [parameters[name] for parameters, name in self.places]
-        state = (cache.k, cache.v, cache.seqlens)
+        state = (*self.rotary, cache.k, cache.v, cache.lengths)
         try:
-            logits = ops.decode_step(tokens, weights, cos, sin, *state, beam_slots=cache.slots, **self.options)
+            logits = ops.decode_step(tokens, weights, *state, beam_slots=cache.slots, **self.options)
         except Exception:
             cache.set_lengths(cache.lengths)  # the host has counted tokens that are not stored
             raise
-        cache.lengths.copy_(cache.seqlens)
+        if self.options["with_tile_sums"]:
+            logits, self.tile_sums = logits
         return logits

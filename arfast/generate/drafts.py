@@ -42,16 +42,20 @@ class ModelDrafts:
         """What was stored behind the new token of a row was a draft that was rejected."""
         self.stored = [min(stored, len(sequence) - 1) for stored, sequence in zip(self.stored, sequences)]
 
-    def draft(self, sequences: list[list[int]], num_drafts: int, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """Drafts [B, G] and the logits [B, G, V] that they were drawn from; `steps`: tokens drawn so far, int64 [B]."""
+    def draft(self, sequences: list[list[int]], num_drafts: int, steps: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Drafts [B, G] and the logits [B, G, V] that they were drawn from, None if they are the best tokens, with
+        probability 1; `steps`: tokens drawn so far, int64 [B]."""
         self.generator_state[:, 2] = steps
-        logits, tokens = self._catch_up(sequences), []
-        all_logits = logits.new_empty(len(logits), num_drafts, logits.shape[-1], dtype=self.dtype)
+        logits, tokens, all_logits = self._catch_up(sequences), [], None
+        if self.filters["temperature"] > 0:
+            all_logits = logits.new_empty(len(logits), num_drafts, logits.shape[-1], dtype=self.dtype)
         for i in range(num_drafts):
             if i > 0:
                 logits = self.step(tokens[-1])
-            all_logits[:, i] = logits  # the next step may overwrite them
-            tokens.append(ops.sample(all_logits[:, i], **self.filters, generator_state=self.generator_state)[0])
+            if all_logits is not None:
+                all_logits[:, i] = logits  # the next step may overwrite them
+                logits = all_logits[:, i]
+            tokens.append(ops.sample(logits, **self.filters, generator_state=self.generator_state)[0])
         self.stored = [len(sequence) - 1 + num_drafts for sequence in sequences]
         return torch.stack(tokens, dim=1), all_logits
 

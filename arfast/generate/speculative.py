@@ -202,9 +202,21 @@ def _propose(drafter: Any, rows: GrowingRows, num_drafts: int, state: Tensor) ->
     if num_drafts == 0:
         return torch.empty(len(limits), 0, dtype=torch.int64, device=state.device), None
     drafts, logits = drafter.draft(rows.sequences, num_drafts, state[:, 2])
+    if drafts.shape[1] <= min(limits):
+        return drafts, logits
     places = torch.arange(drafts.shape[1], device=drafts.device)
     limit = torch.tensor(limits, device=drafts.device)[:, None]
     return drafts.masked_fill(places >= limit, -1), logits
+
+
+def _on_host(tokens: Tensor, num_accepted: Tensor, logprobs: Tensor, drafts: Tensor) -> tuple[list, list, list, list]:
+    """All of it as lists; the only wait for the device in a round."""
+    if tokens.is_cuda:
+        parts = (tokens, num_accepted[:, None], logprobs, drafts)
+        table = torch.cat([part.double() for part in parts], dim=1).cpu()  # float64 holds all of it exactly
+        tokens, num_accepted, logprobs, drafts = table.split([part.shape[1] for part in parts], dim=1)
+        tokens, num_accepted, drafts = tokens.long(), num_accepted[:, 0].long(), drafts.long()
+    return tokens.tolist(), num_accepted.tolist(), logprobs.tolist(), drafts.tolist()
 
 
 def _append(
@@ -212,15 +224,11 @@ def _append(
 ) -> tuple[list[int], list[int], list[int]]:
     """Append what `speculative_verify` gave; how many tokens of each row were drafted, accepted, and kept, as an end
     token may have been among them."""
-    tokens, num_accepted, logprobs = verified
-    counts = torch.stack([(drafts >= 0).sum(-1), num_accepted], dim=1)
-    # The only wait for the device in a round; float64 holds all of it exactly.
-    table = torch.cat([part.double() for part in (counts, tokens, logprobs)], dim=1).tolist()
-    logprobs = [row[2 + tokens.shape[1] :] for row in table]
+    tokens, accepted, logprobs, proposed = _on_host(*verified, drafts)
     wrong = [i for i, left in enumerate(rows.remaining) if left > 0 and any(x != x for x in logprobs[i])]
     if wrong:
         step = max(map(len, rows.new))
         raise ValueError(f"generate: logits must be finite, got others for sequences {wrong} by step {step}")
-    drafted, accepted = [int(row[0]) for row in table], [int(row[1]) for row in table]
-    added = rows.extend([[int(t) for t in row[2 : 3 + n]] for row, n in zip(table, accepted, strict=True)], logprobs)
+    drafted = [sum(token >= 0 for token in row) for row in proposed]
+    added = rows.extend([row[: n + 1] for row, n in zip(tokens, accepted, strict=True)], logprobs)
     return drafted, accepted, [min(pair) for pair in zip(accepted, added, strict=True)]

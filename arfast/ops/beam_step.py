@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arfast.ops._gumbel import gumbel_noise
-from arfast.ops._library import register_fake
+from arfast.ops._library import needs_grad, register_fake
 from arfast.ops.beam_prune import beam_prune_reference
 
 _ops = torch.ops.arfast
@@ -121,6 +121,7 @@ def beam_step(
     banned: Tensor | None = None,
     log_probs: bool = False,
     generator_state: Tensor | None = None,
+    tile_sums: Tensor | None = None,
 ) -> None:
     """Advance `state`, in place, by the best continuations of its beams: see `beam_prune` for their order.
 
@@ -137,6 +138,9 @@ def beam_step(
             among the K drawn first become hypotheses, the K best by score of the others the beams: transformers'
             `do_sample`. The call adds 1 to the step, on the device. The draw does not depend on the batch or the number
             of threads; nor on the device, but for the last bit of lse, which `log_probs` makes exact.
+        tile_sums: float32 [2, B*K, tiles], those of `decode_step` for these logits, of which then only the few tiles
+            are read that can hold a candidate. On the CPU, without banned, log_probs, generator_state and a minimum
+            length.
 
     Raises:
         RuntimeError: an argument does not fit: `beam_step: <argument> must <rule>, got <actual>`.
@@ -152,17 +156,19 @@ def beam_step(
     """
     if state.early_stopping not in _EARLY_STOPPING:
         raise RuntimeError(f"beam_step: early_stopping must be True, False or 'never', got {state.early_stopping!r}")
+    if needs_grad(logits):
+        logits = logits.detach()
     s = state
     _ops.beam_step(
-        logits.detach(), banned, log_probs, s.ends, s.length_powers, _EARLY_STOPPING[s.early_stopping],
+        logits, banned, log_probs, s.ends, s.length_powers, _EARLY_STOPPING[s.early_stopping],
         s.longest_counts, s.min_length, s.lengths, s.running, s.parents, s.tokens, s.log_probs, s.scores, s.endings,
         s.ending_log_probs, s.improvable, s.status, s.next_tokens, s.rows, s.slots, s.prompt_lengths, s.own_slots,
-        generator_state,
+        generator_state, tile_sums,
     )  # fmt: skip
 
 
 def beam_step_reference(
-    logits, state, *, banned=None, log_probs=False, generator_state=None, prune=beam_prune_reference
+    logits, state, *, banned=None, log_probs=False, generator_state=None, tile_sums=None, prune=beam_prune_reference
 ):
     """The specification of `beam_step` in plain torch, for items that are all equally far."""
     (batch, beams), step = state.running.shape, int(state.lengths[0])

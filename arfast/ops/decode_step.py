@@ -34,7 +34,9 @@ def decode_step(
     o_bias: bool = False,
     qk_norm: bool = False,
     beam_slots: torch.Tensor | None = None,
-) -> torch.Tensor:
+    advance: bool = False,
+    with_tile_sums: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Store new tokens in the caches, one per sequence or a few; the logits that follow each.
 
     Args:
@@ -54,9 +56,13 @@ def decode_step(
         qkv_bias, o_bias, qk_norm: what the weights hold beside those of all models.
         beam_slots: int32 [B, S]: position p of sequence b is at [:, beam_slots[b, p], p], those of the new tokens
             too, which no other sequence of the batch may read or write. Entries past seqlens may hold anything.
+        advance: seqlens, contiguous, come without the new tokens, and the call adds them when it has stored them.
+        with_tile_sums: also return what `beam_step` can choose from with few looks at the logits.
 
     Returns:
-        logits [B, V] or [B, T, V] in the dtype of the weights.
+        logits [B, V] or [B, T, V] in the dtype of the weights. With with_tile_sums a tuple of them and float32
+        [2, B, tiles] or [2, B, T, tiles]: in every tile of 256 columns, the last one shorter, the maximum and the sum
+        of exp(logit - maximum).
 
     Raises:
         IndexError: `decode_step: tokens must be in [0, vocab_size=V), got <actual>`.
@@ -83,7 +89,10 @@ def decode_step(
     limits = [-1 if window is None else window for window in windows or [None] * len(k_cache)]
     caches = (cos, sin, k_cache, v_cache, seqlens, beam_slots)
     try:
-        return _ops.decode_step(tokens, weights, *caches, limits, num_heads, eps, qkv_bias, o_bias, qk_norm)
+        logits, tile_sums = _ops.decode_step(
+            tokens, weights, *caches, limits, num_heads, eps, qkv_bias, o_bias, qk_norm, advance, with_tile_sums
+        )
+        return (logits, tile_sums) if with_tile_sums else logits
     except RuntimeError as error:
         if "tokens must be in [" in str(error):
             raise IndexError(str(error)) from None
@@ -92,11 +101,12 @@ def decode_step(
 
 def decode_step_reference(
     tokens, weights, cos, sin, k_cache, v_cache, seqlens, *, num_heads, eps, windows=None, qkv_bias=False, o_bias=False,
-    qk_norm=False, beam_slots=None,
+    qk_norm=False, beam_slots=None, advance=False, with_tile_sums=False,
 ):  # fmt: skip
     """The specification of `decode_step` in plain torch."""
     embedding, norm, head, *rest = weights
     batch, head_dim, num_tokens = len(tokens), k_cache.shape[-1], tokens[:1].numel()
+    seqlens = seqlens.add_(num_tokens) if advance else seqlens
     places = seqlens.long()[:, None] - num_tokens + torch.arange(num_tokens)  # [B, T]
     cos, sin, sequences = cos[places.flatten()], sin[places.flatten()], torch.arange(batch)[:, None]
     rows = sequences if beam_slots is None else beam_slots[sequences, places].long()
@@ -121,9 +131,23 @@ def decode_step_reference(
         )
         normed = rms_norm_reference(hidden, norm_2, eps)
         hidden = hidden + swiglu_reference(normed @ gate.mT, normed @ up.mT) @ down.mT
-    return (rms_norm_reference(hidden, norm, eps) @ head.mT).view(*tokens.shape, len(head))
+    logits = (rms_norm_reference(hidden, norm, eps) @ head.mT).view(*tokens.shape, len(head))
+    return (logits, tile_sums_reference(logits)) if with_tile_sums else logits
+
+
+def tile_sums_reference(logits):
+    """The maximum and the sum of exp(logit - maximum) in every tile of 256 columns."""
+    tiles = logits.to(torch.promote_types(logits.dtype, torch.float32)).split(256, dim=-1)
+    maxima = torch.stack([tile.amax(-1) for tile in tiles], dim=-1)
+    sums = torch.stack([(tile - tile.amax(-1, keepdim=True)).exp().sum(-1) for tile in tiles], dim=-1)
+    return torch.stack([maxima, sums])
 
 
 @register_fake("decode_step")
-def _(tokens, weights, *arguments):
-    return weights[0].new_empty(*tokens.shape, weights[0].shape[0])
+def _(
+    tokens, weights, cos, sin, k_cache, v_cache, seqlens, beam_slots, windows, num_heads, eps, qkv_bias, o_bias,
+    qk_norm, advance=False, with_tile_sums=False,
+):  # fmt: skip
+    vocab_size = weights[0].shape[0]
+    shape = (2, *tokens.shape, (vocab_size + 255) // 256) if with_tile_sums else (0,)
+    return weights[0].new_empty(*tokens.shape, vocab_size), weights[0].new_empty(shape, dtype=torch.float32)

@@ -19,6 +19,7 @@ struct Pruning {
   int64_t num_candidates;
   bool log_probs;
   int64_t* generator_state = nullptr;
+  const float* tile_sums = nullptr;
   Tensor out_scores, parents, tokens, lse;
 
   Pruning(const char* op, const Tensor& logits, const Tensor& scores, int64_t num_candidates,
@@ -50,6 +51,7 @@ struct Pruning {
         .tokens = static_cast<int32_t*>(tokens.data_ptr()),
         .lse = static_cast<float*>(lse.data_ptr()),
         .generator_state = generator_state,
+        .tile_sums = tile_sums,
         .num_parts = 0,
         .part_vectors = 0,
         .workspace = nullptr,
@@ -129,7 +131,7 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, bool log_probs, Tens
                Tensor parents, Tensor tokens, Tensor token_log_probs, Tensor scores, Tensor endings,
                Tensor ending_log_probs, Tensor improvable, Tensor status, Tensor next_tokens, Tensor rows,
                std::optional<Tensor> slots, std::optional<Tensor> prompt_lengths, std::optional<Tensor> own_slots,
-               std::optional<Tensor> generator_state) {
+               std::optional<Tensor> generator_state, std::optional<Tensor> tile_sums) {
   constexpr const char* kOp = "beam_step";
   check_shape(kOp, "logits", logits, "[B*K, V]", {kAny, kAny});
   check_shape(kOp, "running", running, "[B, K]", {kAny, kAny});
@@ -188,6 +190,15 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, bool log_probs, Tens
   if (generator_state) {
     pruning.generator_state = state_data<int64_t>("generator_state", *generator_state, "[B, 3]", {groups, 3}, logits);
   }
+  if (tile_sums) {
+    if (banned || log_probs || generator_state || min_length > 0 || !on_cpu(logits)) {
+      fail(kOp, "tile_sums", "come without banned, log_probs, generator_state and min_length, on the CPU",
+           "one of them");
+    }
+    const int64_t tiles = num_logits_tiles(logits.size(1));
+    pruning.tile_sums =
+        state_data<float>("tile_sums", *tile_sums, "[2, B*K, tiles]", {2, logits.size(0), tiles}, logits);
+  }
   pruning.run(state);
 }
 
@@ -203,7 +214,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
       "Tensor(d!) tokens, Tensor(e!) token_log_probs, Tensor(f!) scores, Tensor(g!) endings, "
       "Tensor(n!) ending_log_probs, Tensor(h!) improvable, Tensor(i!) status, Tensor(j!) next_tokens, "
       "Tensor(k!) rows, Tensor(l!)? slots, Tensor? prompt_lengths, Tensor? own_slots, "
-      "Tensor(m!)? generator_state) -> ()");
+      "Tensor(m!)? generator_state, Tensor? tile_sums=None) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) {
   m.impl("beam_prune", TORCH_BOX(&beam_prune));

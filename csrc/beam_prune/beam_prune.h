@@ -9,6 +9,7 @@
 #include "core/cuda_function.h"
 #include "core/dtype.h"
 #include "core/gumbel.h"
+#include "core/logits_tiles.h"
 
 namespace arfast {
 
@@ -29,6 +30,8 @@ struct BeamPruneParams {
   int32_t* tokens;           // [B, M], dense
   float* lse;                // [B, K], dense
   int64_t* generator_state;  // [B, 3], dense, or nullptr: candidates are drawn without replacement, in this order
+  // [2, B * K, tiles], dense, or nullptr: see core/logits_tiles.h. On the CPU, without bans, noise and log_probs.
+  const float* tile_sums;
   // Of the CUDA implementation: a row is scanned in num_parts parts of part_vectors 16-byte vectors.
   int64_t num_parts;
   int64_t part_vectors;

@@ -188,6 +188,77 @@ void merge_group(const BeamPruneParams& params, int64_t group, const Workspace& 
   write_group<T>(params, group, beams, best);
 }
 
+// The maxima and sums of a row's tiles.
+struct TileSums {
+  const float *maxima, *sums;
+  int64_t count;
+
+  TileSums(const BeamPruneParams& params, int64_t row) : count(num_logits_tiles(params.vocab_size)) {
+    maxima = params.tile_sums + row * count;
+    sums = maxima + params.num_groups * params.num_beams * count;
+  }
+
+  float lse() const {
+    float largest = -kInfinity<float>;
+    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, maxima[i]);
+    VecF total{};
+    const float base = std::isfinite(largest) ? largest : 0.0f;
+    for_each_vector<float>(count, [&](int64_t i, int lanes) {
+      const VecF weight = exp_nonpositive(-max(base - load_lanes(maxima + i, lanes), VecF{}));
+      total += weight * load_lanes(sums + i, lanes);
+    });
+    const float sum = reduce_add(total);
+    return std::isfinite(largest) || std::isnan(sum) ? largest + std::log(sum) : largest;
+  }
+};
+
+// Pushes the tokens of a tile that score above the threshold. Tokens ascend, so an equal one comes too late.
+template <typename T>
+void push_tile(const BeamPruneParams& params, const Beam& beam, int64_t row, int64_t first, TopList& best) {
+  alignas(64) float converted[kTile];
+  const int64_t count = std::min<int64_t>(kTile, params.vocab_size - first);
+  const float* tile = load_tile(row_logits<T>(params, row) + first, count, converted);
+  for (int i = 0; i < kTile; i += kFloatLanes) {
+    const VecF score = (load(tile + i) - splat<VecF>(beam.lse)) + splat<VecF>(beam.running);
+    uint32_t lanes = lanes_greater(score, splat<VecF>(best.threshold()));
+    for (; lanes != 0; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
+      best.push({score[lane], static_cast<int32_t>(beam.first_index + first + i + lane)});
+    }
+  }
+}
+
+// merge_group without a scan: the M-th largest of the tiles' best scores is a bound from below, and the few tiles with
+// a better one hold all candidates.
+template <typename T>
+void select_from_tiles(const BeamPruneParams& params, int64_t group) {
+  const int64_t num_tiles = num_logits_tiles(params.vocab_size), first_row = group * params.num_beams;
+  std::vector<Beam> beams;
+  beams.reserve(params.num_beams);
+  const int64_t num_scores = params.num_beams * num_tiles;
+  std::unique_ptr<float[]> scores(new float[num_scores]), bounds(new float[num_scores]);
+  for (int64_t k = 0; k < params.num_beams; ++k) {
+    const TileSums tiles(params, first_row + k);
+    const float lse = params.lse[first_row + k] = tiles.lse();
+    const Beam& beam =
+        beams.emplace_back(Beam{params, group, lse, params.scores[first_row + k], k * params.vocab_size, TopList(1)});
+    for (int64_t i = 0; i < num_tiles; ++i) {
+      const float score = beam.score(tiles.maxima[i]);
+      scores[k * num_tiles + i] = bounds[k * num_tiles + i] = std::isnan(score) ? -kInfinity<float> : score;
+    }
+  }
+  TopList best(std::min(params.num_candidates, params.num_beams * params.vocab_size));
+  best.raise_threshold(bounds.get(), num_scores);
+  for (int64_t k = 0; k < params.num_beams; ++k) {
+    for (int64_t i = 0; i < num_tiles; ++i) {
+      if (scores[k * num_tiles + i] <= best.threshold()) continue;
+      push_tile<T>(params, beams[k], first_row + k, i * kTile, best);
+    }
+  }
+  best.sort();
+  write_group<T>(params, group, beams, best);
+}
+
 // The one thread of a team, which waits for nobody.
 struct Alone {
   static constexpr int64_t index() { return 0; }
@@ -195,9 +266,24 @@ struct Alone {
   static void sync() {}
 };
 
+void beam_step_from_tiles(const BeamPruneParams& params) {
+  const int64_t grain =
+      grain_for(params.num_beams * num_logits_tiles(params.vocab_size) + params.num_candidates * kTile);
+  dispatch_dtype(params.dtype, [&](auto tag) {
+    parallel_for(params.num_groups, grain, [&](int64_t first, int64_t last) {
+      AdvanceScratch scratch;
+      for (int64_t group = first; group < last; ++group) {
+        select_from_tiles<typename decltype(tag)::type>(params, group);
+        Advance(params, group, scratch, Alone{}).run();
+      }
+    });
+  });
+}
+
 }  // namespace
 
 void beam_prune(const BeamPruneParams& params) {
+  if (params.tile_sums != nullptr) return beam_step_from_tiles(params);
   Workspace workspace(params);
   dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "core/logits_tiles.h"
 #include "core/simd.h"
 #include "core/top_list.h"
 
@@ -14,18 +15,18 @@ namespace arfast::ARFAST_CPU_TARGET {
 namespace {
 
 // A tile stays in the first-level cache between its maximum and its exponentials.
-constexpr int kTile = 256;
+constexpr int kTile = kLogitsTile;
 // The unit of parallel work. Sums are kept per segment and added in order, so that the bits of lse depend on neither
 // the threads nor the other rows.
 constexpr int64_t kSegment = 16384;
 
-// sum over a segment of exp(x - max)
+// sum over a segment or a tile of exp(x - max)
 struct PartialSum {
   float max;
   float sum;
 };
 
-uint32_t lanes_greater(VecF a, VecF b) {
+inline uint32_t lanes_greater(VecF a, VecF b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_GT_OQ);
 #elif defined(__AVX2__)
@@ -40,7 +41,7 @@ uint32_t lanes_greater(VecF a, VecF b) {
 // e^x for x <= 0, NaN for NaN, at half the cost of simd.h's exp: 2^f = 1 + f q(f) on [-1/2, 1/2] with a minimax q. The
 // relative error rises from 2e-7 at 0 to 4e-6 at -87 (1e-6 with FMA), where e^x hardly counts in a sum that holds e^0;
 // below, the result stays at e^-87.
-VecF exp_nonpositive(VecF x) {
+inline VecF exp_nonpositive(VecF x) {
   const VecF clamped = max(splat<VecF>(-87.0f), x);
   // Adding 1.5 * 2^23 + 127 rounds to the nearest integer and leaves it in the low bits as a float's biased exponent.
   const VecF shifted = clamped * 1.44269504f + 12583039.0f;
@@ -54,10 +55,10 @@ VecF exp_nonpositive(VecF x) {
   return p * reinterpret_cast<VecF>(reinterpret_cast<VecI>(shifted) << 23);
 }
 
-VecF load_as_float(const float* p) { return load(p); }
-VecF load_as_float(const BFloat16* p) { return load(p); }
-VecF load_as_float(const Float16* p) { return load(p); }
-VecF load_as_float(const double* p) {
+inline VecF load_as_float(const float* p) { return load(p); }
+inline VecF load_as_float(const BFloat16* p) { return load(p); }
+inline VecF load_as_float(const Float16* p) { return load(p); }
+inline VecF load_as_float(const double* p) {
   VecF v{};
   for (int lane = 0; lane < kFloatLanes; ++lane) v[lane] = static_cast<float>(p[lane]);
   return v;
@@ -76,7 +77,7 @@ const float* load_tile(const T* logits, int64_t count, float* buffer) {
   return buffer;
 }
 
-VecI load_flags(const bool* p) {
+inline VecI load_flags(const bool* p) {
 #if defined(__AVX512F__)
   return reinterpret_cast<VecI>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif defined(__AVX2__)
@@ -89,7 +90,7 @@ VecI load_flags(const bool* p) {
 }
 
 // The same with -infinity for banned tokens.
-const float* mask_tile(const float* tile, const bool* banned, int64_t count, float* buffer) {
+inline const float* mask_tile(const float* tile, const bool* banned, int64_t count, float* buffer) {
   if (banned == nullptr) return tile;
   int64_t i = 0;
   for (; i + kFloatLanes <= count; i += kFloatLanes) {
@@ -100,13 +101,44 @@ const float* mask_tile(const float* tile, const bool* banned, int64_t count, flo
   return buffer;
 }
 
-VecF tile_max(const float* tile) {
+inline VecF tile_max(const float* tile) {
   VecF m0 = splat<VecF>(-kInfinity<float>), m1 = m0;
   for (int i = 0; i < kTile; i += 2 * kFloatLanes) {
     m0 = max(load(tile + i), m0);
     m1 = max(load(tile + i + kFloatLanes), m1);
   }
   return max(m0, m1);
+}
+
+// sums += exp(x - max) over a tile that has nothing above max
+inline void add_exponentials(const float* tile, float max, VecF (&sums)[4]) {
+  const VecF base = splat<VecF>(max == -kInfinity<float> ? 0.0f : max);
+  for (int i = 0; i < kTile; i += 4 * kFloatLanes) {
+    for (int j = 0; j < 4; ++j) sums[j] += exp_nonpositive(load(tile + i + j * kFloatLanes) - base);
+  }
+}
+
+// The sum, given those of lanes. Where max is infinity they are NaN, as infinity - infinity is, which only a NaN among
+// the logits should make it.
+template <typename T>
+PartialSum total_of(float max, const VecF (&sums)[4], const T* logits, int64_t count) {
+  if (max < kInfinity<float>) return {max, reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]))};
+  float sum = 1.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = static_cast<float>(to_acc(logits[i]));
+    if (x != x) sum = x;
+  }
+  return {max, sum};
+}
+
+template <typename T>
+PartialSum sum_tile(const T* logits, int64_t count) {
+  alignas(64) float converted[kTile];
+  const float* tile = load_tile(logits, count, converted);
+  const float max = reduce_max(tile_max(tile));
+  VecF sums[4] = {};
+  add_exponentials(tile, max, sums);
+  return total_of(max, sums, logits, count);
 }
 
 // One segment of one row.
@@ -139,20 +171,9 @@ PartialSum sum_segment(Segment<T>& segment) {
     }
     const float* candidates = mask_tile(tile, segment.tile_banned(first), count, allowed);
     segment.maxima[first / kTile] = candidates == tile ? maxima : tile_max(candidates);
-    const VecF base = splat<VecF>(max == -kInfinity<float> ? 0.0f : max);
-    for (int i = 0; i < kTile; i += 4 * kFloatLanes) {
-      for (int j = 0; j < 4; ++j) sums[j] += exp_nonpositive(load(tile + i + j * kFloatLanes) - base);
-    }
+    add_exponentials(tile, max, sums);
   }
-  float sum = reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  if (max == kInfinity<float>) {  // infinity - infinity has made the sum NaN, which only a NaN among the logits should
-    sum = 1.0f;
-    for (int64_t i = 0; i < segment.size; ++i) {
-      const float x = static_cast<float>(to_acc(segment.logits[i]));
-      if (x != x) sum = x;
-    }
-  }
-  return {max, sum};
+  return total_of(max, sums, segment.logits, segment.size);
 }
 
 // Pushes the segment's candidates above the threshold. Tokens ascend, so an equal one comes too late.
@@ -191,7 +212,7 @@ struct RowSum {
   double sum;
 };
 
-RowSum merge_sums(const PartialSum* sums, int64_t count) {
+inline RowSum merge_sums(const PartialSum* sums, int64_t count) {
   float max = -kInfinity<float>;
   for (int64_t i = 0; i < count; ++i) max = std::max(max, sums[i].max);
   double total = 0;

@@ -2,6 +2,8 @@
 #include "decode_step/decode_step.h"
 
 #include <algorithm>
+#include <limits>
+#include <tuple>
 #include <vector>
 
 #include "binding/tensor.h"
@@ -183,10 +185,26 @@ std::vector<DecodeStepLayer> take_weights(const std::vector<Tensor>& list, const
   return layers;
 }
 
-// -> logits [B, V], or [B, T, V] for tokens [B, T]
-Tensor decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor sin, Tensor k_cache, Tensor v_cache,
-                   Tensor seqlens, std::optional<Tensor> beam_slots, std::vector<int64_t> windows, int64_t num_heads,
-                   double eps, bool qkv_bias, bool o_bias, bool qk_norm) {
+// Those that count the new tokens.
+std::vector<int32_t> checked_seqlens(const Tensor& seqlens, bool advance, const DecodeStepParams& params) {
+  check_shape(kOp, "seqlens", seqlens, "[B]", {params.batch});
+  check_dtype(kOp, "seqlens", seqlens, ScalarType::Int);
+  if (advance && !seqlens.is_contiguous()) fail(kOp, "seqlens", "be contiguous with advance", "strides that are not");
+  const Tensor dense = to_contiguous(seqlens);
+  const int32_t* data = static_cast<const int32_t*>(dense.data_ptr());
+  std::vector<int32_t> counts(data, data + params.batch);
+  const int64_t added = advance ? params.num_tokens : 0;
+  for (int32_t& count : counts) {
+    count = static_cast<int32_t>(std::min<int64_t>(count + added, std::numeric_limits<int32_t>::max()));
+  }
+  return counts;
+}
+
+// -> (logits [B, V], or [B, T, V] for tokens [B, T]; tile_sums [2, ..., tiles], or [0] if they are not wanted)
+std::tuple<Tensor, Tensor> decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor sin, Tensor k_cache,
+                                       Tensor v_cache, Tensor seqlens, std::optional<Tensor> beam_slots,
+                                       std::vector<int64_t> windows, int64_t num_heads, double eps, bool qkv_bias,
+                                       bool o_bias, bool qk_norm, bool advance, bool with_tile_sums) {
   DecodeStepParams params = checked_sizes(tokens, list, k_cache, num_heads);
   check_range(kOp, "eps", eps, eps >= 0 && eps < 1, "be in [0, 1)");
   params.eps = eps;
@@ -200,12 +218,10 @@ Tensor decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor s
   params.sin = check_table("sin", sin, cos.size(0), params.head_dim / 2);
   params.k_cache = check_cache("k_cache", k_cache, cache_sizes, embedding);
   params.v_cache = check_cache("v_cache", v_cache, cache_sizes, embedding);
-  check_shape(kOp, "seqlens", seqlens, "[B]", {params.batch});
-  check_dtype(kOp, "seqlens", seqlens, ScalarType::Int);
+  const std::vector<int32_t> counts = checked_seqlens(seqlens, advance, params);
   tokens = to_contiguous(tokens);
-  seqlens = to_contiguous(seqlens);
   params.tokens = static_cast<const int64_t*>(tokens.data_ptr());
-  params.seqlens = static_cast<const int32_t*>(seqlens.data_ptr());
+  params.seqlens = counts.data();
   if (beam_slots) {
     check_shape(kOp, "beam_slots", *beam_slots, "[B, S]", {params.batch, capacity});
     check_dtype(kOp, "beam_slots", *beam_slots, ScalarType::Int);
@@ -221,8 +237,15 @@ Tensor decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor s
                                                 embedding.scalar_type())
                                     : new_empty(embedding, {params.batch, params.vocab_size}, embedding.scalar_type());
   params.logits = logits.data_ptr();
+  const int64_t num_tiles = num_logits_tiles(params.vocab_size);
+  Tensor tile_sums = !with_tile_sums ? new_empty(embedding, {0}, ScalarType::Float)
+                     : tokens.dim() == 2
+                         ? new_empty(embedding, {2, params.batch, params.num_tokens, num_tiles}, ScalarType::Float)
+                         : new_empty(embedding, {2, params.batch, num_tiles}, ScalarType::Float);
+  params.tile_sums = with_tile_sums ? static_cast<float*>(tile_sums.data_ptr()) : nullptr;
   if (logits.numel() > 0) decode_step_cpu(params);
-  return logits;
+  if (advance) std::copy(counts.begin(), counts.end(), static_cast<int32_t*>(seqlens.data_ptr()));
+  return {logits, tile_sums};
 }
 
 }  // namespace
@@ -230,8 +253,8 @@ Tensor decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor s
 STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
   m.def(
       "decode_step(Tensor tokens, Tensor[] weights, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-      "Tensor seqlens, Tensor? beam_slots, int[] windows, int num_heads, float eps, bool qkv_bias, bool o_bias, "
-      "bool qk_norm) -> Tensor");
+      "Tensor(c!) seqlens, Tensor? beam_slots, int[] windows, int num_heads, float eps, bool qkv_bias, bool o_bias, "
+      "bool qk_norm, bool advance=False, bool with_tile_sums=False) -> (Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(arfast, CPU, m) { m.impl("decode_step", TORCH_BOX(&decode_step)); }
 

@@ -6,6 +6,7 @@
 
 #include "core/cpu_target.h"
 #include "core/dtype.h"
+#include "core/logits_tiles.h"
 
 namespace arfast {
 
@@ -63,6 +64,7 @@ struct DecodeStepParams {
   const int32_t* beam_slots;  // [B, S]: position p of sequence b is at [beam_slots[b, p], p]; nullptr: at [b, p]
   int64_t slots_stride;       // of a row of beam_slots
   void* logits;               // [B, T, V], dense
+  float* tile_sums;           // [2, B, T, tiles]: see core/logits_tiles.h; nullptr: not wanted
 };
 
 ARFAST_CPU_FUNCTION(decode_step, DecodeStepParams)

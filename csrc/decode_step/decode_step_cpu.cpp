@@ -8,6 +8,7 @@
 #include "core/arena.h"
 #include "core/bf16_matmul.h"
 #include "core/cached_attention.h"
+#include "core/logits_scan.h"
 #include "core/phases.h"
 #include "core/rotation.h"
 #include "decode_step/decode_step.h"
@@ -16,7 +17,9 @@
 namespace arfast::ARFAST_CPU_TARGET {
 namespace {
 
-constexpr int64_t kTaskBytes = 32 << 10;  // of weights: few enough that no thread waits long for the last task
+// Of weights: few enough that no thread waits long for the last task, and as many as that allows, because a thread
+// reads ahead within its task alone.
+constexpr int64_t kLeastTaskBytes = 32 << 10, kMostTaskBytes = 256 << 10, kTasks = 64;
 constexpr int64_t kNormRows = 8;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -56,7 +59,8 @@ struct RowTasks {
 
   RowTasks(int64_t count_, int64_t depth, int64_t matrices = 1) : count(count_) {
     const int64_t bytes = matrices * depth * static_cast<int64_t>(sizeof(T));
-    rows = std::max<int64_t>(kTaskBytes / bytes / kFloatLanes, 1) * kFloatLanes;
+    const int64_t task_bytes = std::clamp(count * bytes / kTasks, kLeastTaskBytes, kMostTaskBytes);
+    rows = std::max<int64_t>(task_bytes / bytes / kFloatLanes, 1) * kFloatLanes;
   }
   int64_t tasks() const { return divide_up(count, rows); }
   int64_t begin(int64_t task) const { return task * rows; }
@@ -185,22 +189,42 @@ class DecodeStep {
   }
 
   void project_logits(Phases& phases) {
-    const int64_t vocab_size = params_.vocab_size;
-    const RowTasks<T> rows(vocab_size, size_);
-    phases.run(rows.tasks(), [&](int64_t task) {
-      const int64_t begin = rows.begin(task), end = rows.end(task);
-      T* logits = static_cast<T*>(params_.logits);
-      if constexpr (std::is_same_v<T, float>) {
-        multiply(params_.head, size_, begin, end, normed_, logits, vocab_size);
-      } else {
-        const int64_t stride = padded(end - begin);
-        float* tile = thread_scratch<float, LogitsTile>(num_rows_ * stride);
-        multiply(static_cast<const T*>(params_.head) + begin * size_, size_, 0, end - begin, normed_, tile, stride);
-        for (int64_t b = 0; b < num_rows_; ++b) {
-          convert(tile + b * stride, end - begin, logits + b * vocab_size + begin);
-        }
-      }
+    const RowTasks<T> rows(params_.vocab_size, size_);
+    if (params_.tile_sums == nullptr) {
+      phases.run(rows.tasks(), [&](int64_t task) { project_logits(rows.begin(task), rows.end(task)); });
+      return;
+    }
+    const int64_t num_tiles = num_logits_tiles(params_.vocab_size);
+    phases.run(num_tiles, [&](int64_t tile) {
+      const int64_t begin = tile * kTile, end = std::min(begin + kTile, params_.vocab_size);
+      project_logits(begin, end);
+      sum_tiles(begin, end, params_.tile_sums + tile, num_tiles);
     });
+  }
+
+  void project_logits(int64_t begin, int64_t end) const {
+    const int64_t vocab_size = params_.vocab_size;
+    T* logits = static_cast<T*>(params_.logits);
+    if constexpr (std::is_same_v<T, float>) {
+      multiply(params_.head, size_, begin, end, normed_, logits, vocab_size);
+    } else {
+      const int64_t stride = padded(end - begin);
+      float* tile = thread_scratch<float, LogitsTile>(num_rows_ * stride);
+      multiply(static_cast<const T*>(params_.head) + begin * size_, size_, 0, end - begin, normed_, tile, stride);
+      for (int64_t b = 0; b < num_rows_; ++b) {
+        convert(tile + b * stride, end - begin, logits + b * vocab_size + begin);
+      }
+    }
+  }
+
+  // The maxima and sums of a tile of every row.
+  void sum_tiles(int64_t begin, int64_t end, float* out, int64_t num_tiles) const {
+    const T* logits = static_cast<const T*>(params_.logits);
+    for (int64_t b = 0; b < num_rows_; ++b) {
+      const PartialSum sum = sum_tile(logits + b * params_.vocab_size + begin, end - begin);
+      out[b * num_tiles] = sum.max;
+      out[(num_rows_ + b) * num_tiles] = sum.sum;
+    }
   }
 
   // RMSNorm of a head if there is one, and its rotation to the position, both in place.

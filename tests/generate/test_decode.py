@@ -305,7 +305,7 @@ def test_a_step_of_the_loop_does_not_wait(options):
             if len(steps) == 1:
                 return super().__call__(tokens)
             with no_host_waits():
-                return self._step()
+                return self._step(tokens)
 
     model, prompts = make(), torch.tensor([[1, 2, 3], [1, 5, 6]])
     with (

@@ -273,7 +273,7 @@ def test_opcheck():
     arguments[4:6] = [cache.nan_to_num(0.5) for cache in arguments[4:6]]
     torch.library.opcheck(torch.ops.arfast.decode_step, (*arguments, None, *rest))
     slots = torch.arange(2, dtype=torch.int32)[:, None].expand(arguments[4].shape[1:3]).contiguous()
-    torch.library.opcheck(torch.ops.arfast.decode_step, (*arguments, slots, *rest))
+    torch.library.opcheck(torch.ops.arfast.decode_step, (*arguments, slots, *rest, False, True))
 
 
 def test_compile():

@@ -1,0 +1,167 @@
+"""What decode_step does for a loop: it counts the tokens, and leaves of its logits what beam_step can choose from."""
+
+import copy
+import math
+
+import pytest
+import torch
+from accuracy import assert_accurate, assert_bitwise_equal
+from test_beam_step import start, step_logits, tensors
+from test_decode_step import DTYPES, run
+from test_decode_step import make as make_step
+from threads import same_for_any_threads
+
+from arfast.ops import beam_step, beam_step_reference, decode_step
+from arfast.ops.decode_step import tile_sums_reference
+
+NAN, INF = math.nan, math.inf
+
+
+def test_advance():
+    """seqlens that do not count the new tokens yet do so after the call, unless it fails."""
+    arguments, options = make_step("grouped", torch.float32, 3)
+    expected = run(decode_step, arguments, options)
+    after = arguments[6].clone()
+    arguments[6] -= 1
+    for actual, wanted in zip(run(decode_step, arguments, options | dict(advance=True)), expected, strict=True):
+        assert_bitwise_equal(actual, wanted)
+    assert_bitwise_equal(arguments[6], after)
+    full, options = torch.full((3,), 72, dtype=torch.int32), options | dict(advance=True)
+    for bad in (full, torch.full_like(full, 2**31 - 1)):
+        with pytest.raises(RuntimeError, match=r"decode_step: seqlens must be in \[1, 72\], .*, got \d+ at position 0"):
+            decode_step(*arguments[:6], bad, **options)
+    assert full.tolist() == [72] * 3
+    with pytest.raises(RuntimeError, match="decode_step: seqlens must be contiguous with advance"):
+        decode_step(*arguments[:6], torch.ones(6, dtype=torch.int32)[::2], **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("vocab", [1, 256, 700])
+def test_tile_sums(vocab, shape, dtype):
+    """Of the logits as they are returned, whose bits do not change; the same for any threads, alone or in a batch."""
+    arguments, options = make_step("grouped", dtype, shape[0])
+    arguments[0] = torch.randint(vocab, shape)
+    arguments[1][0], arguments[1][2] = (torch.randn(vocab, 32).to(dtype) for _ in range(2))
+    arguments[6].clamp_(min=3)
+
+    def tile_sums(arguments):
+        (logits, sums), *_ = run(decode_step, arguments, options | dict(with_tile_sums=True))
+        return logits, sums
+
+    logits, sums = tile_sums(arguments)
+    assert_bitwise_equal(logits, run(decode_step, arguments, options)[0])
+    assert_bitwise_equal(sums[0], tile_sums_reference(logits)[0])
+    assert_accurate(sums, tile_sums_reference(logits.double()), tile_sums_reference(logits))
+    same_for_any_threads(lambda: tile_sums(arguments))
+    tokens, weights, cos, sin, *caches, seqlens = arguments
+    _, alone = tile_sums([tokens[1:2], weights, cos, sin, *(cache[:, 1:2] for cache in caches), seqlens[1:2]])
+    assert_bitwise_equal(alone, sums[:, 1:2])
+
+
+def test_infinite_logits_in_tiles():
+    """An infinite logit, with or without a NaN beside it, and NaN alone."""
+    arguments, options = make_step("grouped", torch.float32, 1)
+    arguments[1][0] = torch.ones(700, 32)
+    arguments[1][1].fill_(0)[0] = 1
+    for values in ([INF], [INF, NAN], [NAN], [-INF]):
+        head = arguments[1][2] = torch.ones(700, 32)
+        head[300 : 300 + len(values), 0] = torch.tensor(values)
+        (logits, sums), *_ = run(decode_step, arguments, options | dict(with_tile_sums=True))
+        assert bool(sums[1, 0, 1].isnan()) == bool(logits.isnan().any()), values
+        assert sums[:, 0, ::2].isfinite().all()
+        assert sums[0, 0, 1] == logits.nan_to_num(-INF, INF, -INF)[0, 256:512].max()
+
+
+TILED = [(2, 3, 257, 5, 0), (1, 4, 5000, 6, 3), (3, 8, 700, 5, 1), (2, 5, 40, 4, 8), (1, 128, 300, 3, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", TILED, ids=str)
+def test_from_tile_sums(size, dtype):
+    """The same choice as from the logits, with scores as accurate."""
+    ours = start(size, "cpu", cache=size[3] + 9)
+    plain, exact = copy.deepcopy(ours), copy.deepcopy(ours)
+    for name in ("running", "scores", "log_probs", "length_powers"):
+        setattr(exact, name, getattr(exact, name).double())
+    for step in range(size[3]):
+        logits = (3 * torch.randn(size[0] * (1 if step == 0 else size[1]), size[2])).to(dtype)
+        beam_step(logits, ours, tile_sums=None if step == 0 else tile_sums_reference(logits))
+        beam_step(logits, plain)
+        beam_step_reference(logits, exact)
+        for name, value in tensors(plain).items():
+            if not value.is_floating_point():
+                assert torch.equal(getattr(ours, name), value), (step, name)
+        for name in ("running", "scores", "log_probs"):
+            assert_accurate(*(getattr(state, name) for state in (ours, exact, plain)), name=name)
+
+
+def test_ties_within_tiles():
+    """Of equal scores the smaller beam and token first, as without tile_sums: rows that are all the same."""
+    for size in ((2, 1, 900, 4, 1), (1, 6, 900, 4, 2)):
+        state = start(size, "cpu")
+        beam_step(step_logits(size, state, True), state)
+        state.running.fill_(-1.5)
+        expected = copy.deepcopy(state)
+        logits = step_logits(size, state, False)
+        logits[:] = logits[0]
+        beam_step(logits, state, tile_sums=tile_sums_reference(logits))
+        beam_step(logits, expected)
+        for name in ("tokens", "parents", "endings", "next_tokens"):
+            assert torch.equal(getattr(state, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("bad", [[NAN], [INF], [-INF], [INF, NAN], "-inf everywhere", "NaN everywhere"], ids=str)
+def test_broken_rows_in_tiles(bad):
+    size = (2, 3, 600, 5, 1)
+    state = start(size, "cpu")
+    beam_step(torch.randn(2, 600), state)
+    expected, logits = copy.deepcopy(state), torch.randn(6, 600)
+    if isinstance(bad, str):
+        logits[1] = -INF if bad.startswith("-") else NAN
+    else:
+        logits[1, 300 : 300 + len(bad)] = torch.tensor(bad)
+    sums = tile_sums_reference(logits)
+    sums[0] = torch.stack([tile.nan_to_num(-INF, INF, -INF).amax(-1) for tile in logits.split(256, 1)], 1)
+    sums[1] = torch.where(sums[0] == INF, torch.where(logits.isnan().any(-1, keepdim=True), NAN, 1.0), sums[1])
+    beam_step(logits, state, tile_sums=sums)
+    beam_step(logits, expected)
+    for name in ("status", "next_tokens", "parents"):
+        assert torch.equal(getattr(state, name), getattr(expected, name)), name
+
+
+def test_tile_sums_for_any_threads_and_batch():
+    size = (5, 4, 20000, 3, 2)
+    first = start(size, "cpu")
+    beam_step(torch.randn(5, 20000), first)
+    logits = torch.randn(20, 20000)
+    sums = tile_sums_reference(logits)
+
+    def run(items=slice(0, 5)):
+        state, rows = start((items.stop - items.start, *size[1:]), "cpu"), slice(4 * items.start, 4 * items.stop)
+        state.ends, state.lengths = first.ends, first.lengths[items].clone()
+        state.running = first.running[items].clone()
+        beam_step(logits[rows], state, tile_sums=sums[:, rows].contiguous())
+        return state.running, state.next_tokens, state.tokens
+
+    same_for_any_threads(run)
+    for part, whole in zip(run(slice(3, 4)), run(), strict=True):
+        wanted = whole[12:16] if whole.dim() == 1 else whole[..., 3:4, :]
+        assert_bitwise_equal(part, wanted)
+
+
+def test_tile_sums_errors():
+    def refused(message, min_length=0, sums=(2, 6, 1), rows=6, **options):
+        state = start((2, 3, 9, 4, 1), "cpu", min_length=min_length)
+        with pytest.raises(RuntimeError, match="beam_step: tile_sums must " + message):
+            beam_step(torch.randn(rows, 9), state, tile_sums=torch.zeros(sums), **options)
+
+    for options in (
+        dict(banned=torch.zeros(9, dtype=torch.bool)),
+        dict(log_probs=True),
+        dict(generator_state=torch.zeros(2, 3, dtype=torch.int64)),
+        dict(min_length=1),
+    ):
+        refused("come without banned, log_probs, generator_state and min_length", **options)
+    refused(r"have shape \[2, B\*K, tiles\] = \[2, 6, 1\], got \[2, 6, 2\]", sums=(2, 6, 2))
+    refused(r"have shape", rows=2)
