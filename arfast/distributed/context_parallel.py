@@ -123,17 +123,26 @@ class ParallelAttention(Attention):
 
 
 def context_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: ContextPlan, *, window: int | None = None, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: ContextPlan,
+    *,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of this rank's tokens to those of all ranks.
 
     Args:
         q, k, v: of this rank's tokens in the order of `ContextPlan.own`, [B, n, H, D] and [B, n, Hkv, D]; packed
             [n, H, D] and [n, Hkv, D].
-        window, softcap: see `arfast.ops.attention`.
+        softmax_scale, window, softcap: see `arfast.ops.attention`.
 
     Returns:
         [B, n, H, D] or [n, H, D]: the rows of `arfast.ops.attention` over all tokens.
+
+    The keys and values of all tokens are kept for the backward pass; activation checkpointing gathers them again.
     """
     packed = q.dim() == 3
     if packed:
@@ -143,13 +152,13 @@ def context_attention(
     outs = []
     for queries, piece in zip(pieces, plan.pieces, strict=True):
         begin, end = piece * plan.length, (piece + 1) * plan.length
-        options = dict(window=window, softcap=softcap)
+        options = dict(softmax_scale=softmax_scale, window=window, softcap=softcap)
         if plan.cu_seqlens is None:
             outs.append(ops.attention(queries, keys[:, :end], values[:, :end], **options))
             continue
         # Documents that end before the piece have keys and no queries, later ones neither: the host knows all shapes.
         options |= dict(
-            cu_seqlens_q=(plan.cu_seqlens.clamp(begin, end) - begin),
+            cu_seqlens_q=plan.cu_seqlens.clamp(begin, end) - begin,
             cu_seqlens_k=plan.cu_seqlens.clamp(max=end),
             max_seqlen_q=plan.length,
             max_seqlen_k=end,

@@ -3,13 +3,16 @@
 Shoeybi et al. 2019, arXiv 1909.08053, section 3. Rank r holds the logits of its V / R words, and of a row needs from
 the others only
 
-    lse = log sum_r exp(lse_r),    z_y (from the one that has it),    sum(z) = sum_r sum_r(z),
+    m = max_r m_r,    s = sum_r exp(m_r - m) s_r  (s_r = sum exp(z - m_r) of its words),    z_y,    sum(z),
 
-so three numbers per row and rank are gathered, once, and combined by everybody in the order of the ranks: one
-collective instead of a maximum and three sums, and the same bits everywhere.
+so four numbers per row and rank are gathered, once, and combined by everybody in the order of the ranks: one collective
+instead of a maximum and three sums, and the same bits everywhere. lse = m + log s is not rounded to one number where a
+difference to it is taken, which would cost the digits of m.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -77,8 +80,8 @@ def vocab_parallel_cross_entropy(
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     scale, nothing = kept.to(wide), 0.0
     if reduction == "mean":
-        count = kept.sum() if num_items is None else num_items
-        scale, nothing = torch.where(kept, 1 / count, 0).to(wide), 0 / count  # NaN, as torch's mean of nothing
+        count = scale.sum() if num_items is None else num_items
+        scale, nothing = torch.where(kept, scale / count, 0), 0 / count  # NaN, as torch's mean of nothing
     plan = _Plan(group, label_smoothing, z_loss, softcap, chunk_bytes or _DEFAULT_CHUNK_BYTES.get(device_type, 1 << 30))
     if reduction == "none":
         return _PerRow.apply(hidden, weight, targets, scale, plan)
@@ -131,22 +134,28 @@ class _Plan:
         return column.masked_fill(~own, 0)[:, None], own[:, None]
 
     def losses(self, logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss times scale, log-sum-exp), both [n], of the whole vocabulary; 0 where the scale is 0."""
+        """(loss times scale [n], (m, log s) [2, n]) of the whole vocabulary; the loss is 0 where the scale is 0."""
         column, own = self.local(targets, logits.shape[1])
         target_logit = logits.gather(1, column).masked_fill(~own, 0)[:, 0]
-        statistics = torch.stack([logits.logsumexp(1), target_logit, logits.sum(1)])  # [3, n]
-        lses, target_logits, sums = self.group.gather(statistics).unbind(1)  # [R, n] each
-        lse, target_logit = lses.logsumexp(0), target_logits.sum(0)
-        loss = lse - (1 - self.label_smoothing) * target_logit + self.z_loss * lse.square()
+        largest = logits.amax(1)
+        largest.masked_fill_(largest == -math.inf, torch.finfo(largest.dtype).min)
+        summed = (logits - largest[:, None]).exp_().sum(1)
+        statistics = torch.stack([largest, summed, target_logit, logits.sum(1)])  # [4, n]
+        maxima, summed, target_logits, sums = self.group.gather(statistics).unbind(1)  # [R, n] each
+        m = maxima.amax(0)
+        log_s = (summed * (maxima - m).exp()).sum(0).log()
+        loss = log_s + (m - target_logits.sum(0)) + self.z_loss * (m + log_s).square()
         if self.label_smoothing:
-            loss = loss - self.label_smoothing * sums.sum(0) / (logits.shape[1] * self.group.size)
-        return torch.where(scale != 0, loss * scale, 0), lse
+            mean = sums.sum(0) / (logits.shape[1] * self.group.size)
+            loss = loss + self.label_smoothing * (target_logits.sum(0) - mean)
+        return torch.where(scale != 0, loss * scale, 0), torch.stack([m, log_s])
 
-    def gradient_(self, logits: Tensor, targets: Tensor, lse: Tensor, scale: Tensor) -> Tensor:
+    def gradient_(self, logits: Tensor, targets: Tensor, normalizer: Tensor, scale: Tensor) -> Tensor:
         """Overwrites this rank's logits with their gradient: rows times scale."""
         column, own = self.local(targets, logits.shape[1])
         slope = None if self.softcap is None else 1 - (logits / self.softcap).square()
-        gradient = logits.sub_(lse[:, None]).exp_().mul_((1 + 2 * self.z_loss * lse)[:, None])
+        m, log_s = normalizer[:, :, None]
+        gradient = logits.sub_(m).sub_(log_s).exp_().mul_(1 + 2 * self.z_loss * (m + log_s))
         gradient.sub_(self.label_smoothing / (logits.shape[1] * self.group.size))
         gradient.scatter_add_(1, column, (self.label_smoothing - 1) * own.to(logits.dtype))
         if slope is not None:
@@ -165,10 +174,10 @@ class _Summed(torch.autograd.Function):
         dweight = torch.zeros_like(weight) if wants_weight else None
         for rows in plan.chunks(hidden, weight):
             logits = plan.logits(hidden[rows], weight)
-            losses, lse = plan.losses(logits, targets[rows], scale[rows])
+            losses, normalizer = plan.losses(logits, targets[rows], scale[rows])
             loss += losses.sum()
             if wants_hidden or wants_weight:
-                gradient = plan.gradient_(logits, targets[rows], lse, scale[rows]).to(hidden.dtype)
+                gradient = plan.gradient_(logits, targets[rows], normalizer, scale[rows]).to(hidden.dtype)
                 _accumulate(dhidden, dweight, rows, gradient, hidden, weight)
         ctx.save_for_backward(dhidden, dweight)
         return loss
@@ -188,21 +197,21 @@ class _PerRow(torch.autograd.Function):
             plan.losses(plan.logits(hidden[rows], weight), targets[rows], scale[rows])
             for rows in plan.chunks(hidden, weight)
         ]
-        losses, lse = (torch.cat(part) for part in zip(*parts)) if parts else (scale.new_empty(0), scale.new_empty(0))
-        ctx.save_for_backward(hidden, weight, targets, scale, lse)
+        losses, normalizers = zip(*parts) if parts else ([scale.new_empty(0)], [scale.new_empty(2, 0)])
+        ctx.save_for_backward(hidden, weight, targets, scale, torch.cat(normalizers, 1))
         ctx.plan = plan
-        return losses
+        return torch.cat(losses)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlosses):
-        hidden, weight, targets, scale, lse = ctx.saved_tensors
+        hidden, weight, targets, scale, normalizers = ctx.saved_tensors
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         scale = scale * dlosses
         for rows in ctx.plan.chunks(hidden, weight):
             logits = ctx.plan.logits(hidden[rows], weight)
-            gradient = ctx.plan.gradient_(logits, targets[rows], lse[rows], scale[rows]).to(hidden.dtype)
+            gradient = ctx.plan.gradient_(logits, targets[rows], normalizers[:, rows], scale[rows]).to(hidden.dtype)
             _accumulate(dhidden, dweight, rows, gradient, hidden, weight)
         return dhidden, dweight, None, None, None
 
