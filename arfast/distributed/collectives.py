@@ -83,6 +83,11 @@ def reduce_from(x: Tensor, group: Group) -> Tensor:
     return x if group.size == 1 else _ReduceFrom.apply(x, group)
 
 
+def share_gradient(x: Tensor, group: Group) -> Tensor:
+    """x, a result that all ranks compute alike: each passes on its share, 1 / ranks, of the gradient."""
+    return x if group.size == 1 else _ShareGradient.apply(x, group)
+
+
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """The sum of the ranks' x, which every rank uses in its own way: the gradient is the sum of theirs."""
     return x if group.size == 1 else _AllReduce.apply(x, group)
@@ -127,6 +132,17 @@ class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         return dout, None
+
+
+class _ShareGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout / ctx.group.size, None
 
 
 class _AllReduce(torch.autograd.Function):

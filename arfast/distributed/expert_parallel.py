@@ -110,7 +110,7 @@ def global_router_losses(router_logits: Tensor, routing: ops.Routing, groups: Gr
     differentiable = torch.cat([probabilities, lse.square().sum()[None]])
     sums = all_reduce(reduce_from(differentiable, groups.context), groups.data)
     counts = torch.cat([routing.tokens_per_expert, routing.tokens_per_expert.new_tensor([len(lse)])]).to(torch.int64)
-    counts = groups.data.sum_(groups.context.sum_(counts))
+    counts = groups.data.sum_(groups.context.sum_(counts)).to(sums.dtype)
     num_experts, num_tokens = router_logits.shape[1], counts[-1]
     balance = num_experts * (counts[:-1] / num_tokens * sums[:-1]).sum() / num_tokens
     return balance, sums[-1] / num_tokens

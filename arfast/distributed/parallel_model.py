@@ -15,7 +15,7 @@ from arfast.models import CausalLM, CausalLMOutput
 from arfast.models.causal_lm import IGNORE_INDEX, shift_labels
 from arfast.nn import MoE
 
-from .collectives import gather_rows_whole, reduce_from
+from .collectives import gather_rows_whole, reduce_from, share_gradient
 from .context_parallel import ContextParallelDecoder, ContextPlan, ParallelAttention
 from .expert_parallel import ParallelMoE
 from .mesh import Groups
@@ -206,9 +206,10 @@ class ParallelCausalLM(CausalLM):
     def _whole_logits(self, hidden: Tensor, plan: ContextPlan | None, shape: torch.Size, keep: int | Tensor) -> Tensor:
         hidden = self.region.enter(hidden)
         if plan is not None:
-            hidden = plan.gather_whole(hidden.view(plan.batch_size, -1, hidden.shape[-1])).flatten(0, 1)
+            hidden = plan.gather(hidden.view(plan.batch_size, -1, hidden.shape[-1])).flatten(0, 1)
         logits = self._logits(hidden, shape, keep)  # [..., V / R]
-        return gather_rows_whole(logits.movedim(-1, 0), self.region.group).movedim(0, -1)
+        logits = gather_rows_whole(logits.movedim(-1, 0), self.region.group).movedim(0, -1)
+        return share_gradient(logits, self.groups.context)
 
     def save_pretrained(self, path, **options) -> None:
         """Put the parameters together and let the first rank write them; every rank calls this, and returns after."""
