@@ -19,7 +19,7 @@ from .collectives import gather_rows_whole, reduce_from, share_gradient
 from .context_parallel import ContextParallelDecoder, ContextPlan, ParallelAttention
 from .expert_parallel import ParallelMoE
 from .mesh import Groups
-from .sharding import Split, cut_parameters, initialise, is_expert, parameter_splits
+from .splits import Split, cut_parameters, initialise, is_expert, parameter_splits
 from .tensor_parallel import (
     RowParallelLinear,
     SharedRMSNorm,
@@ -226,10 +226,11 @@ def reduce_gradients(model: CausalLM) -> None:
     """Sum the gradients of a parallelized model over the ranks that have the same part of a parameter.
 
     To be called once per optimizer step, after the backward passes of all micro-batches and before clipping. Every rank
-    must have gone through the same ones.
+    must have gone through the same ones. Parameters that FSDP has sharded are left to it: it must sum (a
+    gradient_divide_factor of 1), and not be given the experts' parameters where those are split over ranks.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or isinstance(parameter, DTensor):
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -246,6 +247,8 @@ def gradient_norm(model: CausalLM) -> Tensor:
         if parameter.grad is not None:
             shared_by = tuple(dict.fromkeys(split.group for split in model.splits.get(name, ())))
             square = parameter.grad.float().square().sum()
+            if isinstance(square, DTensor):
+                square = square.full_tensor()
             squares[shared_by] = squares.get(shared_by, 0) + square
     total = torch.zeros(())
     for groups, square in squares.items():
