@@ -5,7 +5,8 @@ pieces, of which rank r of C has the pieces r and 2 C - 1 - r, so that under a c
 A piece of queries [a, b) sees keys of [0, b) only, and the last query the last key, which is the mask of
 `arfast.ops.attention` as it stands: one call per piece, over a slice of the keys, gives the exact rows of the whole
 attention, with documents, windows and grouped heads. No partial results are combined. Gathering costs the traffic of a
-ring without its latencies; keys and values are the small part of the activations when heads are grouped.
+ring without its latencies; keys and values are the small part of the activations when heads are grouped. torch's own
+context_parallel replaces scaled_dot_product_attention alone, which knows no packed documents.
 """
 
 from __future__ import annotations

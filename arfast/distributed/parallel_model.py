@@ -186,13 +186,16 @@ class ParallelCausalLM(CausalLM):
         options: dict,
     ) -> Tensor:
         own = targets if plan is None else plan.own(targets)
-        # Every context rank divides by the number of all targets; a tensor is never read by the host.
-        divisor = None
-        if reduction == "mean":
-            divisor = (targets != IGNORE_INDEX).sum() if num_items is None else num_items
-            reduction = "sum"
+        # Every context rank divides by the number of all targets. A tensor is never read by the host, and a number
+        # would become part of a compiled graph: dividing by it does not.
+        divisor = (targets != IGNORE_INDEX).sum() if num_items is None else num_items
+        if reduction == "mean" and (isinstance(divisor, Tensor) or torch.compiler.is_compiling()):
+            reduction, num_items = "sum", None
+        else:
+            divisor = None
         arguments = (self.head_weight, own.reshape(-1))
         options |= dict(ignore_index=IGNORE_INDEX, reduction=reduction)
+        options |= dict(num_items=None if num_items is None else float(num_items))
         if self.region.group.size > 1:
             loss = vocab_parallel_cross_entropy(self.region.enter(hidden), *arguments, self.region.group, **options)
         else:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from arfast.ops.cross_entropy import check_options
+from arfast.ops.cross_entropy import check_options, scaled_gradient
 
 from .collectives import Group
 
@@ -55,7 +55,8 @@ def vocab_parallel_cross_entropy(
             cast to its dtype).
         targets: int64 [N], each in [0, V) or `ignore_index`, the same on every rank.
         ignore_index, label_smoothing, z_loss, softcap, reduction, num_items: see `arfast.ops.cross_entropy`.
-        chunk_bytes: bound on the block of logits held at a time, in bytes of its dtype (at least one row).
+        chunk_bytes: bound on a block of logits in the dtype of the statistics (at least one row), of which up to three
+            exist at a time; 128 MiB by default, on a GPU 1 GiB.
 
     Returns:
         The loss of the whole vocabulary in float32 (float64), [] or, for reduction="none", [N]; the same bits on every
@@ -118,7 +119,7 @@ class _Plan:
         self.label_smoothing, self.z_loss, self.softcap = label_smoothing, z_loss, softcap
 
     def chunks(self, hidden: Tensor, weight: Tensor) -> list[slice]:
-        rows = max(1, self.chunk_bytes // (weight.shape[0] * hidden.element_size()))
+        rows = max(1, self.chunk_bytes // (weight.shape[0] * max(4, hidden.element_size())))
         return [slice(begin, begin + rows) for begin in range(0, hidden.shape[0], rows)]
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -185,7 +186,8 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
-        return *(None if g is None else g * dloss for g in ctx.saved_tensors), None, None, None
+        gradients = (None if g is None else scaled_gradient(g, dloss) for g in ctx.saved_tensors)
+        return *gradients, None, None, None
 
 
 class _PerRow(torch.autograd.Function):

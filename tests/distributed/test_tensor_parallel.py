@@ -1,8 +1,11 @@
 """Weights split over ranks: results, gradients and training curves of one rank; parameters cut, gathered, drawn."""
 
+import contextlib
 import copy
+import io
 import os
 import tempfile
+import textwrap
 
 import pytest
 import torch
@@ -296,3 +299,17 @@ def test_fifty_steps_on_four_ranks():
 def test_errors(sizes, changes, message):
     with pytest.raises(ValueError, match=f"ParallelConfig: {message}"):
         ParallelConfig(**sizes).check_model(config(DENSE, **changes))
+
+
+def _run_example():
+    """The example of parallelize's docstring, as torchrun would run it."""
+    lines = parallelize.__doc__.split("Example:\n")[1].rstrip()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(textwrap.dedent(lines), {"__name__": "__main__"})
+    return printed.getvalue()
+
+
+def test_the_example_of_the_docstring():
+    first, *others = run_ranks(_run_example, 4, init=False, timeout=120)
+    losses = [float(line.split()[1]) for line in first.splitlines()]
+    assert len(losses) == 10 and losses[-1] < losses[0] and others == [""] * 3
