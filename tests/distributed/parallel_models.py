@@ -39,8 +39,19 @@ def text_tokens(batch_size, seqlen, step=0):
 def parallel_model(parallel, base, dtype=torch.float64, sequence_parallel=False, **changes):
     """(whole model, parallelized model of the same seed)."""
     whole, split = (CausalLM(config(base, **changes), seed=3, dtype=dtype) for _ in range(2))
+    for model in (whole, split):
+        _fill_vectors(model)
     mesh = init_mesh(ParallelConfig(**parallel), "cpu")
     return whole, parallelize(split, mesh, sequence_parallel=sequence_parallel)
+
+
+@torch.no_grad()
+def _fill_vectors(model):
+    """Biases start at 0 and norms at 1, which would hide one that is applied twice, or in the wrong place."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
 
 
 def own_rows(model, ids):

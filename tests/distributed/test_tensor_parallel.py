@@ -313,3 +313,26 @@ def test_the_example_of_the_docstring():
     first, *others = run_ranks(_run_example, 4, init=False, timeout=120)
     losses = [float(line.split()[1]) for line in first.splitlines()]
     assert len(losses) == 10 and losses[-1] < losses[0] and others == [""] * 3
+
+
+def _compiled(parallel, base):
+    """One graph without breaks, collectives included, whose loss and gradients are those of the model as it is."""
+    _, split = parallel_model(parallel, base, torch.float32)
+    ids = text_tokens(2, 32)
+    results = []
+    for model in (split, torch.compile(split, backend="aot_eager", fullgraph=True)):
+        split.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        results.append((loss.detach(), [parameter.grad for parameter in split.parameters()]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "parallel, base",
+    [(TWO, DENSE), (dict(context=2), DENSE), (dict(data=2, expert=2), MOE)],
+    ids=["tensor", "context", "expert"],
+)
+def test_a_split_model_compiles(parallel, base):
+    run_ranks(_compiled, 2, parallel, base, timeout=200)
