@@ -215,13 +215,25 @@ class ParallelCausalLM(CausalLM):
         return share_gradient(logits, self.groups.context)
 
     def save_pretrained(self, path, **options) -> None:
-        """Put the parameters together and let the first rank write them; every rank calls this, and returns after."""
-        state = full_state_dict(self)
+        """Put the parameters together and let the first rank write them; every rank calls this.
+
+        Raises:
+            What `arfast.hub.save_pretrained` raises; on the other ranks OSError then.
+        """
+        state, error = full_state_dict(self, first_rank_only=True), None
         if dist.get_rank() == 0:
-            whole = CausalLM(self.config, device="meta")
-            whole.load_state_dict(state, assign=True)
-            whole.save_pretrained(path, **options)
-        dist.barrier()
+            try:
+                whole = CausalLM(self.config, device="meta")
+                whole.load_state_dict(state, assign=True)
+                whole.save_pretrained(path, **options)
+            except Exception as raised:
+                error = raised
+        failed = torch.tensor(float(error is not None), device=self.head_weight.device)
+        dist.all_reduce(failed)  # nobody waits for a rank that has failed
+        if error is not None:
+            raise error
+        if failed:
+            raise OSError(f"save_pretrained: the first rank must be able to write {str(path)!r}, got its error there")
 
 
 @torch.no_grad()
@@ -262,10 +274,11 @@ def gradient_norm(model: CausalLM) -> Tensor:
 
 
 @torch.no_grad()
-def full_state_dict(model: CausalLM) -> dict[str, Tensor]:
+def full_state_dict(model: CausalLM, *, first_rank_only: bool = False) -> dict[str, Tensor]:
     """The whole parameters of a parallelized model on the CPU, by their usual names; every rank calls this.
 
-    One parameter at a time is put together on the device.
+    One parameter at a time is put together on the device. With first_rank_only the other ranks get an empty dict, which
+    saves the memory of the model on each.
     """
     state = {}
     for name, parameter in model.named_parameters():
@@ -274,7 +287,8 @@ def full_state_dict(model: CausalLM) -> dict[str, Tensor]:
             whole = whole.full_tensor()
         for split in reversed(model.splits.get(name, ())):
             whole = split.gather(whole)
-        state[name] = whole.cpu() if whole.device.type != "cpu" else whole.clone()
+        if not first_rank_only or dist.get_rank() == 0:
+            state[name] = whole.cpu() if whole.device.type != "cpu" else whole.clone()
     return state
 
 

@@ -177,7 +177,7 @@ def test_one_step_on_four_ranks():
 
 
 def _curve(parallel, base, documents):
-    return same_curve(parallel, base, cu_seqlens=torch.tensor(documents, dtype=torch.int32))
+    same_curve(parallel, base, cu_seqlens=torch.tensor(documents, dtype=torch.int32))
 
 
 def test_fifty_steps_on_two_ranks():

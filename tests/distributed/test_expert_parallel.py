@@ -108,7 +108,7 @@ def test_one_step_with_fewer_expert_ranks_than_ranks():
 
 
 def _curve(parallel, changes):
-    return same_curve(parallel, MOE, **changes)
+    same_curve(parallel, MOE, **changes)
 
 
 def test_fifty_steps_on_two_ranks():

@@ -150,6 +150,8 @@ def _check_parameters():
     cut.save_pretrained(os.path.join(folder[0], "model"))
     written = CausalLM.from_pretrained(os.path.join(folder[0], "model")).state_dict()
     assert all(torch.equal(written[name], value) for name, value in whole.state_dict().items())
+    in_a_file = os.path.join(folder[0], "model", "config.json", "model")
+    raises(OSError, "Not a directory" if dist.get_rank() == 0 else "first rank must be", cut.save_pretrained, in_a_file)
 
 
 def _check_copies_and_norms():
@@ -276,6 +278,11 @@ def _with_fsdp(base, expert):
 @pytest.mark.parametrize("base, expert", [(DENSE, 1), (MOE, 2)], ids=["dense", "experts"])
 def test_fsdp_of_a_split_model(base, expert):
     run_ranks(_with_fsdp, 4, base, expert)
+
+
+@pytest.mark.slow
+def test_fifty_steps_of_experts_on_two_ranks():
+    run_ranks(_curve, 2, [(TWO, MOE, {}), (TWO, MOE, dict(sequence_parallel=True))], timeout=200)
 
 
 @pytest.mark.slow
