@@ -51,7 +51,9 @@ def language_of_path(source: str) -> str | None:
 
 
 def detect_language(text: str) -> str:
-    """The most similar profile's code, or "unknown" when none is near."""
+    """The most similar profile's code, or "unknown" when none is near or there is no letter."""
+    if not any(map(str.isalpha, text[:_MAX_CHARACTERS])):
+        return UNKNOWN
     return require("resiliparse.parse.lang", "identification of languages").detect_fast(text[:_MAX_CHARACTERS])[0]
 
 

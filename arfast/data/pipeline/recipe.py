@@ -44,6 +44,7 @@ class Source:
     name: of its data set; letters, digits, "-" and "_".
     path: text file, JSON-lines file, directory, or "builtin:python".
     kind: "prose", "code", or "auto": by the ending of each file's name.
+    suffixes: endings such as ".html" of the files that count, all if empty.
     fraction: share of the mixture's tokens; all sources have one or none has.
     language_field, url_field: keys of a JSON-lines record that hold a language tag, and the address.
     """
@@ -51,6 +52,7 @@ class Source:
     name: str
     path: str
     kind: str = "auto"
+    suffixes: tuple[str, ...] = ()
     fraction: float | None = None
     language_field: str | None = None
     url_field: str | None = None
@@ -60,6 +62,8 @@ class Source:
         _check(0 < len(self.name) <= 64 and set(self.name) <= _NAME_CHARACTERS, "sources.name", "be a word", self.name)
         _check(bool(self.path), f"{where}.path", "name a source", self.path)
         _check(self.kind in KINDS, f"{where}.kind", f"be one of {', '.join(KINDS)}", self.kind)
+        dotted = all(suffix.startswith(".") for suffix in self.suffixes)
+        _check(dotted, f"{where}.suffixes", 'start with "."', list(self.suffixes))
         _check(self.fraction is None or 0 < self.fraction <= 1, f"{where}.fraction", "be in (0, 1]", self.fraction)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from arfast.data.builtin import builtin
 from arfast.data.documents import Document, read_documents
 from arfast.data.pipeline.recipe import Source
-from arfast.data.pipeline.record import Record, kind_of
+from arfast.data.pipeline.record import Record, kind_of, suffix_of
 from arfast.data.prepare import BUILTIN_PREFIX
 
 _BLOCK_CHARACTERS = 2 << 20
@@ -74,15 +74,26 @@ def _documents(source: Source) -> Iterator[Document]:
 
 
 def read_records(source: Source) -> Iterator[Record]:
-    """The documents of a source with what its fields and file names say, one at a time."""
+    """The documents of a source with what its fields and file names say, one at a time.
+
+    Raises:
+        ValueError: no file has one of the endings that the recipe asks for; else as ``read_documents``.
+    """
+    found_any = False
     fields = _Fields()
     try:
         for document in _documents(source):
+            if source.suffixes and suffix_of(document.source) not in source.suffixes:
+                continue
             wanted = source.language_field or source.url_field
             found = fields.find(document) if wanted else {}
             language, url = _field(found, source.language_field) or "", _field(found, source.url_field)
+            found_any = True
             kind = kind_of(document.source) if source.kind == "auto" else source.kind
             yield Record(document.text, document.source, kind, language, url)
+        if not found_any:
+            actual = f"none in {source.path!r}"
+            raise ValueError(f"prepare: source {source.name!r} must hold files in {list(source.suffixes)}, got {actual}")
     finally:
         fields.close()
 
