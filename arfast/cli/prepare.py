@@ -46,7 +46,9 @@ def _recipe(arguments: argparse.Namespace) -> dict:
         "tokenizer": {"path": arguments.tokenizer, "vocab_size": arguments.vocab_size},
         "split": {"seed": arguments.seed},
     }
-    given = {name: {key: value for key, value in section.items() if value is not None} for name, section in flags.items()}
+    given = {
+        name: {key: value for key, value in section.items() if value is not None} for name, section in flags.items()
+    }
     return {name: section for name, section in given.items() if section}
 
 

@@ -27,7 +27,7 @@ _DEVIATIONS = 4
 
 
 def find_copies(parts: Parts, status: np.ndarray, scratch: Path) -> Iterator[tuple[int, int]]:
-    """Marks each document whose text came before as COPY, in ``status`` uint8 [N]; yields (copy, the one that stays)."""
+    """Marks documents whose text came before as COPY, in ``status`` uint8 [N]; yields (copy, what stays)."""
     dtype = np.dtype([("key", "<u8"), ("low", "<u8"), ("document", "<u8")])
     with Spill(scratch, dtype, parts.num_documents) as spill:
         for part, start in zip(parts.parts, parts.starts.tolist()):

@@ -1,4 +1,4 @@
-"""How much of each source a training run takes: shares of the tokens, as in Llama 3 (arXiv 2407.21783), section 3.1.2."""
+"""How much of each source training takes: shares of the tokens, as in Llama 3 (arXiv 2407.21783), section 3.1.2."""
 
 from arfast.data.pipeline.recipe import Recipe
 
@@ -8,8 +8,8 @@ MIXTURE_NAME = "mixture.json"
 def plan_mixture(recipe: Recipe, num_tokens: dict[str, int]) -> dict:
     """What ``mixture.json`` records: for each source its data set, its share, its tokens and how often it is seen.
 
-    Without fractions, sources count by their tokens. Without ``num_tokens``, the run is as long as ``max_epochs`` of the
-    source that runs out first allow.
+    Without fractions, sources count by their tokens. Without ``num_tokens``, the run is as long as ``max_epochs`` of
+    the source that runs out first allow.
 
     Args:
         recipe: with its sources and mixture.

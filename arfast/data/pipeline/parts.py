@@ -1,7 +1,7 @@
 """What the per-document stages leave on the disk: for each block a file of texts, an index, and a description.
 
 `00000007.jsonl` holds a JSON record per document, `00000007.index` a fixed number of bytes per document with its digest
-and signature, `00000007.json` the tally and the hashes of both. A part counts once its description, written last, is there.
+and signature, `00000007.json` the tally and the hashes of both. It is written last: a part counts once it is there.
 """
 
 import contextlib

@@ -11,7 +11,9 @@ _STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"}
 _BULLETS = ("\u2022", "\u2023", "\u25e6", "\u2043", "\u25cf", "\u25aa", "-", "*")
 _ELLIPSES = ("...", "\u2026")
 _TERMINAL = frozenset(".!?\"'\u201d\u2019\u00bb\u3002\uff01\uff1f\u300d\u061f\u06d4\u0964\u0965")
-_SENTENCE_END = re.compile("[.!?\u2026]+[\"'\u201d\u2019\u00bb)]*(?=\\s|$)|[\u3002\uff01\uff1f\u061f\u06d4\u0964\u0965]+")
+_SENTENCE_END = re.compile(
+    "[.!?\u2026]+[\"'\u201d\u2019\u00bb)]*(?=\\s|$)|[\u3002\uff01\uff1f\u061f\u06d4\u0964\u0965]+"
+)
 _C4_TERMINAL = (".", "?", "!", '"', "\u201d", "\u3002", "\uff01", "\uff1f", "\u061f", "\u06d4", "\u0964")
 _CITATION = re.compile(r"\[[0-9]*\]|\[edit\]|\[citation needed\]")
 _POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")

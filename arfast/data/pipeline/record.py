@@ -7,8 +7,8 @@ from pathlib import PurePosixPath
 NUM_EXAMPLES = 3
 _EXCERPT_CHARACTERS = 60
 _CODE_SUFFIXES = frozenset(
-    ".py .pyi .pyx .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .kt .js .mjs .ts .tsx .jsx .rb .php .pl .lua .swift .scala "
-    ".cs .sh .bash .sql .r .jl .hs .ml .el .lisp .clj .f90 .m .s .asm .zig .proto .cmake".split()
+    ".py .pyi .pyx .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .kt .js .mjs .ts .tsx .jsx .rb .php .pl .lua .swift "
+    ".scala .cs .sh .bash .sql .r .jl .hs .ml .el .lisp .clj .f90 .m .s .asm .zig .proto .cmake".split()
 )
 HTML_SUFFIXES = frozenset({".html", ".htm", ".xhtml"})
 
@@ -45,7 +45,7 @@ def suffix_of(source: str) -> str:
 
 
 def kind_of(source: str) -> str:
-    """"code" for the usual endings of source files, else "prose"."""
+    """ "code" for the usual endings of source files, else "prose"."""
     return "code" if suffix_of(source) in _CODE_SUFFIXES else "prose"
 
 

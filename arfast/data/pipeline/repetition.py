@@ -4,8 +4,8 @@ from collections import Counter
 
 import numpy as np
 
-from arfast.data.pipeline.record import Dropped
 from arfast.data.pipeline.recipe import GopherRepetition
+from arfast.data.pipeline.record import Dropped
 from arfast.data.pipeline.words import hash_ngrams, hash_words
 
 

@@ -93,7 +93,9 @@ def read_records(source: Source) -> Iterator[Record]:
             yield Record(document.text, document.source, kind, language, url)
         if not found_any:
             actual = f"none in {source.path!r}"
-            raise ValueError(f"prepare: source {source.name!r} must hold files in {list(source.suffixes)}, got {actual}")
+            raise ValueError(
+                f"prepare: source {source.name!r} must hold files in {list(source.suffixes)}, got {actual}"
+            )
     finally:
         fields.close()
 
@@ -123,7 +125,9 @@ def source_state(source: Source) -> str:
             digest.update(hashlib.sha256(document.text.encode()).digest())
         return digest.hexdigest()
     root = Path(source.path)
-    paths = [root] if root.is_file() else sorted(Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    paths = (
+        [root] if root.is_file() else sorted(Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    )
     for path in paths:
         status = path.lstat()
         digest.update(json.dumps([str(path), status.st_size, status.st_mtime_ns, status.st_ino]).encode())

@@ -79,7 +79,9 @@ class Stages:
         self._key = cleaning_key(recipe, cleaner)
         self.content = ""
         self.tally, self.seconds, self.notes = Tally(), {}, []
-        self.parts = Parts(Path(), index_dtype(recipe.deduplication.num_permutations if recipe.deduplication.near else 0))
+        self.parts = Parts(
+            Path(), index_dtype(recipe.deduplication.num_permutations if recipe.deduplication.near else 0)
+        )
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Token shards of the documents that stay, one data set per source; a killed run continues after its last whole shard."""
+"""Token shards of the documents that stay, one data set per source; a killed run goes on after its last whole shard."""
 
 import hashlib
 import platform
@@ -117,7 +117,9 @@ class _SplitShards:
         if self._writer:
             self._finish()
         headers = self._headers.values()
-        totals = [sum(getattr(header, key) for header in headers) for key in ("num_documents", "num_tokens", "num_bytes")]
+        totals = [
+            sum(getattr(header, key) for header in headers) for key in ("num_documents", "num_tokens", "num_bytes")
+        ]
         return SplitInfo(*totals, {name: header.content_sha256 for name, header in self._headers.items()})
 
     def __enter__(self) -> "_SplitShards":

@@ -50,14 +50,20 @@ def test_text_of_real_pages():
 
 def test_what_is_html():
     page = "<!DOCTYPE html>\n<html><body><p>Text.</p></body></html>"
-    assert is_html(Record("anything", "a/b.HTML")) and is_html(Record(page, "b.txt#3")) and is_html(Record(page, "c.jsonl:7"))
+    assert (
+        is_html(Record("anything", "a/b.HTML"))
+        and is_html(Record(page, "b.txt#3"))
+        and is_html(Record(page, "c.jsonl:7"))
+    )
     assert is_html(Record('\ufeff <?xml version="1.0"?>\n' + page, "d"))
     assert not is_html(Record("a < b, html", "b.txt")) and not is_html(Record(page[15:].replace("<html>", ""), "d.txt"))
     assert suffix_of("x/a.tar.html:12") == ".html" and suffix_of("x.y/name") == "" and suffix_of("a.txt#3") == ".txt"
 
 
-@pytest.mark.parametrize("html, reason", [("<html><body><script>x</script></body></html>", "no text"),
-                                          ("<div>" * 100_000 + "text", "nesting")])
+@pytest.mark.parametrize(
+    "html, reason",
+    [("<html><body><script>x</script></body></html>", "no text"), ("<div>" * 100_000 + "text", "nesting")],
+)
 def test_pages_without_text(html, reason):
     """The second takes resiliparse more than ten minutes."""
     with pytest.raises(Dropped) as drop:
@@ -109,7 +115,10 @@ def test_languages():
         ("a@b, x = w@v.T, user@localhost, @decorator, 50@2x.p", "a@b, x = w@v.T, user@localhost, @decorator, 50@2x.p"),
         ("ip 8.8.8.8, and 93.184.216.34.", "ip [IP_ADDRESS], and [IP_ADDRESS]."),
         ("127.0.0.1 10.1.2.3 192.168.0.1 192.0.2.7 0.0.0.0", "127.0.0.1 10.1.2.3 192.168.0.1 192.0.2.7 0.0.0.0"),
-        ("1.2.3 1.2.3.4.5 256.1.1.1 v8.8.8.8 8.8.8.8.example.com", "1.2.3 1.2.3.4.5 256.1.1.1 v8.8.8.8 8.8.8.8.example.com"),
+        (
+            "1.2.3 1.2.3.4.5 256.1.1.1 v8.8.8.8 8.8.8.8.example.com",
+            "1.2.3 1.2.3.4.5 256.1.1.1 v8.8.8.8 8.8.8.8.example.com",
+        ),
         ("at 2606:4700:4700::1111, ::1, fe80::1, 12:34:56", "at [IP_ADDRESS], ::1, fe80::1, 12:34:56"),
         ("std::vector::size 01:23:45:67:89:ab", "std::vector::size 01:23:45:67:89:ab"),
         ("card 4111 1111 1111 1111 and 378282246310005", "card [CREDIT_CARD] and [CREDIT_CARD]"),
@@ -137,7 +146,25 @@ def test_luhn_finds_every_wrong_digit():
 
 def test_hostile_text_takes_linear_time():
     """Ten times the text, about ten times the time: no pattern walks back and forth."""
-    for piece in ("a.", "a@", "1", "1.", "a:", "+1 ", "(", "[", " ", "\t ", "ab@c.", "4 ", "...", "\u0301", "<", "</", "http://a."):
+    for piece in (
+        "a.",
+        "a@",
+        "1",
+        "1.",
+        "a:",
+        "+1 ",
+        "(",
+        "[",
+        " ",
+        "\t ",
+        "ab@c.",
+        "4 ",
+        "...",
+        "\u0301",
+        "<",
+        "</",
+        "http://a.",
+    ):
         times = []
         for size in (20_000, 200_000):
             start = time.process_time()
@@ -164,7 +191,14 @@ def test_url_list():
         assert urls.find(url) == "bad.example"
     assert urls.find("http://good.example/spam/and/eggs") == "good.example/spam"
     assert urls.find("http://example.co/") == "example.co"
-    for url in ("http://good.example/", "http://good.example/spammer", "http://xbad.example/", "http://[::1", "", "::::"):
+    for url in (
+        "http://good.example/",
+        "http://good.example/spammer",
+        "http://xbad.example/",
+        "http://[::1",
+        "",
+        "::::",
+    ):
         assert urls.find(url) is None
     urls.check(None)
     with pytest.raises(Dropped, match="URL list"):
@@ -198,5 +232,7 @@ def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "resiliparse", None)
     monkeypatch.delitem(sys.modules, "resiliparse.extract.html2text", raising=False)
     monkeypatch.delitem(sys.modules, "resiliparse.extract", raising=False)
-    with pytest.raises(ImportError, match=r"extraction of text from HTML must find the package resiliparse \(pip install"):
+    with pytest.raises(
+        ImportError, match=r"extraction of text from HTML must find the package resiliparse \(pip install"
+    ):
         packages.require("resiliparse.extract.html2text", "extraction of text from HTML")

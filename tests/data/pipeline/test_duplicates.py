@@ -73,8 +73,10 @@ def test_planted_near_copies_are_found(planted, tmp_path):
     assert len(near) > 150 and len(at_threshold) > 30
     recall, precision = len(caught) / len(near), len(caught) / len(found)
     recall_at_threshold = len({(b, a) for a, b in at_threshold} & found) / len(at_threshold)
-    print(f"recall {recall:.4f} of {len(near)}, {recall_at_threshold:.4f} of {len(at_threshold)} at 0.8 to 0.85, "
-          f"precision {precision:.4f} of {len(found)}")
+    print(
+        f"recall {recall:.4f} of {len(near)}, {recall_at_threshold:.4f} of {len(at_threshold)} at 0.8 to 0.85, "
+        f"precision {precision:.4f} of {len(found)}"
+    )
     # Expected: 0.985 at 0.8 and more above; all that goes was compared exactly.
     assert recall >= 0.98 and recall_at_threshold >= 0.95 and precision == 1.0
     assert (status == NEAR_COPY).sum() == len(found) and set(np.flatnonzero(status)) == {b for b, _ in found}
@@ -103,7 +105,9 @@ def test_bands():
         bands, rows = choose_bands(threshold, recall, 128)
         assert bands * rows <= 128 and proposal_probability(threshold, bands, rows) >= recall
         assert proposal_probability(threshold, 128 // (rows + 1), rows + 1) < recall
-    with pytest.raises(ValueError, match="deduplication.recall must be reachable with the permutations, 0.149, got 0.95"):
+    with pytest.raises(
+        ValueError, match="deduplication.recall must be reachable with the permutations, 0.149, got 0.95"
+    ):
         choose_bands(0.01, 0.95, 16)
 
 
@@ -125,7 +129,10 @@ def test_signatures_are_datasketch_of_the_shingles():
 
 def test_short_and_empty_texts():
     assert len(shingles("", 5)) == 0 and len(shingles("one two", 5)) == 1 and len(shingles("a b c d e f", 5)) == 2
-    assert jaccard(shingles("one two", 5), shingles("One, two!", 5)) == 1.0 and jaccard(shingles("", 5), shingles("", 5)) == 1.0
+    assert (
+        jaccard(shingles("one two", 5), shingles("One, two!", 5)) == 1.0
+        and jaccard(shingles("", 5), shingles("", 5)) == 1.0
+    )
     assert jaccard(shingles("one two", 5), shingles("one three", 5)) == 0.0
 
 
@@ -151,7 +158,9 @@ def test_near_copies_of_copies_and_chains(tmp_path):
     order = [2, 0, 4, 1, 3]
     parts = make_parts(tmp_path, ["other " * 3, *(texts[i] for i in order)])
     status = np.zeros(6, np.uint8)
-    assert set(find_near_copies(parts, DeduplicationRecipe(), status, tmp_path / "spill")) == {(i, 1) for i in range(2, 6)}
+    assert set(find_near_copies(parts, DeduplicationRecipe(), status, tmp_path / "spill")) == {
+        (i, 1) for i in range(2, 6)
+    }
 
 
 def test_components_against_plain_search():
@@ -222,5 +231,7 @@ def test_damaged_work_is_noticed(tmp_path):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"prepare: '.*00000000.{kind}' must be as it was written, got other bytes"):
+        with pytest.raises(
+            ValueError, match=f"prepare: '.*00000000.{kind}' must be as it was written, got other bytes"
+        ):
             read(parts.parts[0])

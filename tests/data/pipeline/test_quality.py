@@ -33,7 +33,9 @@ def reason(check, text, *arguments):
 
 def words(number, length=5, start=0):
     """Different words of one length; another ``start``, others."""
-    letters = (f"{chr(97 + i // 676 % 26)}{chr(97 + i // 26 % 26)}{chr(97 + i % 26)}" for i in range(start, start + number))
+    letters = (
+        f"{chr(97 + i // 676 % 26)}{chr(97 + i // 26 % 26)}{chr(97 + i % 26)}" for i in range(start, start + number)
+    )
     return " ".join(word.ljust(length, "x") for word in letters)
 
 
@@ -60,7 +62,11 @@ def test_a_good_text_passes_unchanged():
         ("the of" + " yes..." * 4 + " well\u2026" * 3 + " " + words(52), "en", "ellipses per word"),
         ("\n".join(f"- {words(6)}" for _ in range(10)) + "\nthe of", "en", "lines with bullets"),
         ("\n".join(f"\u2022 {words(6)}" for _ in range(9)) + "\nthe of", "en", None),
-        ("\n".join(f"{words(12)}..." for _ in range(4)) + f"\nthe\n{words(20)}\n" * 3 + "of", "en", "lines that end in an ellipsis"),
+        (
+            "\n".join(f"{words(12)}..." for _ in range(4)) + f"\nthe\n{words(20)}\n" * 3 + "of",
+            "en",
+            "lines that end in an ellipsis",
+        ),
         ("the of " + words(78) + " 1234" * 20, "en", None),
         ("the of " + words(77) + " 1234" * 21, "en", "words without a letter"),
         ("the " + words(60), "en", "stop words"),
@@ -134,7 +140,10 @@ def test_repeated_share():
     [
         ("\n".join([words(9, start=20 * i) for i in range(7)] + ["x"] * 3), None),
         ("\n".join([words(9, start=20 * i) for i in range(7)] + ["x"] * 5), "duplicate lines"),
-        ("\n".join([words(3, start=20 * i) for i in range(8)] + [words(9, start=300)] * 2), "characters in duplicate lines"),
+        (
+            "\n".join([words(3, start=20 * i) for i in range(8)] + [words(9, start=300)] * 2),
+            "characters in duplicate lines",
+        ),
         ("\n".join(f"bali nara {words(3, start=20 * i)}" for i in range(9)), "characters in the top 2-gram"),
         (f"{words(8)} {words(8)} {words(34, start=50)}", "characters in duplicate 5-grams"),
         (f"{words(8)} {words(8)} {words(38, start=50)}", "characters in duplicate 6-grams"),
@@ -155,10 +164,18 @@ def test_paragraphs_that_repeat():
 
 def test_c4_takes_lines_out():
     lines = GOOD.split("\n")
-    mixed = [lines[0], "Two words.", "Please enable JavaScript to read on.", *lines[1:4], "We use cookies on this page."]
+    mixed = [
+        lines[0],
+        "Two words.",
+        "Please enable JavaScript to read on.",
+        *lines[1:4],
+        "We use cookies on this page.",
+    ]
     mixed += ["x" * 1001 + " is too long", lines[4] + "[12][citation needed]", "", "Menu", "", lines[5]]
     assert clean_c4("\n".join(mixed), C4Quality()) == "\n".join([*lines[:5], "", lines[5]])
-    off = C4Quality(drop_javascript_lines=False, drop_policy_lines=False, min_words_per_line=1, max_word_characters=2000)
+    off = C4Quality(
+        drop_javascript_lines=False, drop_policy_lines=False, min_words_per_line=1, max_word_characters=2000
+    )
     assert clean_c4("\n".join(mixed), off).count("\n") == len(mixed) - 1
     strict = C4Quality(terminal_punctuation=True)
     assert clean_c4(GOOD + "\nno punctuation at the end\nand one that trails off...", strict) == GOOD
@@ -181,7 +198,10 @@ def test_c4_drops(text, expected):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("\n".join(["a line of text without an end, of some length"] * 1 + [f"{words(8)} {i}" for i in range(9)]), "lines without final punctuation"),
+        (
+            "\n".join(["a line of text without an end, of some length"] * 1 + [f"{words(8)} {i}" for i in range(9)]),
+            "lines without final punctuation",
+        ),
         ("\n".join([f"{words(8)} {i}." for i in range(2)] + [f"{words(8)} {i}" for i in range(3, 11)]), None),
         ("\n".join([f"short {i}." for i in range(7)] + [f"{words(8)} {i}." for i in range(3)]), "short lines"),
         ("\n".join([f"short {i}." for i in range(6)] + [f"{words(8)} {i}." for i in range(4)]), None),
