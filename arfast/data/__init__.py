@@ -5,6 +5,7 @@ from arfast.data.dataset import Batch, PackedDataset
 from arfast.data.documents import Document, read_documents
 from arfast.data.manifest import DatasetManifest
 from arfast.data.packing import PackingStatistics
+from arfast.data.pipeline import PreparedCorpus, Recipe, prepare_corpus
 from arfast.data.prepare import prepare_dataset
 from arfast.data.tokenizer import Tokenizer
 
@@ -14,8 +15,11 @@ __all__ = [
     "Document",
     "PackedDataset",
     "PackingStatistics",
+    "PreparedCorpus",
+    "Recipe",
     "Tokenizer",
     "builtin",
+    "prepare_corpus",
     "prepare_dataset",
     "read_documents",
 ]

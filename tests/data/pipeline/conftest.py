@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_recipe():
-    """make_recipe(folder, **changes): the recipe of the folder's three sources, with other sections if they are given."""
+    """make_recipe(folder, **changes): the recipe of the folder's three sources, with other sections if given."""
 
     def make(folder, **changes):
         value = {
