@@ -74,6 +74,7 @@ def test_pages_without_text(html, reason):
 def test_normal_forms():
     decomposed, ligature = "e\u0301", "\ufb01x\u00b2"
     assert normalize(decomposed) == "\u00e9" and normalize(decomposed, "none") == decomposed
+    assert normalize(decomposed + ligature) == "\u00e9" + ligature
     assert normalize(ligature) == ligature and normalize(ligature, "NFKC") == "fix2"
     assert normalize("a\r\nb\rc\u2028d\x85e\ff") == "a\nb\nc\nd\ne\nf"
     assert normalize("\ufeffa\x00\x07\x1b[1m\x7f\x9d b\uffff\ufdd0") == "a[1m b"

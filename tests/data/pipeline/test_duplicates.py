@@ -95,6 +95,7 @@ def test_bands():
     """The probability against the proposals of many random pairs of signatures."""
     assert choose_bands(0.8, 0.95, 128) == (18, 7)
     assert proposal_probability(0.8, 18, 7) == pytest.approx(1 - (1 - 0.8**7) ** 18)
+    assert len(np.unique(band_keys(np.ones((3, 128), np.uint32), 18, 7))) == 18  # equal rows of other bands do not meet
     generator = np.random.default_rng(0)
     for similarity in (0.5, 0.7, 0.8):
         left = generator.integers(0, 2**32, (4000, 128), dtype=np.uint32)
