@@ -14,6 +14,7 @@ from arfast.data.mixture import (
     read_mixture,
 )
 from arfast.data.packing import PackingStatistics
+from arfast.data.pipeline import PreparedCorpus, Recipe, prepare_corpus
 from arfast.data.prepare import prepare_dataset
 from arfast.data.tokenizer import Tokenizer
 
@@ -25,6 +26,8 @@ __all__ = [
     "MixtureSource",
     "PackedDataset",
     "PackingStatistics",
+    "PreparedCorpus",
+    "Recipe",
     "Tokenizer",
     "builtin",
     "dataset_directories",
@@ -32,6 +35,7 @@ __all__ = [
     "is_prepared",
     "open_mixture",
     "packing_statistics",
+    "prepare_corpus",
     "prepare_dataset",
     "read_documents",
     "read_mixture",

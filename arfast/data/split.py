@@ -27,6 +27,23 @@ def check_fractions(validation_fraction: float, test_fraction: float) -> None:
         raise ValueError(f"assign_splits: validation_fraction + test_fraction must be below 1, got {total}")
 
 
+def splits_by_digest(leading: np.ndarray, validation_fraction: float, test_fraction: float) -> np.ndarray:
+    """``assign_splits`` without its exception for small corpora: each document alone, whatever the others are.
+
+    Args:
+        leading: uint64 [num_documents], the first 8 bytes of the digests as big-endian numbers.
+        validation_fraction, test_fraction: expected shares of the documents.
+
+    Returns:
+        uint8 [num_documents].
+    """
+    uniform = leading.astype(np.float64) / 2.0**64
+    splits = np.zeros(len(leading), dtype=np.uint8)
+    splits[uniform < validation_fraction + test_fraction] = 2
+    splits[uniform < validation_fraction] = 1
+    return splits
+
+
 def assign_splits(digests: Sequence[bytes], validation_fraction: float, test_fraction: float) -> np.ndarray:
     """The split of each document, an index into ``SPLITS``.
 
@@ -51,11 +68,8 @@ def assign_splits(digests: Sequence[bytes], validation_fraction: float, test_fra
             f"assign_splits: corpus must hold at least {len(wanted) + 1} different documents, got {len(digests)}"
         )
     leading = np.frombuffer(b"".join(digest[:8] for digest in digests), dtype=">u8")
-    uniform = leading.astype(np.float64) / 2.0**64
-    splits = np.zeros(len(digests), dtype=np.uint8)
-    splits[uniform < validation_fraction + test_fraction] = 2
-    splits[uniform < validation_fraction] = 1
+    splits = splits_by_digest(leading, validation_fraction, test_fraction)
     if len(np.unique(splits)) <= len(wanted):
         splits[:] = 0
-        splits[np.argsort(uniform, kind="stable")[: len(wanted)]] = wanted
+        splits[np.argsort(leading, kind="stable")[: len(wanted)]] = wanted
     return splits
