@@ -22,8 +22,8 @@ from torch import Tensor
 from .data.files import sha256, write_file
 from .hub import _SHARD_NAME, INDEX, SINGLE, _read_json, _resolve, from_pretrained
 from .models.causal_lm import CausalLM
-from .nn.moe import Experts
 from .nn.lora import EXPERT_TARGETS, LoraConfig, LoraExperts, LoraLinear, adapter_parameters, add_adapters, merge_lora
+from .nn.moe import Experts
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 _PREFIX = "base_model.model."
@@ -128,8 +128,8 @@ def load_adapter(model: CausalLM, path: str | os.PathLike, *, check_base: bool =
     settings = _settings(raw)
     if check_base and (directory / BASE).exists():
         recorded = _read_json(directory, BASE, _MAX_CONFIG_BYTES).get("fingerprint")
-        if recorded != base_of(model).fingerprint:
-            raise ValueError(f"load_adapter: model must be the one of {BASE}, {recorded}, got {base_of(model).fingerprint}")
+        if (got := base_of(model).fingerprint) != recorded:
+            raise ValueError(f"load_adapter: model must be the one of {BASE}, {recorded!s:.100}, got {got}")
     try:
         with safe_open(_resolve(directory, WEIGHTS), framework="pt") as file:
             stored = {key: file.get_tensor(key) for key in file.keys()}
@@ -162,23 +162,28 @@ def is_adapter(path: str | os.PathLike) -> bool:
 
 
 def load_model(
-    path: str | os.PathLike, dtype: torch.dtype | None = None, device: Any = None, *, merge: bool = True
+    path: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+    *,
+    base: str | os.PathLike | None = None,
+    merge: bool = True,
 ) -> CausalLM:
     """A model directory as `from_pretrained` reads it; or the base model that adapters name, with them on it.
 
     Args:
+        base: directory of the base model; None: where it was when the adapters were made.
         merge: add the adapters to the weights, which makes the model as fast as its base.
 
     Raises:
-        FileNotFoundError, ValueError: the base model is not where base.json says, or is another one than it was.
+        FileNotFoundError, ValueError: the base model is not there, or is another one than it was.
     """
     if not is_adapter(path):
         return from_pretrained(path, dtype=dtype, device=device)
-    names = [(BASE, "path"), (CONFIG, "base_model_name_or_path")]
-    found = [_read_json(Path(path), name, _MAX_CONFIG_BYTES).get(key) for name, key in names if Path(path, name).exists()]
-    base = next((value for value in found if isinstance(value, str)), None)
-    if base is None or not Path(base).is_dir():
-        raise FileNotFoundError(f"load_model: path must name a base model in a directory, got {str(path)!r} of {base!r}")
+    if base is None:
+        base = _read_json(Path(path), CONFIG, _MAX_CONFIG_BYTES).get("base_model_name_or_path")
+    if not isinstance(base, (str, os.PathLike)) or not Path(base).is_dir():
+        raise FileNotFoundError(f"load_model: base must be the directory of the adapters' model, got {base!r:.200}")
     model = load_adapter(load_base(base, dtype, device), path)
     return merge_lora(model) if merge else model
 

@@ -136,14 +136,16 @@ def apply_lora(
     dropout: float = 0.0,
     targets: tuple[str, ...] = LINEAR_TARGETS,
     *,
+    rank_stabilized: bool = False,
     seed: int = 0,
 ) -> nn.Module:
     """Freeze a model and put trainable adapters beside its projections, in place.
 
     Args:
         model: a `CausalLM`, in any dtype; the adapters are float32.
-        rank, alpha, dropout, targets: see `LoraConfig`. "gate_proj" and "up_proj" (together) and "down_proj" also mean
-            the stacked experts of a layer that has them, where dropout must be 0; "lm_head" is the output head.
+        rank, alpha, dropout, targets, rank_stabilized: see `LoraConfig`. "gate_proj" and "up_proj" (together) and
+            "down_proj" also mean the stacked experts of a layer that has them, where dropout must be 0; "lm_head" is
+            the output head.
         seed: A is a pure function of (seed, name of the layer, element index).
 
     Returns:
@@ -157,7 +159,8 @@ def apply_lora(
         >>> count_parameters(model)
         (24576, 5500160)
     """
-    config = LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=tuple(targets))
+    options = dict(dropout=dropout, targets=tuple(targets), rank_stabilized=rank_stabilized)
+    config = LoraConfig(rank=rank, alpha=alpha, **options)
     names = list(_find_targets(model, config))
     missing = [t for t in config.targets if not any(_serves(name, t) for name in names)]
     if missing:
@@ -230,9 +233,8 @@ def _find_targets(model: nn.Module, config: LoraConfig) -> Iterator[str]:
             for stacked, wanted in EXPERT_TARGETS.items():
                 given = [target for target in wanted if target in config.targets]
                 if given and len(given) < len(wanted):
-                    raise ValueError(
-                        f"apply_lora: targets must hold gate_proj and up_proj together for stacked experts, got {given[0]}"
-                    )
+                    rule = "hold gate_proj and up_proj together for stacked experts"
+                    raise ValueError(f"apply_lora: targets must {rule}, got {given[0]}")
                 if given:
                     yield f"{name}.{stacked}"
         elif type(module) is nn.Linear and name.rpartition(".")[2] in config.targets:

@@ -209,7 +209,9 @@ class TestRefused:
         check({}, "must hold adapters, got none")
         check({key: value for key, value in good.items() if key != name}, "must hold A and B of every layer")
         check({**good, "model.norm.weight": torch.ones(64)}, "must hold adapters of layers of the model")
-        check({**good, name.replace("q_proj", "z_proj"): good[name].clone()}, "must hold adapters of layers of the model")
+        check(
+            {**good, name.replace("q_proj", "z_proj"): good[name].clone()}, "must hold adapters of layers of the model"
+        )
         check({**good, name: good[name].int()}, "must be floating-point [3, 64], got torch.int32")
         file.write_bytes(file.read_bytes()[:-8])
         refused(case, adapter, "must be a complete safetensors file")
