@@ -16,6 +16,7 @@ VERBS = {
     "score": "log-probabilities of a text after a prompt, or a ranking of alternatives",
     "eval": "measure loss, perplexity and bits per byte on text, or run tasks of lm-evaluation-harness",
     "tokenize": "turn text into a data set of token shards",
+    "export": "write a checkpoint as a Hugging Face directory",
     "info": "versions, what the library was built for, devices, threads",
     "doctor": "check the installation: ops, leaks, accumulation, checkpoints",
 }
