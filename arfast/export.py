@@ -66,10 +66,8 @@ def export(
     if not source.is_dir():
         raise FileNotFoundError(f"export: checkpoint must be an existing directory, got {str(checkpoint)!r}")
     if merge != is_adapter(source):
-        kind = "adapters" if is_adapter(source) else "a whole model"
-        raise ValueError(
-            f"export: merge must be {'given' if is_adapter(source) else 'left out'} for {kind}, got {merge}"
-        )
+        rule = "left out for a whole model" if merge else "given for adapters"
+        raise ValueError(f"export: merge must be {rule}, got {merge}")
     if (source / MANIFEST).exists():
         verify(source)
     tokenizer = PretrainedTokenizer.load(source) if (source / "tokenizer.json").exists() else None

@@ -161,6 +161,7 @@ def apply_lora(
     """
     options = dict(dropout=dropout, targets=tuple(targets), rank_stabilized=rank_stabilized)
     config = LoraConfig(rank=rank, alpha=alpha, **options)
+    _require(getattr(model, "lora", None) is None, "model", "have no adapters yet", "one with")
     names = list(_find_targets(model, config))
     missing = [t for t in config.targets if not any(_serves(name, t) for name in names)]
     if missing:
@@ -181,8 +182,6 @@ def add_adapters(model: nn.Module, config: LoraConfig, names: list[str]) -> None
     Args:
         names: of linear layers, or of stacked weights ("model.layers.0.mlp.experts.down_proj").
     """
-    if getattr(model, "lora", None) is not None:
-        raise ValueError("apply_lora: model must have no adapters yet, got one with")
     stacked: dict[str, list[str]] = {}
     for name in names:
         prefix, _, last = name.rpartition(".")
