@@ -72,7 +72,7 @@ def export(
         verify(source)
     tokenizer = PretrainedTokenizer.load(source) if (source / "tokenizer.json").exists() else None
     model = load_model(source, dtype, "cpu", base=base)
-    family = choose_family(model.config)
+    family = model.family or choose_family(model.config)
     if family == "arfast":
         raise ValueError("export: checkpoint must have a configuration that transformers knows, got one of our own")
     if tokenizer is not None:

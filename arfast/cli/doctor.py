@@ -1,5 +1,5 @@
-"""Check this installation, and with --model and --data what is trained on it, by doing what training relies on: every op
-against its reference, causal and document leaks, gradient accumulation, a checkpoint's round trip, hashes of shards and
+"""Check this installation, and with --model and --data what is trained on it, by doing what training relies on: ops
+against references, causal and document leaks, gradient accumulation, a checkpoint's round trip, hashes of shards and
 tokenizer, the machine's peaks. One line per check; exit status 1 when one fails.
 
 --sequence-lengths measures time and memory of attention instead, with the scores materialised and fused.

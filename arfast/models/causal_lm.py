@@ -65,6 +65,7 @@ class CausalLM(nn.Module):
         if not isinstance(config, CausalLMConfig):
             raise TypeError(f"CausalLM: config must be a CausalLMConfig, got {type(config).__name__}")
         self.config = config
+        self.family: str | None = None  # of Hugging Face, that the model was read as
         self.lora: LoraConfig | None = None  # of the adapters, see `arfast.nn.lora.apply_lora`
         with torch.device("meta"):
             self.model = Decoder(config)

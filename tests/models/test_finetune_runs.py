@@ -28,6 +28,7 @@ SIZES = dict(
 )
 FAMILIES = {
     "llama": ("Llama", {}),
+    "mistral": ("Mistral", dict(sliding_window=None)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
     "qwen3": ("Qwen3", dict(head_dim=16)),
     "mixtral": ("Mixtral", dict(num_local_experts=4)),
