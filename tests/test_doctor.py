@@ -13,7 +13,13 @@ import arfast.ops as ops
 from arfast.cli.main import main
 from arfast.data import Document, Tokenizer, prepare_dataset
 from arfast.doctor import examine
-from arfast.doctor.sequence_lengths import _measure_apart, eager_attention, measure_sequence_lengths, table
+from arfast.doctor.sequence_lengths import (
+    _measure_apart,
+    _ProcessMemory,
+    eager_attention,
+    measure_sequence_lengths,
+    table,
+)
 from arfast.models import CausalLM, CausalLMConfig
 from arfast.nn import Attention, apply_lora
 
@@ -223,6 +229,13 @@ class TestSequenceLengths:
         assert row["fused"]["bytes"] < one
         assert row["eager"]["seconds"] > 0 and row["fused"]["seconds"] > 0
         assert "1024" in table([row]).splitlines()[2]
+
+    def test_memory_of_the_past_does_not_count(self):
+        large = torch.ones(64 << 20)
+        del large
+        memory = _ProcessMemory()
+        kept = torch.ones(8 << 20)
+        assert kept.nbytes <= memory.peak() < 2 * kept.nbytes
 
     def test_what_does_not_fit_is_a_row(self):
         case = dict(
