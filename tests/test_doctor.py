@@ -2,17 +2,20 @@
 
 import inspect
 import json
-import os
 import shutil
 
 import pytest
 import torch
-from command_line import arfast
 
 import arfast.ops as ops
 from arfast.cli.main import main
 from arfast.data import Document, Tokenizer, prepare_dataset
 from arfast.doctor import examine
+from arfast.doctor.data import data_checks
+from arfast.doctor.finding import run_checks
+from arfast.doctor.kernels import op_checks
+from arfast.doctor.machine import machine_checks
+from arfast.doctor.model import model_checks
 from arfast.doctor.sequence_lengths import (
     _measure_apart,
     _ProcessMemory,
@@ -54,22 +57,23 @@ def model(data, tmp_path_factory):
     return path
 
 
-def failed(*arguments):
-    return {finding.name: finding.detail for finding in examine(*arguments) if not finding.passed}
+def failed(checks):
+    """Names and figures of the checks that fail, of a kind: all of them take a second."""
+    return {finding.name: finding.detail for finding in run_checks(checks) if not finding.passed}
 
 
 def test_all_is_well(model, data):
-    names = [finding.name for finding in examine("cpu")]
-    assert failed("cpu") == {}
-    assert failed("cpu", str(model), str(data)) == {}
-    assert len(list(examine("cpu", str(model), str(data)))) == len(names) + 4
+    for arguments, count in ((("cpu",), 0), (("cpu", str(model), str(data)), 4)):
+        findings = list(examine(*arguments))
+        assert [finding for finding in findings if not finding.passed] == []
+        assert len(findings) == 45 + count
 
 
 def test_every_op_is_examined():
     public = {
         name for name in ops.__all__ if inspect.isfunction(getattr(ops, name)) and not name.endswith("_reference")
     }
-    examined = {finding.name.partition(",")[0] for finding in examine("cpu")}
+    examined = {name.partition(",")[0] for name, _ in op_checks("cpu")}
     # What runs inside of another check.
     assert public - examined == {"beam_hypotheses", "router_losses"}
 
@@ -85,7 +89,7 @@ def test_wrong_op(name, monkeypatch):
         return (first, *out[1:]) if isinstance(out, tuple) else first
 
     monkeypatch.setattr(ops, name, wrong)
-    assert {f"{name}, float32"} <= failed("cpu").keys()
+    assert {f"{name}, float32"} <= failed(op_checks("cpu")).keys()
 
 
 @pytest.mark.parametrize("name", ["sample", "moe_route", "beam_prune", "speculative_verify"])
@@ -94,13 +98,13 @@ def test_op_that_raises(name, monkeypatch):
         raise RuntimeError("no such\ninstruction")
 
     monkeypatch.setattr(ops, name, broken)
-    assert failed("cpu")[name] == "RuntimeError: no such instruction"
+    assert failed(op_checks("cpu"))[name] == "RuntimeError: no such instruction"
 
 
 def test_leak_from_the_future(monkeypatch):
     right = ops.attention
     monkeypatch.setattr(ops, "attention", lambda *t, **options: right(*t, **options, causal=False))
-    found = failed("cpu")["no leak from the future"]
+    found = failed(model_checks("cpu"))["no leak from the future"]
     assert found.startswith("23 of 23 earlier positions changed")
 
 
@@ -113,15 +117,15 @@ def test_leak_between_documents(monkeypatch, model, data):
         return right(self, hidden, layout)
 
     monkeypatch.setattr(Attention, "forward", leaky)
-    assert failed("cpu")["no leak between packed documents"].startswith("37 of 37 positions changed")
-    found = failed("cpu", str(model), str(data))["no leak between packed documents"]
+    assert failed(model_checks("cpu"))["no leak between packed documents"].startswith("37 of 37 positions changed")
+    found = failed(model_checks("cpu", str(model), str(data)))["no leak between packed documents"]
     assert found.startswith("32 of 32 positions changed")
 
 
 def test_mean_of_means(monkeypatch):
     right = CausalLM.forward
     monkeypatch.setattr(CausalLM, "forward", lambda *t, num_items=None, **options: right(*t, **options))
-    assert "accumulation does not change gradients" in failed("cpu")
+    assert "accumulation does not change gradients" in failed(model_checks("cpu"))
 
 
 def test_lossy_checkpoint(monkeypatch):
@@ -135,7 +139,7 @@ def test_lossy_checkpoint(monkeypatch):
         return model
 
     monkeypatch.setattr(checks.CausalLM, "from_pretrained", lossy)
-    found = failed("cpu")
+    found = failed(model_checks("cpu"))
     assert found["model comes back from the disk as it was"].startswith("1 parameters differ")
     assert found["training goes on from a checkpoint"].endswith("parameters differ after the next step")
 
@@ -146,11 +150,11 @@ def test_damaged_data(data, model, tmp_path):
     content = bytearray(shard.read_bytes())
     content[-9] ^= 1
     shard.write_bytes(content)
-    found = failed("cpu", None, str(tmp_path / "data"))
+    found = failed(data_checks(None, str(tmp_path / "data")))
     assert "must have the content that its header names" in found["shards have the hashes of their manifest"]
     tokenizer = tmp_path / "data" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
-    assert "tokenizer is the one of the shards" in failed("cpu", None, str(tmp_path / "data"))
+    assert "tokenizer is the one of the shards" in failed(data_checks(None, str(tmp_path / "data")))
 
 
 def test_other_tokenizer_and_small_vocabulary(data, model, tmp_path):
@@ -158,7 +162,7 @@ def test_other_tokenizer_and_small_vocabulary(data, model, tmp_path):
     config = CausalLM.from_pretrained(model).config.replace(vocab_size=280, num_experts=0)
     CausalLM(config).save_pretrained(tmp_path / "model")
     Tokenizer.train(["another text"], 260).save(tmp_path / "model")
-    found = failed("cpu", str(tmp_path / "model"), str(data))
+    found = failed(data_checks(str(tmp_path / "model"), str(data)))
     assert {"data and model have the same tokenizer", "token ids are below the model's vocabulary"} <= found.keys()
 
 
@@ -166,7 +170,7 @@ def test_adapters_are_examined_merged(model, tmp_path):
     from arfast.adapter import load_base
 
     apply_lora(load_base(model), rank=2).save_pretrained(tmp_path)
-    assert failed("cpu", str(tmp_path)) == {}
+    assert failed(model_checks("cpu", str(tmp_path))) == {}
 
 
 def test_peak_that_a_run_assumed(model, tmp_path):
@@ -175,7 +179,7 @@ def test_peak_that_a_run_assumed(model, tmp_path):
     for peak, expected in ((1e6, True), (1e18, False)):
         state = {"config": {"dtype": "float32", "peak_flops": peak}}
         (tmp_path / "model" / "trainer_state.json").write_text(json.dumps(state))
-        assert ("matrix product, float32" in failed("cpu", str(tmp_path / "model"))) == expected
+        assert ("matrix product, float32" in failed(machine_checks("cpu", str(tmp_path / "model")))) == expected
 
 
 class TestCommandLine:
@@ -205,14 +209,23 @@ class TestCommandLine:
         assert main(["doctor", *arguments]) == 2
         assert message in capsys.readouterr().err
 
-    def test_table(self):
-        process = arfast(
-            "doctor", "--device", "cpu", "--sequence-lengths", 64, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        assert process.returncode == 0, process.stderr
-        lines = process.stdout.splitlines()
-        assert lines[0].startswith("|") and lines[2].split("|")[1].strip() == "64"
-        assert json.loads(lines[-1])["rows"][0]["seqlen"] == 64
+    def test_table(self, monkeypatch, capsys):
+        measured = {"seconds": 0.0125, "bytes": 3 << 20}
+        monkeypatch.setattr("arfast.doctor.sequence_lengths._measure_apart", lambda case: measured)
+        assert main(["doctor", "--device", "cpu", "--sequence-lengths", "64"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [cell.strip() for cell in lines[2].split("|")] == [
+            "",
+            "64",
+            "12.5",
+            "12.5",
+            "1.0",
+            "3.0",
+            "3.0",
+            "1.0",
+            "",
+        ]
+        assert json.loads(lines[-1])["rows"] == [{"seqlen": 64, "eager": measured, "fused": measured}]
 
 
 class TestSequenceLengths:

@@ -38,13 +38,13 @@ class LoraConfig:
     rank_stabilized: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
         known, alpha, dropout = (*LINEAR_TARGETS, HEAD), self.alpha, self.dropout
         _require(type(self.rank) is int and 1 <= self.rank <= 2**14, "rank", "be in [1, 16384]", self.rank)
         _require(_is_number(alpha) and 0 < alpha < math.inf, "alpha", "be a positive number", alpha)
         _require(_is_number(dropout) and 0 <= dropout < 1, "dropout", "be in [0, 1)", dropout)
         valid = len(self.targets) > 0 and all(target in known for target in self.targets)
         _require(valid, "targets", f"be some of {', '.join(known)}", ", ".join(map(str, self.targets)) or "none")
+        object.__setattr__(self, "targets", tuple(target for target in known if target in self.targets))
 
     @property
     def scale(self) -> float:
@@ -157,7 +157,7 @@ def apply_lora(
     Example:
         >>> model = apply_lora(CausalLM(CausalLMConfig.preset("tiny")), rank=4, targets=("q_proj", "v_proj"))
         >>> count_parameters(model)
-        (24576, 5500160)
+        (21504, 5497088)
     """
     options = dict(dropout=dropout, targets=tuple(targets), rank_stabilized=rank_stabilized)
     config = LoraConfig(rank=rank, alpha=alpha, **options)

@@ -25,7 +25,7 @@ def tokenizer():
     return Tokenizer.train(["to be or not to be"], vocab_size=101 + 158)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_round_trip(case, dtype, input_ids, tmp_path):
     """Every family: bit-equal in the same dtype, sharded, and transformers computes the same."""
     from transformers import AutoModelForCausalLM

@@ -15,10 +15,6 @@ peft = pytest.importorskip("peft")
 ATTENTION = ("q_proj", "v_proj")
 
 
-def tied(case):
-    return case.reference.config.tie_word_embeddings
-
-
 def randomize(parameters):
     generator = torch.Generator().manual_seed(3)
     for parameter in parameters:
@@ -50,11 +46,12 @@ def assert_same_logits(model, peft_model, input_ids):
     assert_accurate(actual, logits_in_double(peft_model, input_ids), baseline, name="logits", ulps=8)
 
 
-@pytest.fixture(params=["all", "attention", "head"])
-def targets(request, case):
-    if request.param == "head" and tied(case):
-        pytest.skip("a tied head is no layer")
-    return {"all": LINEAR_TARGETS, "attention": ATTENTION, "head": (*ATTENTION, "lm_head")}[request.param]
+TARGETS = {"all": LINEAR_TARGETS, "attention": ATTENTION, "head": (*ATTENTION, "lm_head")}
+
+
+@pytest.fixture
+def targets(request):
+    return TARGETS[getattr(request, "param", "all")]
 
 
 def test_peft_loads_ours(case, targets, input_ids, tmp_path):
@@ -97,6 +94,7 @@ def test_we_load_peft_s(case, targets, input_ids, tmp_path):
     assert {name for name in written if "lora_" in name} == again.keys()
 
 
+@pytest.mark.parametrize("case", ["llama", "mixtral"], indirect=True)
 @pytest.mark.parametrize("options", [{"use_rslora": True}, {"layers_to_transform": [1]}], ids=["rslora", "one-layer"])
 def test_we_load_peft_s_options(case, options, input_ids, tmp_path):
     theirs = peft_adapter(case, ATTENTION, tmp_path / "theirs", **options)
@@ -143,6 +141,15 @@ def test_gradients_equal_peft(case, targets, input_ids, tmp_path):
     assert gradients.keys() == exact.keys()
     for name, gradient in gradients.items():
         assert_accurate(gradient, exact[name], baseline[name], name=name, ulps=256)  # through all layers
+
+
+@pytest.mark.parametrize("case", ["llama", "mixtral", "qwen3-moe"], indirect=True)
+@pytest.mark.parametrize("targets", ["attention", "head"], indirect=True)
+@pytest.mark.parametrize(
+    "check", [test_peft_loads_ours, test_we_load_peft_s, test_merge_equals_peft, test_gradients_equal_peft]
+)
+def test_other_targets(check, case, targets, input_ids, tmp_path):
+    check(case, targets, input_ids, tmp_path)
 
 
 def test_starts_as_the_base(case, input_ids):

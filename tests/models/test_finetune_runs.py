@@ -100,8 +100,9 @@ def theirs_of(path):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora-rank", "2"]], ids=["full", "lora"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("lora", "dtype"), [([], "float32"), (["--lora-rank", "2"], "bfloat16")], ids=["full-float32", "lora-bfloat16"]
+)
 def test_command_line(directory, corpus, tokenizer, lora, dtype, tmp_path, capsys):
     """A run from every family; transformers (with peft) loads what it leaves, and computes the same."""
     run = tmp_path / "run"
@@ -114,6 +115,10 @@ def test_command_line(directory, corpus, tokenizer, lora, dtype, tmp_path, capsy
     from transformers import AutoTokenizer
 
     assert "content" in AutoTokenizer.from_pretrained(run).chat_template
+    weights = run / ("adapter_model.safetensors" if lora else "model.safetensors")
+    before = weights.read_bytes()
+    assert train(capsys, *arguments, "--learning-rate", "1e-2")[2]["step"] == 3  # finished: nothing is left to do
+    assert weights.read_bytes() == before
     ids = torch.randint(0, VOCAB, (2, 20))
     if lora:
         peft = pytest.importorskip("peft")

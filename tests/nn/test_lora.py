@@ -1,5 +1,9 @@
 """Adapters by themselves: the formula, what is frozen, dropout, dtypes, compilation, and every error."""
 
+import doctest
+import importlib
+import tempfile
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +11,7 @@ from accuracy import assert_accurate, assert_bitwise_equal
 from tiny_models import TINY, TINY_EXPERTS
 from torch import nn
 
-from arfast.models import CausalLM
+from arfast.models import CausalLM, CausalLMConfig
 from arfast.nn import LoraConfig, apply_lora, merge_lora
 from arfast.nn.lora import LINEAR_TARGETS, LoraLinear, adapter_parameters, count_parameters
 
@@ -208,3 +212,15 @@ def test_models_that_do_not_fit():
     refused(apply_lora(CausalLM(TINY)), "model must have no adapters yet, got one with")
     with pytest.raises(ValueError, match="merge_lora: model must have adapters, got one without"):
         merge_lora(CausalLM(TINY))
+
+
+def test_targets_have_one_order():
+    expected = LoraConfig(targets=("q_proj", "v_proj", "lm_head"))
+    assert LoraConfig(targets=["lm_head", "v_proj", "q_proj", "v_proj"]) == expected
+
+
+@pytest.mark.parametrize("name", ["nn.lora", "adapter", "export"])
+def test_examples(name):
+    names = dict(CausalLM=CausalLM, CausalLMConfig=CausalLMConfig, tempfile=tempfile, apply_lora=apply_lora)
+    results = doctest.testmod(importlib.import_module(f"arfast.{name}"), extraglobs=names)
+    assert results.attempted and not results.failed
