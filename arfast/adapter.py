@@ -8,6 +8,7 @@ is an error.
 
 import hashlib
 import json
+import mmap
 import os
 import re
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ def fingerprint_directory(path: str | os.PathLike) -> str:
     digest = hashlib.sha256()
     for name in names:
         with open(_resolve(directory, name), "rb") as file:
-            digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            content = sha256(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            digest.update(f"{name} {content}\n".encode())
     return f"files:{digest.hexdigest()}"
 
 
