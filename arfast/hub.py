@@ -69,6 +69,7 @@ def from_pretrained(
         parameters = dict(model.named_parameters())
         for name, stored_name, index in layout:
             parameters[name].data[index].copy_(stored[stored_name].get_tensor(stored_name))
+    model.family = raw["model_type"]
     return model
 
 
@@ -176,8 +177,9 @@ def _listed(what: str, names: list[str]) -> str:
 
 
 def save_pretrained(model: CausalLM, path: str | os.PathLike, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write config.json and model.safetensors (or shards and an index), as the Hugging Face family that has the model's
-    features: transformers, vLLM and lm-eval load it without remote code. A tied head is written once.
+    """Write config.json and model.safetensors (or shards and an index), as the Hugging Face family that the model was
+    read as, or else one that has its features: transformers, vLLM and lm-eval load it without remote code. A tied head
+    is written once.
 
     All files are written and synced under temporary names and then renamed: a full disk leaves what was there before.
 
@@ -204,12 +206,14 @@ def save_pretrained(model: CausalLM, path: str | os.PathLike, max_shard_bytes: i
         raise ValueError(f"save_pretrained: path must be a directory, got the file {str(path)!r}")
     directory.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
-    layout = stored_tensors(choose_family(model.config), parameters.items())
+    family = model.family or choose_family(model.config)
+    layout = stored_tensors(family, parameters.items())
     tensors = [(stored, parameters[name].data[index]) for name, stored, index in layout]
     shards = list(_shards(tensors, max_shard_bytes))
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = [SINGLE] if len(shards) == 1 else names
-    texts = {"config.json": config_to_json(model.config, str(model.head_weight.dtype).removeprefix("torch."))}
+    dtype = str(model.head_weight.dtype).removeprefix("torch.")
+    texts = {"config.json": config_to_json(model.config, dtype, family)}
     if len(shards) > 1:
         total = sum(tensor.nbytes for _, tensor in tensors)
         weight_map = {stored: name for name, shard in zip(names, shards, strict=True) for stored in shard}

@@ -10,14 +10,14 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_checkpoint(path: str, dtype: str):
-    """(model, tokenizer) of a model directory, on the GPU where there is one."""
+    """(model, tokenizer) of a directory with a model or with adapters, on the GPU where there is one."""
     import torch
 
+    from arfast.adapter import load_model
     from arfast.data import Tokenizer
-    from arfast.models import CausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = CausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device=device)
+    model = load_model(path, dtype=getattr(torch, dtype), device=device)
     return model, Tokenizer.load(path)
 
 

@@ -17,6 +17,7 @@ VERBS = {
     "eval": "measure loss, perplexity and bits per byte on text, or run tasks of lm-evaluation-harness",
     "tokenize": "turn text into a data set of token shards",
     "prepare": "clean, filter and deduplicate raw documents, and turn them into data sets",
+    "export": "write a checkpoint as a Hugging Face directory",
     "info": "versions, what the library was built for, devices, threads",
     "doctor": "check the installation: ops, leaks, accumulation, checkpoints",
 }

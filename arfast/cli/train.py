@@ -6,11 +6,17 @@ in a few minutes on two cores, and prints samples.
 Examples:
   arfast train
   arfast train --data corpus.jsonl --preset tiny --output-dir runs/mine --max-tokens 20000000 --save-every 500
+  arfast train --init-from runs/default --data notes.txt --output-dir runs/notes --max-steps 100 --lora-rank 8
 """
 
 import argparse
 import dataclasses
 import sys
+
+# For a model that is trained already.
+FINE_TUNING = dict(learning_rate=2e-5, sample_prompts=())
+LORA = FINE_TUNING | dict(learning_rate=2e-4)
+
 
 # What the default run is made of: chosen so that it ends in under five minutes on two cores.
 DEFAULTS = dict(
@@ -36,7 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file or directory of text or records, data set made by `arfast tokenize`, JSON file of a mixture of such "
         "data sets, or builtin:python",
     )
-    parser.add_argument("--preset", default="tiny", choices=CausalLMConfig.presets(), metavar="NAME", help="model size")
+    parser.add_argument("--preset", choices=CausalLMConfig.presets(), metavar="NAME", help="model size (default: tiny)")
+    parser.add_argument("--init-from", metavar="DIR", help="start from this model directory, with its tokenizer")
+    parser.add_argument("--lora-rank", type=int, help="freeze the model and train adapters of this rank beside it")
+    parser.add_argument("--lora-alpha", type=float, help="their output is multiplied by alpha / rank (default: 16)")
+    parser.add_argument("--lora-dropout", type=float, help="of their input (default: 0)")
+    parser.add_argument(
+        "--lora-targets", nargs="+", metavar="NAME", help="layers, as q_proj (default: all but lm_head)"
+    )
     parser.add_argument("--vocab-size", type=int, help="of the tokenizer that is learned (default: the preset's)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     dtype = "of the arithmetic; auto: bfloat16 where the CPU has instructions for it, or on a GPU (default: auto)"
@@ -66,6 +79,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
     from arfast.data import DatasetManifest, MixtureDataset, dataset_directories, prepare_dataset
     from arfast.models import CausalLM, CausalLMConfig
+    from arfast.nn.lora import count_parameters
     from arfast.train import TrainConfig, Trainer
 
     if arguments.threads is not None:
@@ -73,26 +87,31 @@ def run(arguments: argparse.Namespace) -> dict:
             raise ValueError(f"train: threads must be at least 1, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
     config = TrainConfig(**_settings(arguments, TrainConfig))
-    preset = CausalLMConfig.preset(arguments.preset)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pretrained, tokenizer = _pretrained(arguments, config, device)
+    preset = CausalLMConfig.preset(arguments.preset or "tiny")
     vocab_size = preset.vocab_size if arguments.vocab_size is None else arguments.vocab_size
     directory = _dataset_directory(arguments.data, config.output_dir)
     if directory != arguments.data:
         print(f"arfast train: preparing {arguments.data} in {directory}", file=sys.stderr)
-        prepare_dataset(arguments.data, directory, vocab_size=vocab_size, progress=config.progress)
-    tokenizer = DatasetManifest.load(dataset_directories(directory)[0]).tokenizer
-    model_config = preset.replace(
-        vocab_size=tokenizer["vocab_size"],
-        max_position_embeddings=max(preset.max_position_embeddings, config.seqlen),
-        **{name: tokenizer[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-    )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = CausalLM(model_config, seed=config.seed, device=device)
-    print(f"arfast train: {model.num_parameters():,} parameters, {config.dtype}, on {device}", file=sys.stderr)
-    trainer = Trainer(model, config, directory)
+        prepare_dataset(arguments.data, directory, tokenizer, vocab_size=vocab_size, progress=config.progress)
+    if pretrained is None:
+        special = DatasetManifest.load(dataset_directories(directory)[0]).tokenizer
+        model_config = preset.replace(
+            vocab_size=special["vocab_size"],
+            max_position_embeddings=max(preset.max_position_embeddings, config.seqlen),
+            **{name: special[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        )
+    model = pretrained or CausalLM(model_config, seed=config.seed, device=device)
+    trainable, total = count_parameters(model)
+    share = "" if trainable == total else f", {trainable:,} of them ({trainable / total:.2%}) trained"
+    print(f"arfast train: {total:,} parameters{share}, {config.dtype}, on {device}", file=sys.stderr)
+    trainer = Trainer(model, config, directory, tokenizer)
     result = trainer.fit()
     for sample in result.samples:
         print(f"--- {sample['prompt']!r}\n{sample['prompt']}{sample['text']}\n")
     summary = dict(output_dir=result.output_dir, step=result.step, tokens=result.tokens, loss=result.loss)
+    summary |= dict(parameters=total, trainable_parameters=trainable)
     if result.evaluation is not None:
         evaluation = result.evaluation
         print(
@@ -123,12 +142,38 @@ def _report_sources(trainer):
     return report
 
 
+def _pretrained(arguments, config, device):
+    """(model, tokenizer) of --init-from; None for each without it."""
+    import torch
+
+    from arfast.finetune import load_pretrained
+    from arfast.nn.lora import LoraConfig
+
+    given = {name: getattr(arguments, f"lora_{name}") for name in ("rank", "alpha", "dropout", "targets")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and "rank" not in given:
+        raise ValueError(f"train: lora_rank must be given with lora_{next(iter(given))}, got none")
+    if arguments.init_from is None:
+        if given:
+            raise ValueError("train: init_from must be given with lora_rank, got none")
+        return None, None
+    for name in ("preset", "vocab_size"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"train: {name} must be left out with init_from, got {getattr(arguments, name)!r}")
+    lora = LoraConfig(**given) if given else None
+    options = dict(dtype=getattr(torch, config.dtype), device=device, seed=config.seed)
+    return load_pretrained(arguments.init_from, lora=lora, **options)
+
+
 def _settings(arguments, config_class):
     """What the user said, over the defaults of the command, as fields of TrainConfig."""
     given = vars(arguments)
     settings = {f.name: given[f.name] for f in dataclasses.fields(config_class) if f.name in given}
     limits = ("max_tokens", "max_steps")
-    defaults = {k: v for k, v in DEFAULTS.items() if k not in limits or not any(name in settings for name in limits)}
+    usual = DEFAULTS
+    if arguments.init_from is not None:
+        usual = usual | (FINE_TUNING if arguments.lora_rank is None else LORA)
+    defaults = {k: v for k, v in usual.items() if k not in limits or not any(name in settings for name in limits)}
     settings = defaults | settings
     settings["dtype"] = _best_dtype() if arguments.dtype == "auto" else arguments.dtype
     return settings

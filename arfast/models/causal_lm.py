@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from arfast import ops
 from arfast.nn import KVCache, normal_
+from arfast.nn.lora import LoraConfig, LoraLinear
 
 from .config import CausalLMConfig
 from .decoder import Decoder
@@ -64,6 +65,8 @@ class CausalLM(nn.Module):
         if not isinstance(config, CausalLMConfig):
             raise TypeError(f"CausalLM: config must be a CausalLMConfig, got {type(config).__name__}")
         self.config = config
+        self.family: str | None = None  # of Hugging Face, that the model was read as
+        self.lora: LoraConfig | None = None  # of the adapters, see `arfast.nn.lora.apply_lora`
         with torch.device("meta"):
             self.model = Decoder(config)
             head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -133,12 +136,13 @@ class CausalLM(nn.Module):
         if labels is None:
             return CausalLMOutput(logits=self._logits(hidden, input_ids.shape, logits_to_keep))
         targets = shift_labels(labels, cu_seqlens)
+        hidden, head_weight = self._head_product(hidden)
         # A number becomes part of a compiled or captured graph, which then serves it alone: dividing by it does not.
         divides = isinstance(num_items, Tensor) or (num_items is not None and torch.compiler.is_compiling())
         divides = divides and reduction == "mean"
         loss = ops.linear_cross_entropy(
             hidden,
-            self.head_weight,
+            head_weight,
             targets.view(-1),
             ignore_index=IGNORE_INDEX,
             label_smoothing=label_smoothing,
@@ -158,7 +162,13 @@ class CausalLM(nn.Module):
             hidden = hidden[keep][None]
         else:
             hidden = hidden.view(*shape, -1)[:, -keep:]
-        return F.linear(hidden, self.head_weight)
+        return F.linear(*self._head_product(hidden))
+
+    def _head_product(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Two factors of the logits: hidden states and head, each with the columns of an adapter where there is one."""
+        if isinstance(self.lm_head, LoraLinear):
+            return self.lm_head.as_one_product(hidden)
+        return hidden, self.head_weight
 
     def _check(
         self,
@@ -218,10 +228,12 @@ class CausalLM(nn.Module):
         return score(self, input_ids, prompt_lengths, **options)
 
     def save_pretrained(self, path, **options) -> None:
-        """Write config.json and safetensors: see `arfast.hub.save_pretrained`."""
+        """Write config.json and safetensors: see `arfast.hub.save_pretrained`; of a model with adapters, these alone:
+        see `arfast.adapter.save_adapter`."""
+        from arfast.adapter import save_adapter
         from arfast.hub import save_pretrained
 
-        save_pretrained(self, path, **options)
+        (save_pretrained if self.lora is None else save_adapter)(self, path, **options)
 
     @classmethod
     def from_pretrained(

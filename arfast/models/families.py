@@ -181,12 +181,12 @@ def choose_family(config: CausalLMConfig) -> str:
     return "mistral" if uniform and no_bias else "arfast"
 
 
-def config_to_json(config: CausalLMConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of the family that `choose_family` names, whose weights have this dtype.
+def config_to_json(config: CausalLMConfig, dtype: str, family: str | None = None) -> dict[str, Any]:
+    """The config.json of a family, None for the one that `choose_family` names, whose weights have this dtype.
 
     rope_theta and rope_scaling are written under their older names, which every version of transformers and vLLM reads.
     """
-    family = choose_family(config)
+    family = family or choose_family(config)
     header = {"architectures": [ARCHITECTURES[family]], "model_type": family, "torch_dtype": dtype}
     if family == "arfast":
         return header | asdict(config)

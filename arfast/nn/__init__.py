@@ -4,6 +4,7 @@ from .attention import Attention
 from .initialization import normal_
 from .kv_cache import BranchedKVCache, KVCache, StaticKVCache
 from .layout import TokenLayout
+from .lora import LoraConfig, apply_lora, merge_lora
 from .mlp import SwiGLU
 from .moe import MoE
 from .norm import RMSNorm
@@ -13,12 +14,15 @@ __all__ = [
     "Attention",
     "BranchedKVCache",
     "KVCache",
+    "LoraConfig",
     "MoE",
     "RMSNorm",
     "RotaryEmbedding",
     "StaticKVCache",
     "SwiGLU",
     "TokenLayout",
+    "apply_lora",
     "inverse_frequencies",
+    "merge_lora",
     "normal_",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from arfast.adapter import base_of
 from arfast.data import DatasetManifest, PackedDataset, Tokenizer, dataset_directories, open_mixture
 
 from .config import TrainConfig
@@ -56,8 +57,9 @@ def check_inputs(model: nn.Module, config: TrainConfig, datasets: Mapping[str, A
     """Refuse a model, data sets and a tokenizer that do not belong together, naming the one that is wrong."""
     if not dataclasses.is_dataclass(getattr(model, "config", None)):
         raise TypeError(f"Trainer: model must have a dataclass as its config, got {type(model).__name__} without")
+    frozen_dtypes = (torch.float32, getattr(torch, config.dtype))
     for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
+        if parameter.dtype != torch.float32 and (parameter.requires_grad or parameter.dtype not in frozen_dtypes):
             raise ValueError(f"Trainer: model must have float32 parameters, got {parameter.dtype} for {name}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("Trainer: model must have a parameter that requires a gradient, got none")
@@ -94,6 +96,9 @@ def describe(model: nn.Module, config: TrainConfig, train: Any) -> dict[str, Any
     identity |= {f"model.{field}": value for field, value in dataclasses.asdict(model.config).items()}
     identity["tokenizer.fingerprint"] = train.tokenizer_fingerprint
     identity["dataset.fingerprint"] = train.fingerprint
+    if getattr(model, "lora", None) is not None:
+        identity |= {f"lora.{field}": value for field, value in dataclasses.asdict(model.lora).items()}
+        identity["lora.base"] = base_of(model).fingerprint
     return json.loads(json.dumps(identity))
 
 

@@ -42,10 +42,14 @@ class WorkingCopy:
     """
 
     def __init__(self, masters: nn.Module, dtype: torch.dtype) -> None:
-        self.module = copy.deepcopy(masters)
+        # Frozen parameters that have the dtype already are not copied but shared.
+        shared = [p for p in masters.parameters() if not p.requires_grad and p.dtype == dtype]
+        self.module = copy.deepcopy(masters, {id(parameter): parameter for parameter in shared})
         pairs = zip(masters.parameters(), self.module.parameters(), strict=True)
-        self._pairs = [(master, working) for master, working in pairs]
-        for master, working in self._pairs:
+        self._pairs = [(master, working) for master, working in pairs if master.requires_grad]
+        for master, working in zip(masters.parameters(), self.module.parameters(), strict=True):
+            if master is working:
+                continue
             # Parameters only: a buffer such as the rotary frequencies keeps its precision.
             working.data = master.detach().to(dtype)
             if working.requires_grad:

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from arfast.adapter import load_adapter
+
 from .engine import Engine, TrainState
 from .manifest import CheckpointError
 
@@ -55,15 +57,22 @@ def load_engine(engine: Engine, directory: Path) -> None:
         CheckpointError: it was written for other parameters.
     """
     state, _ = read_state(directory)
-    weights = type(engine.model).from_pretrained(directory, dtype=torch.float32, device=engine.device).state_dict()
-    try:
-        engine.model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"checkpoint: {directory} must hold the model's parameters, got {error}") from None
+    _load_weights(engine, directory)
     _load_optimizer(engine.optimizer, engine.model, directory / OPTIMIZER_FILE)
     _load_random_states(engine.device, directory / RNG_FILE)
     engine.weights_changed()
     engine.state = state
+
+
+def _load_weights(engine: Engine, directory: Path) -> None:
+    try:
+        if getattr(engine.model, "lora", None) is not None:
+            load_adapter(engine.model, directory)
+            return
+        weights = type(engine.model).from_pretrained(directory, dtype=torch.float32, device=engine.device).state_dict()
+        engine.model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"checkpoint: {directory} must hold the model's parameters, got {error}") from None
 
 
 def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:

@@ -262,7 +262,8 @@ class Trainer:
             if self.tokenizer is not None:
                 self.tokenizer.save(directory)
 
-        weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
+        saved = self.model.parameters() if getattr(self.model, "lora", None) is None else self.engine.parameters
+        weight_bytes = sum(parameter.nbytes for parameter in saved)
         # Weights and the two moments of AdamW.
         path = ckpt.save_checkpoint(self._root, self.state.step, write, num_bytes=3 * weight_bytes + _SMALL_FILES_BYTES)
         self._saved_step = self.state.step

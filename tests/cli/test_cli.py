@@ -119,7 +119,7 @@ def test_info_and_doctor():
     assert last_line(process)["failed"] == [] and "FAIL" not in process.stdout
 
 
-@pytest.mark.parametrize("verb", ["train", "generate", "score", "eval", "tokenize", "info", "doctor"])
+@pytest.mark.parametrize("verb", ["train", "generate", "score", "eval", "tokenize", "export", "info", "doctor"])
 def test_help_has_an_example(verb):
     process = arfast(verb, "--help")
     assert process.returncode == 0 and f"  arfast {verb}" in process.stdout
