@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -88,11 +89,14 @@ def save_checkpoint(
     temporary = _temporary(target)
     try:
         os.mkdir(temporary)
+        mode = stat.S_IMODE(os.stat(temporary).st_mode)
+        os.chmod(temporary, 0o700)  # until it is complete
         write(temporary)
         write_manifest(temporary, step)
         sync(temporary)
+        verify(temporary)
+        os.chmod(temporary, mode)
         _replace_directory(temporary, target)
-        verify(target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint: {target} must be writable and needs {max(num_bytes, _size(temporary))} bytes, got {error} "
@@ -154,7 +158,10 @@ def prune(root: str | os.PathLike[str], keep_last: int) -> None:
     for path in list_checkpoints(root)[:-keep_last] if keep_last else []:
         # Renamed first: a kill in the middle must leave a temporary, never a checkpoint with files missing.
         doomed = _temporary(path)
-        os.rename(path, doomed)
+        try:
+            os.rename(path, doomed)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint: {root} must be writable to remove {path.name}, got {error}") from error
         shutil.rmtree(doomed, ignore_errors=True)
 
 

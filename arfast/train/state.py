@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,54 @@ _ENVIRONMENT_VARIABLES = (
 )
 
 
-def save_engine(engine: Engine, directory: Path, identity: dict[str, Any]) -> None:
-    """Write weights (as a Hugging Face model), optimizer, random states and counters.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint of an engine consists of: the very tensors of the run, or a copy that it cannot change.
+
+    model: has ``save_pretrained``; optimizer: tensors by the names ``<kind>.<parameter>``, for example
+    ``exp_avg.model.norm.weight``; random_states: uint8 tensors of the CPU's and the device's generator; content: of
+    the state file.
+    """
+
+    model: nn.Module
+    optimizer: dict[str, Tensor]
+    random_states: dict[str, Tensor]
+    content: dict[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.optimizer.values()))
+
+    def write(self, directory: Path) -> None:
+        """Write weights (as a Hugging Face model), optimizer, random states and counters."""
+        self.model.save_pretrained(directory)
+        save_file({name: tensor.contiguous() for name, tensor in self.optimizer.items()}, directory / OPTIMIZER_FILE)
+        save_file(self.random_states, directory / RNG_FILE)
+        (directory / STATE_FILE).write_text(json.dumps(self.content, indent=1, sort_keys=True) + "\n")
+
+    def copied(self, buffers: Snapshot | None) -> Snapshot:
+        """A copy in the host's memory, in that of an earlier copy where there is one: fresh pages cost more."""
+        reusable = buffers is not None and buffers.optimizer.keys() == self.optimizer.keys()
+        model = buffers.model if reusable else _copied_model(self.model)
+        optimizer = buffers.optimizer if reusable else {name: _host_buffer(t) for name, t in self.optimizer.items()}
+        targets, sources = [*_tensors(model), *optimizer.values()], [*_tensors(self.model), *self.optimizer.values()]
+        with torch.no_grad():
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
+        if any(source.is_cuda for source in sources):
+            torch.cuda.synchronize()
+        return Snapshot(model, optimizer, self.random_states, self.content)
+
+
+def snapshot(engine: Engine, identity: dict[str, Any]) -> Snapshot:
+    """The present state of an engine, its tensors not copied.
 
     Args:
         identity: what must be equal for a run to continue from here, ready for JSON.
     """
-    engine.model.save_pretrained(directory)
-    _save_optimizer(engine.optimizer, engine.model, directory / OPTIMIZER_FILE)
-    _save_random_states(engine.device, directory / RNG_FILE)
+    names = [(name, engine.optimizer.state.get(parameter, {})) for name, parameter in engine.model.named_parameters()]
+    optimizer = {f"{kind}.{name}": value.detach() for name, state in names for kind, value in state.items()}
     content = {
         "version": _VERSION,
         "state": dataclasses.asdict(engine.state),
@@ -45,11 +86,11 @@ def save_engine(engine: Engine, directory: Path, identity: dict[str, Any]) -> No
         "config": engine.config.to_dict(),
         "environment": environment(engine.device),
     }
-    (directory / STATE_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    return Snapshot(engine.model, optimizer, _random_states(engine.device), content)
 
 
 def load_engine(engine: Engine, directory: Path) -> None:
-    """Take over what `save_engine` wrote.
+    """Take over what `Snapshot.write` wrote.
 
     Raises:
         CheckpointError: it was written for other parameters.
@@ -94,14 +135,23 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> None:
-    """Tensors by the names ``<kind>.<parameter>``, for example ``exp_avg.model.norm.weight``."""
-    tensors = {
-        f"{kind}.{name}": value.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        for kind, value in optimizer.state.get(parameter, {}).items()
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _host_buffer(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, memory_format=torch.contiguous_format)
+
+
+def _copied_model(model: nn.Module) -> nn.Module:
+    """The same modules around buffers in the host's memory."""
+    memo = {
+        id(tensor): nn.Parameter(_host_buffer(tensor), tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else _host_buffer(tensor)
+        for tensor in _tensors(model)
     }
-    save_file(tensors, path)
+    return copy.deepcopy(model, memo)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> None:
@@ -120,12 +170,11 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Pa
     optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _save_random_states(device: torch.device, path: Path) -> None:
-    """States of the CPU's and the device's generator, uint8 tensors."""
+def _random_states(device: torch.device) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
-    save_file(states, path)
+    return states
 
 
 def _load_random_states(device: torch.device, path: Path) -> None:
