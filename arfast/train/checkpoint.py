@@ -55,6 +55,7 @@ def lock_directory(root: str | os.PathLike[str]) -> Iterator[None]:
         raise CheckpointError(f"checkpoint: directory must be writable, got {root} ({error.strerror})") from error
     try:
         _lock(descriptor, root)
+        _warn_of_others(descriptor, root)
         _remove_temporaries(root)
         yield
     finally:
@@ -203,6 +204,16 @@ def _lock(descriptor: int, root: str | os.PathLike[str]) -> None:
         raise CheckpointError(
             f"checkpoint: directory must be used by one trainer at a time, got {root} that another one holds"
         ) from None
+
+
+def _warn_of_others(descriptor: int, root: str | os.PathLike[str]) -> None:
+    status = os.fstat(descriptor)
+    if status.st_uid != os.geteuid():
+        _report_to_stderr(f"checkpoint: {root} belongs to another user ({status.st_uid}), who can change what is in it")
+    if status.st_mode & stat.S_IWOTH:
+        _report_to_stderr(
+            f"checkpoint: {root} can be written by everybody: a checkpoint in it is as trustworthy as they are"
+        )
 
 
 def _temporary(path: Path) -> Path:

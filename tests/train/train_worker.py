@@ -4,6 +4,7 @@ One JSON job per line on stdin, one JSON answer per line on stdout. The parent o
 child has no threads or caches of anybody else; it is as a new interpreter, without the seconds for the imports.
 """
 
+import functools
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ import traceback
 
 import torch
 import torch._dynamo  # what the first optimizer imports, in seconds
+import tracing
 from train_doubles import TinyConfig, TinyLM, make_trainer
 
 from arfast.models import CausalLM, CausalLMConfig
@@ -56,6 +58,18 @@ def kill_in(trainer, method, call):
     setattr(trainer, method, counted)
 
 
+def kill_at_change(number):
+    """SIGKILL before the system call of this number among those that change files."""
+    count = 0
+
+    def decide(_, call):
+        nonlocal count
+        count += call.changes_files
+        return tracing.Do(kill_before=True) if call.changes_files and count == number else None
+
+    return decide
+
+
 def child(job):
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -83,6 +97,10 @@ def main():
     for line in sys.stdin:
         job = json.loads(line)
         started = time.monotonic()
+        if "kill_at_change" in job:
+            status = tracing.traced(functools.partial(child, job), kill_at_change(job["kill_at_change"]))
+            print(json.dumps({"status": status, "seconds": time.monotonic() - started}), flush=True)
+            continue
         pid = os.fork()
         if pid == 0:
             child(job)
