@@ -247,12 +247,10 @@ def test_crash_between_copy_and_commit(memory_path, traced, amount, record):
     rename = max(n for n, call in enumerate(seen) if call.name == "rename")
     for point in range(count):
         number = point * rename // count
-        state = {"renamed": False}
 
-        def decide(n, call, number=number, state=state):
-            # Numbers shift a little between runs, since two threads take turns.
-            kill = n >= number or (call.name == "rename" and n > 20)
-            return Do(kill_before=True) if kill else None
+        def decide(n, call, number=number):
+            # Numbers shift a little between runs, since two threads take turns: at the latest before the commit.
+            return Do(kill_before=True) if n >= number or call.name == "rename" else None
 
         assert traced(run.save, decide) == -9
         assert not run.check()
