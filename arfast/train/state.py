@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .engine import Engine, TrainState
-from .manifest import CheckpointError
+from .manifest import CheckpointError, read_small
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 RNG_FILE = "rng.safetensors"
 STATE_FILE = "trainer_state.json"
 _VERSION = 1
+_MAX_BYTES = 1 << 24
 # What changes the last bits of a run on one machine; recorded so that a resume elsewhere does not surprise.
 _ENVIRONMENT_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -96,13 +98,20 @@ def load_engine(engine: Engine, directory: Path) -> None:
         CheckpointError: it was written for other parameters.
     """
     state, _ = read_state(directory)
-    weights = type(engine.model).from_pretrained(directory, dtype=torch.float32, device=engine.device).state_dict()
     try:
-        engine.model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"checkpoint: {directory} must hold the model's parameters, got {error}") from None
-    _load_optimizer(engine.optimizer, engine.model, directory / OPTIMIZER_FILE)
-    _load_random_states(engine.device, directory / RNG_FILE)
+        model = type(engine.model).from_pretrained(directory, dtype=torch.float32, device=engine.device)
+        moments = _read_optimizer(engine.optimizer, engine.model, directory / OPTIMIZER_FILE)
+        random_states = _read_random_states(engine.device, directory / RNG_FILE)
+        # Nothing has changed until here: all of it is taken over, or nothing.
+        engine.model.load_state_dict(model.state_dict())
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"checkpoint: {directory} must hold the model's parameters, got {text:.300}") from None
+    engine.optimizer.load_state_dict(moments)
+    for name, tensor in random_states.items():
+        torch.set_rng_state(tensor) if name == "cpu" else torch.cuda.set_rng_state(tensor, engine.device)
     engine.weights_changed()
     engine.state = state
 
@@ -115,13 +124,18 @@ def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
     """
     path = directory / STATE_FILE
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_small(path, _MAX_BYTES))
         if content["version"] != _VERSION:
             raise CheckpointError(f"checkpoint: {path} must have version {_VERSION}, got {content['version']}")
         parts = {name: dict(content[name]) for name in ("identity", "config", "environment")}
-        return TrainState(**content["state"]), parts
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint: {path} must be a trainer state, got {error!r}") from None
+        state = TrainState(**content["state"])
+        for field in dataclasses.fields(state):
+            value = getattr(state, field.name)
+            if field.type == "int" and not (type(value) is int and 0 <= value < 2**63):
+                raise ValueError(f"{field.name} that is no integer in [0, 2**63): {value!r:.50}")
+        return state, parts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint: {path} must be a trainer state, got {error!r:.200}") from None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -154,20 +168,23 @@ def _copied_model(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> None:
+def _read_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> dict[str, Any]:
+    """What the optimizer's ``load_state_dict`` takes."""
     parameters = dict(model.named_parameters())
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
     for key, value in load_file(path).items():
         kind, _, name = key.partition(".")
         parameter = parameters.get(name)
-        if parameter is None or (value.ndim > 0 and value.shape != parameter.shape):
-            wanted = "parameters of the model" if parameter is None else f"shape {tuple(parameter.shape)}"
-            raise CheckpointError(f"checkpoint: {path} must have {wanted}, got {key} {tuple(value.shape)}")
+        if parameter is None or not value.is_floating_point() or value.shape not in (torch.Size([]), parameter.shape):
+            wanted = "parameters of the model" if parameter is None else f"floats of shape {tuple(parameter.shape)}"
+            raise CheckpointError(
+                f"checkpoint: {path} must have {wanted}, got {key!r:.100} {value.dtype} {tuple(value.shape)}"
+            )
         # A copy in memory of its own: the mapped file is aligned to 8 bytes only, and its pages come one by one.
         state.setdefault(parameter, {})[kind] = value.clone()
     parameters_in_order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbered = {i: state[parameter] for i, parameter in enumerate(parameters_in_order) if parameter in state}
-    optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
+    return {"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:
@@ -177,8 +194,16 @@ def _random_states(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def _load_random_states(device: torch.device, path: Path) -> None:
-    states = load_file(path)
-    torch.set_rng_state(states["cpu"].clone())
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"].clone(), device)
+def _read_random_states(device: torch.device, path: Path) -> dict[str, Tensor]:
+    """The stored states of the generators that there are here."""
+    stored, present = load_file(path), _random_states(device)
+    for name, own in present.items():
+        found = stored.get(name)
+        if (name == "cpu" or found is not None) and (
+            found is None or found.dtype != own.dtype or found.shape != own.shape
+        ):
+            got = None if found is None else f"{found.dtype} {tuple(found.shape)}"
+            raise CheckpointError(
+                f"checkpoint: {path} must have a random state {name} of {own.nbytes} bytes, got {got}"
+            )
+    return {name: stored[name].clone() for name in present if name in stored}
