@@ -21,14 +21,16 @@ _REGISTERS = (
     "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss "
     "fs_base gs_base ds es fs gs"
 )
-# System calls of x86-64 that change a file system or wait for it.
+# System calls of x86-64 that change a file system or wait for it, and those that start what a file must not start.
 _NAMES = {
     1: "write", 2: "open", 3: "close", 18: "pwrite64", 20: "writev", 26: "msync", 40: "sendfile", 74: "fsync",
     75: "fdatasync", 76: "truncate", 77: "ftruncate", 82: "rename", 83: "mkdir", 84: "rmdir", 85: "creat", 86: "link",
     87: "unlink", 88: "symlink", 90: "chmod", 91: "fchmod", 257: "openat", 258: "mkdirat", 263: "unlinkat",
     264: "renameat", 265: "linkat", 266: "symlinkat", 268: "fchmodat", 285: "fallocate", 296: "pwritev",
-    316: "renameat2", 326: "copy_file_range", 328: "pwritev2",
+    316: "renameat2", 326: "copy_file_range", 328: "pwritev2", 41: "socket", 42: "connect", 49: "bind", 56: "clone",
+    57: "fork", 58: "vfork", 59: "execve", 322: "execveat", 435: "clone3",
 }  # fmt: skip
+STARTS = ("socket", "connect", "fork", "vfork", "execve", "execveat", "clone", "clone3", "bind")
 WRITES = ("write", "pwrite64", "writev", "pwritev", "pwritev2", "sendfile", "copy_file_range")
 
 
@@ -37,10 +39,17 @@ class _Registers(ctypes.Structure):
 
 
 class Call(NamedTuple):
-    """A system call about to be made; name: "other" for those that change no file."""
+    """A system call about to be made by a thread; name: "other" for those that nobody asks for here."""
 
     name: str
     arguments: tuple[int, int, int]
+    thread: int
+
+    def path(self) -> str:
+        """Of an open or an execve, as it was given."""
+        with open(f"/proc/{self.thread}/mem", "rb", buffering=0) as memory:
+            memory.seek(self.arguments[1 if self.name == "openat" else 0])
+            return os.fsdecode(memory.read(4096).partition(b"\0")[0])
 
     @property
     def changes_files(self) -> bool:
@@ -49,7 +58,7 @@ class Call(NamedTuple):
             return bool(flags & (os.O_CREAT | os.O_TRUNC))
         if self.name == "write":
             return self.arguments[0] > 2
-        return self.name not in ("other", "close")
+        return self.name not in ("other", "close", *STARTS)
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,7 @@ def follow(child: int, decide: Callable[[int, Call], Do | None]) -> int:
         if stop == signal.SIGTRAP | 0x80:
             if thread not in under_way:
                 registers = _registers(thread)
-                under_way[thread] = do = decide(number, _call(registers))
+                under_way[thread] = do = decide(number, _call(registers, thread))
                 number += 1
                 _enter(child, thread, registers, do)
             else:
@@ -148,8 +157,8 @@ def _registers(thread: int) -> _Registers:
     return registers
 
 
-def _call(registers: _Registers) -> Call:
-    return Call(_NAMES.get(registers.orig_rax, "other"), (registers.rdi, registers.rsi, registers.rdx))
+def _call(registers: _Registers, thread: int) -> Call:
+    return Call(_NAMES.get(registers.orig_rax, "other"), (registers.rdi, registers.rsi, registers.rdx), thread)
 
 
 def _enter(child: int, thread: int, registers: _Registers, do: Do | None) -> None:
