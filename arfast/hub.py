@@ -95,7 +95,7 @@ def _read_json(directory: Path, name: str, max_bytes: int) -> dict[str, Any]:
     if size > max_bytes:
         raise ValueError(f"from_pretrained: {name} must have at most {max_bytes} bytes, got {size}")
     try:
-        value = json.loads(file.read_bytes(), object_pairs_hook=_unique_keys)
+        value = json.loads(file.read_bytes().decode(), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"from_pretrained: {name} must be valid JSON, got {error!s:.100}") from None
     if not isinstance(value, dict):

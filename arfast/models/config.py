@@ -139,6 +139,7 @@ class CausalLMConfig:
             value, rule = getattr(self, name), f"be a number in {'[' if included else '('}{low}, {high})"
             valid = _is_number(value) and (value >= low if included else value > low) and value < high
             _require(valid, name, rule, value)
+            self._set(name, float(value))  # torch takes no integers beyond int64
         for name in _BOOLEANS:
             _require(isinstance(getattr(self, name), bool), name, "be true or false", getattr(self, name))
         self._check_attention()

@@ -124,9 +124,9 @@ def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
     """
     path = directory / STATE_FILE
     try:
-        content = json.loads(read_small(path, _MAX_BYTES))
+        content = json.loads(read_small(path, _MAX_BYTES).decode())
         if content["version"] != _VERSION:
-            raise CheckpointError(f"checkpoint: {path} must have version {_VERSION}, got {content['version']}")
+            raise CheckpointError(f"checkpoint: {path} must have version {_VERSION}, got {content['version']!s:.50}")
         parts = {name: dict(content[name]) for name in ("identity", "config", "environment")}
         state = TrainState(**content["state"])
         for field in dataclasses.fields(state):
