@@ -71,9 +71,8 @@ def test_after_a_skipped_batch(stopped_and_continued, amount, record, dtype):
 @DTYPES
 def test_resume_of_a_resume(stopped_and_continued, record, dtype):
     stops = [{"kill_in": {"step": 4}}] * 5
-    stopped_and_continued(stops, config=CONFIG | {"dtype": dtype})
     stopped_and_continued(stops, config=CONFIG | {"dtype": dtype, "save_every": 2})
-    record("C7", f"stopped and continued five times in one run ({dtype})", 2 * len(stops), "bit-identical")
+    record("C7", f"stopped and continued five times in one run ({dtype})", len(stops), "bit-identical")
 
 
 @pytest.mark.parametrize("packing", ["contiguous", "documents"])
