@@ -26,7 +26,10 @@ _OWN_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _OWN_TEMPORARY = re.compile(r"\.(config\.json|model.*)\.\d+\.tmp")
 _OLD_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MAX_CONFIG_BYTES, _MAX_INDEX_BYTES = 1 << 20, 1 << 26
+# A header of 36,000 tensors (128 experts in 94 layers) has 4 MB; the library itself would read 100.
+_MAX_CONFIG_BYTES, _MAX_INDEX_BYTES, _MAX_HEADER_BYTES = 1 << 20, 1 << 26, 1 << 24
+_MIN_TENSORS_PER_LAYER = 9  # two norms, q, k, v, o, and three of the feed-forward part
+_MAX_EXPANSION, _FREE_EXPANSION_BYTES = 2, 64 << 20
 _MAX_LISTED = 5
 
 
@@ -56,7 +59,7 @@ def from_pretrained(
     config = config_from_json(raw)
     with ExitStack() as stack:
         stored = _open_shards(directory, stack)
-        if config.num_hidden_layers > len(stored):
+        if _MIN_TENSORS_PER_LAYER * config.num_hidden_layers > len(stored):
             raise ValueError(
                 f"from_pretrained: config.json: num_hidden_layers must fit the {len(stored)} stored tensors, "
                 f"got {config.num_hidden_layers}"
@@ -65,6 +68,8 @@ def from_pretrained(
         layout = _match(raw["model_type"], model, stored)
         embedding = stored["model.embed_tokens.weight"]
         model.to(dtype or _DTYPES[embedding.get_slice("model.embed_tokens.weight").get_dtype()])
+        if dtype is None:
+            _check_allocation(directory, model, stored)
         model.to_empty(device=torch.get_default_device() if device is None else device)
         parameters = dict(model.named_parameters())
         for name, stored_name, index in layout:
@@ -91,7 +96,7 @@ def _read_json(directory: Path, name: str, max_bytes: int) -> dict[str, Any]:
     if size > max_bytes:
         raise ValueError(f"from_pretrained: {name} must have at most {max_bytes} bytes, got {size}")
     try:
-        value = json.loads(file.read_bytes(), object_pairs_hook=_unique_keys)
+        value = json.loads(file.read_bytes().decode(), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"from_pretrained: {name} must be valid JSON, got {error!s:.100}") from None
     if not isinstance(value, dict):
@@ -122,6 +127,7 @@ def _open_shards(directory: Path, stack: ExitStack) -> dict[str, safe_open]:
     stored: dict[str, safe_open] = {}
     for name in files:
         file = _resolve(directory, name)
+        _check_header_length(file)
         try:
             shard = stack.enter_context(safe_open(file, framework="pt"))
         except (SafetensorError, OSError) as error:
@@ -132,6 +138,28 @@ def _open_shards(directory: Path, stack: ExitStack) -> dict[str, safe_open]:
                 raise ValueError(f"from_pretrained: {INDEX} must list {key!r:.100} in one file, got it in {name} too")
             stored[key] = shard
     return stored
+
+
+def _check_header_length(file: Path) -> None:
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+    if not length <= min(_MAX_HEADER_BYTES, file.stat().st_size):
+        raise ValueError(
+            f"from_pretrained: {file.name} must be a complete safetensors file with a header of at most "
+            f"{_MAX_HEADER_BYTES} bytes, got {length}"
+        )
+
+
+def _check_allocation(directory: Path, model: CausalLM, stored: dict[str, safe_open]) -> None:
+    """The dtype of the embedding is that of the model: a file could have it wide, and all else narrow."""
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    files = {_resolve(directory, name) for name in os.listdir(directory) if _SHARD_NAME.fullmatch(name)}
+    available = sum(file.stat().st_size for file in files)
+    if needed > _MAX_EXPANSION * available + _FREE_EXPANSION_BYTES:
+        raise ValueError(
+            f"from_pretrained: dtype must be given for files of {available} bytes that would become {needed} bytes of "
+            f"{model.head_weight.dtype}, got None"
+        )
 
 
 def _match(family: str, model: CausalLM, stored: dict[str, safe_open]) -> list[tuple[str, str, tuple]]:

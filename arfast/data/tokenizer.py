@@ -38,7 +38,7 @@ def _token_name(config: dict, key: str) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"Tokenizer.load: {key} must be a string, got {value!r}")
+        raise ValueError(f"Tokenizer.load: {key} must be a string, got {value!r:.100}")
     return value
 
 
@@ -63,8 +63,10 @@ class Tokenizer:
         try:
             self._backend = tokenizers.Tokenizer.from_str(content)
             canonical = json.dumps(json.loads(content), sort_keys=True, separators=(",", ":"))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"Tokenizer: content must be a valid tokenizer.json, got: {error}") from None
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and what its panics become is not even that
+            raise ValueError(f"Tokenizer: content must be a valid tokenizer.json, got: {error!s:.300}") from None
         self._content = content
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
@@ -76,7 +78,7 @@ class Tokenizer:
         self.special_tokens = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
         for key, name in self.special_tokens.items():
             if name is not None and name not in vocab:
-                raise ValueError(f"Tokenizer: {key} must be in the vocabulary, got {name!r}")
+                raise ValueError(f"Tokenizer: {key} must be in the vocabulary, got {name!r:.100}")
         self.bos_token_id, self.eos_token_id, self.pad_token_id = map(vocab.get, self.special_tokens.values())
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -125,7 +127,7 @@ class Tokenizer:
         try:
             content = read_file((path / "tokenizer.json").resolve(), MAX_FILE_BYTES).decode()
             if (path / "tokenizer_config.json").is_file():
-                config = json.loads(read_file((path / "tokenizer_config.json").resolve(), MAX_FILE_BYTES))
+                config = json.loads(read_file((path / "tokenizer_config.json").resolve(), MAX_FILE_BYTES).decode())
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"Tokenizer.load: files in {str(path)!r} must be JSON, got: {error}") from None
         if not isinstance(config, dict):

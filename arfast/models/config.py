@@ -49,7 +49,9 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 2**1023 if isinstance(value, int) else math.isfinite(value)  # JSON has integers beyond floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,7 @@ class CausalLMConfig:
             value, rule = getattr(self, name), f"be a number in {'[' if included else '('}{low}, {high})"
             valid = _is_number(value) and (value >= low if included else value > low) and value < high
             _require(valid, name, rule, value)
+            self._set(name, float(value))  # torch takes no integers beyond int64
         for name in _BOOLEANS:
             _require(isinstance(getattr(self, name), bool), name, "be true or false", getattr(self, name))
         self._check_attention()

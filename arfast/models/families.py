@@ -138,7 +138,9 @@ def _attention_from_json(family: str, raw: dict[str, Any]) -> dict[str, Any]:
         layers, full = raw["num_hidden_layers"], raw.get("max_window_layers", 28)
         _require(isinstance(layers, int) and layers <= 4096, "num_hidden_layers", "be at most 4096", layers)
         _require(isinstance(full, int), "max_window_layers", "be an integer", full)
-        types = raw.get("layer_types") or [FULL if layer < full else SLIDING for layer in range(layers)]
+        types = raw.get("layer_types") or []
+        _require(isinstance(types, list), "layer_types", "be a list", types)
+        types = types or [FULL if layer < full else SLIDING for layer in range(layers)]
         options["layer_types"] = types if FULL in types else None
     return options
 

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -54,6 +55,7 @@ def lock_directory(root: str | os.PathLike[str]) -> Iterator[None]:
         raise CheckpointError(f"checkpoint: directory must be writable, got {root} ({error.strerror})") from error
     try:
         _lock(descriptor, root)
+        _warn_of_others(descriptor, root)
         _remove_temporaries(root)
         yield
     finally:
@@ -88,11 +90,14 @@ def save_checkpoint(
     temporary = _temporary(target)
     try:
         os.mkdir(temporary)
+        mode = stat.S_IMODE(os.stat(temporary).st_mode)
+        os.chmod(temporary, 0o700)  # until it is complete
         write(temporary)
         write_manifest(temporary, step)
         sync(temporary)
+        verify(temporary)
+        os.chmod(temporary, mode)
         _replace_directory(temporary, target)
-        verify(target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint: {target} must be writable and needs {max(num_bytes, _size(temporary))} bytes, got {error} "
@@ -154,7 +159,10 @@ def prune(root: str | os.PathLike[str], keep_last: int) -> None:
     for path in list_checkpoints(root)[:-keep_last] if keep_last else []:
         # Renamed first: a kill in the middle must leave a temporary, never a checkpoint with files missing.
         doomed = _temporary(path)
-        os.rename(path, doomed)
+        try:
+            os.rename(path, doomed)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint: {root} must be writable to remove {path.name}, got {error}") from error
         shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -196,6 +204,16 @@ def _lock(descriptor: int, root: str | os.PathLike[str]) -> None:
         raise CheckpointError(
             f"checkpoint: directory must be used by one trainer at a time, got {root} that another one holds"
         ) from None
+
+
+def _warn_of_others(descriptor: int, root: str | os.PathLike[str]) -> None:
+    status = os.fstat(descriptor)
+    if status.st_uid != os.geteuid():
+        _report_to_stderr(f"checkpoint: {root} belongs to another user ({status.st_uid}), who can change what is in it")
+    if status.st_mode & stat.S_IWOTH:
+        _report_to_stderr(
+            f"checkpoint: {root} can be written by everybody: a checkpoint in it is as trustworthy as they are"
+        )
 
 
 def _temporary(path: Path) -> Path:

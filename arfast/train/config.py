@@ -62,6 +62,8 @@ class TrainConfig:
     log_every: int = 1
 
     keep_last: int = 2  # checkpoints; 0: all of them
+    async_save: bool = False  # write checkpoints from a copy in memory while training goes on: see arfast.train.saving
+    watchdog_seconds: float | None = None  # without a step for so long, print the stacks of all threads; None: never
     eval_batch_size: int | None = None  # None: micro_batch_size
     eval_tokens: int | None = None  # at most so many targets per evaluation during the run; the last one is complete
 
@@ -153,6 +155,7 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 0, ">= 0")
         for name in ("log_every", "sample_tokens"):
             self._require(name, getattr(self, name) >= 1, ">= 1")
+        self._require("watchdog_seconds", self.watchdog_seconds is None or self.watchdog_seconds > 0, "> 0")
         self._require("warmup_tokens", 0 <= (self.warmup_tokens or 0) <= self.total_tokens, "in [0, total_tokens]")
 
     def _require(self, name: str, ok: bool, rule: str) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 STEP_NAME = re.compile(r"step-(\d{8,})")
-FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 _FORMAT = "arfast-checkpoint"
 _VERSION = 1
 _BLOCK_BYTES = 1 << 20
+_MAX_BYTES = 1 << 24
 
 
 class CheckpointError(RuntimeError):
@@ -72,11 +73,9 @@ def _serialize(content: dict[str, Any]) -> bytes:
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
-    regular_file_size(path)
-    with open(path, "rb") as file:
-        raw = file.read()
+    raw = read_small(path, _MAX_BYTES)
     try:
-        content = json.loads(raw)
+        content = json.loads(raw.decode())
         content.pop("checksum")
         # Comparing the bytes, not the fields, leaves no position in the file where a flipped bit could hide.
         intact = raw == _serialize(content) and content["format"] == _FORMAT
@@ -85,7 +84,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if not intact:
         raise CheckpointError(f"checkpoint: {path} must be an unmodified manifest, got {len(raw)} bytes that are not")
     if content.get("version") != _VERSION:
-        raise CheckpointError(f"checkpoint: {path} must have version {_VERSION}, got {content.get('version')}")
+        raise CheckpointError(f"checkpoint: {path} must have version {_VERSION}, got {content.get('version')!s:.50}")
     _check_content(path, content)
     return content
 
@@ -93,12 +92,13 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 def _check_content(path: Path, content: dict[str, Any]) -> None:
     """A checksum proves that nobody changed the manifest by accident, not that its author meant well."""
     name, step, files = STEP_NAME.fullmatch(path.parent.name), content.get("step"), content.get("files")
-    if not isinstance(step, int) or (name and int(name[1]) != step):
-        raise CheckpointError(f"checkpoint: {path} must belong to {path.parent.name}, got step {step!r}")
+    if type(step) is not int or step < 0 or (name and int(name[1]) != step):
+        raise CheckpointError(f"checkpoint: {path} must belong to {path.parent.name}, got step {step!r:.50}")
     if not isinstance(files, dict) or not all(
         FILE_NAME.fullmatch(file)
         and isinstance(entry, dict)
-        and isinstance(entry.get("size"), int)
+        and type(entry.get("size")) is int
+        and 0 <= entry["size"] < 2**63
         and isinstance(entry.get("sha256"), str)
         for file, entry in files.items()
     ):
@@ -114,6 +114,15 @@ def regular_file_size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"checkpoint: {path} must be a regular file, got {stat.filemode(status.st_mode)}")
     return status.st_size
+
+
+def read_small(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file that is no larger than such a file can be."""
+    size = regular_file_size(path)
+    if size > max_bytes:
+        raise CheckpointError(f"checkpoint: {path} must have at most {max_bytes} bytes, got {size}")
+    with open(path, "rb") as file:
+        return file.read(max_bytes)
 
 
 def sync(path: Path) -> None:

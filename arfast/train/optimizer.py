@@ -46,10 +46,8 @@ class WorkingCopy:
         shared = [p for p in masters.parameters() if not p.requires_grad and p.dtype == dtype]
         self.module = copy.deepcopy(masters, {id(parameter): parameter for parameter in shared})
         pairs = zip(masters.parameters(), self.module.parameters(), strict=True)
-        self._pairs = [(master, working) for master, working in pairs if master.requires_grad]
-        for master, working in zip(masters.parameters(), self.module.parameters(), strict=True):
-            if master is working:
-                continue
+        self._pairs = [(master, working) for master, working in pairs if master is not working]
+        for master, working in self._pairs:
             # Parameters only: a buffer such as the rotary frequencies keeps its precision.
             working.data = master.detach().to(dtype)
             if working.requires_grad:

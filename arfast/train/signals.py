@@ -1,8 +1,11 @@
-"""Ending a run in good order: the first signal asks, the second one ends the process at once."""
+"""Ending a run in good order: the first signal asks, the second one ends the process at once; and telling why a run
+stands still."""
 
 from __future__ import annotations
 
+import faulthandler
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -46,3 +49,31 @@ class StopRequest:
         self.signal = signal.Signals(number)
         for each in _SIGNALS:
             signal.signal(each, signal.SIG_DFL)
+
+
+class Watchdog:
+    """While active, prints the stacks of all threads on stderr when nobody calls `restart` for ``seconds``.
+
+    It prints again after each further ``seconds``, and neither ends the process nor needs the interpreter's lock, so
+    it also tells of a thread that hangs in C. None: it does nothing. There is one such timer in a process
+    (`faulthandler.dump_traceback_later`).
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+
+    def __enter__(self) -> Watchdog:
+        self.restart()
+        return self
+
+    def restart(self) -> None:
+        """Count from now."""
+        if self._seconds is not None:
+            # What stands in for stderr, in a notebook or under pytest, may have no descriptor to write to.
+            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=sys.__stderr__)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._seconds is not None:
+            faulthandler.cancel_dump_traceback_later()

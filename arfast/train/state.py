@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from arfast.adapter import load_adapter
 
 from .engine import Engine, TrainState
-from .manifest import CheckpointError
+from .manifest import CheckpointError, read_small
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 RNG_FILE = "rng.safetensors"
 STATE_FILE = "trainer_state.json"
 _VERSION = 1
+_MAX_BYTES = 1 << 24
 # What changes the last bits of a run on one machine; recorded so that a resume elsewhere does not surprise.
 _ENVIRONMENT_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -31,15 +35,54 @@ _ENVIRONMENT_VARIABLES = (
 )
 
 
-def save_engine(engine: Engine, directory: Path, identity: dict[str, Any]) -> None:
-    """Write weights (as a Hugging Face model), optimizer, random states and counters.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint of an engine consists of: the very tensors of the run, or a copy that it cannot change.
+
+    model: has ``save_pretrained``; optimizer: tensors by the names ``<kind>.<parameter>``, for example
+    ``exp_avg.model.norm.weight``; random_states: uint8 tensors of the CPU's and the device's generator; content: of
+    the state file.
+    """
+
+    model: nn.Module
+    optimizer: dict[str, Tensor]
+    random_states: dict[str, Tensor]
+    content: dict[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensor in (*_saved_parameters(self.model), *self.optimizer.values()))
+
+    def write(self, directory: Path) -> None:
+        """Write weights (as a Hugging Face model), optimizer, random states and counters."""
+        self.model.save_pretrained(directory)
+        save_file({name: tensor.contiguous() for name, tensor in self.optimizer.items()}, directory / OPTIMIZER_FILE)
+        save_file(self.random_states, directory / RNG_FILE)
+        (directory / STATE_FILE).write_text(json.dumps(self.content, indent=1, sort_keys=True) + "\n")
+
+    def copied(self, buffers: Snapshot | None) -> Snapshot:
+        """A copy in the host's memory, in that of an earlier copy where there is one: fresh pages cost more."""
+        reusable = buffers is not None and buffers.optimizer.keys() == self.optimizer.keys()
+        model = buffers.model if reusable else _copied_model(self.model)
+        optimizer = buffers.optimizer if reusable else {name: _host_buffer(t) for name, t in self.optimizer.items()}
+        targets, sources = [*_tensors(model), *optimizer.values()], [*_tensors(self.model), *self.optimizer.values()]
+        with torch.no_grad():
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
+        if any(source.is_cuda for source in sources):
+            torch.cuda.synchronize()
+        return Snapshot(model, optimizer, self.random_states, self.content)
+
+
+def snapshot(engine: Engine, identity: dict[str, Any]) -> Snapshot:
+    """The present state of an engine, its tensors not copied.
 
     Args:
         identity: what must be equal for a run to continue from here, ready for JSON.
     """
-    engine.model.save_pretrained(directory)
-    _save_optimizer(engine.optimizer, engine.model, directory / OPTIMIZER_FILE)
-    _save_random_states(engine.device, directory / RNG_FILE)
+    names = [(name, engine.optimizer.state.get(parameter, {})) for name, parameter in engine.model.named_parameters()]
+    optimizer = {f"{kind}.{name}": value.detach() for name, state in names for kind, value in state.items()}
     content = {
         "version": _VERSION,
         "state": dataclasses.asdict(engine.state),
@@ -47,32 +90,39 @@ def save_engine(engine: Engine, directory: Path, identity: dict[str, Any]) -> No
         "config": engine.config.to_dict(),
         "environment": environment(engine.device),
     }
-    (directory / STATE_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    return Snapshot(engine.model, optimizer, _random_states(engine.device), content)
 
 
 def load_engine(engine: Engine, directory: Path) -> None:
-    """Take over what `save_engine` wrote.
+    """Take over what `Snapshot.write` wrote.
 
     Raises:
         CheckpointError: it was written for other parameters.
     """
     state, _ = read_state(directory)
-    _load_weights(engine, directory)
-    _load_optimizer(engine.optimizer, engine.model, directory / OPTIMIZER_FILE)
-    _load_random_states(engine.device, directory / RNG_FILE)
+    try:
+        moments = _read_optimizer(engine.optimizer, engine.model, directory / OPTIMIZER_FILE)
+        random_states = _read_random_states(engine.device, directory / RNG_FILE)
+        # Nothing has changed until here: all of it is taken over, or nothing.
+        _load_weights(engine, directory)
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"checkpoint: {directory} must hold the model's parameters, got {text:.300}") from None
+    engine.optimizer.load_state_dict(moments)
+    for name, tensor in random_states.items():
+        torch.set_rng_state(tensor) if name == "cpu" else torch.cuda.set_rng_state(tensor, engine.device)
     engine.weights_changed()
     engine.state = state
 
 
 def _load_weights(engine: Engine, directory: Path) -> None:
-    try:
-        if getattr(engine.model, "lora", None) is not None:
-            load_adapter(engine.model, directory)
-            return
-        weights = type(engine.model).from_pretrained(directory, dtype=torch.float32, device=engine.device).state_dict()
-        engine.model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"checkpoint: {directory} must hold the model's parameters, got {error}") from None
+    if getattr(engine.model, "lora", None) is not None:
+        load_adapter(engine.model, directory)
+        return
+    model = type(engine.model).from_pretrained(directory, dtype=torch.float32, device=engine.device)
+    engine.model.load_state_dict(model.state_dict())
 
 
 def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
@@ -83,13 +133,18 @@ def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
     """
     path = directory / STATE_FILE
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_small(path, _MAX_BYTES).decode())
         if content["version"] != _VERSION:
-            raise CheckpointError(f"checkpoint: {path} must have version {_VERSION}, got {content['version']}")
+            raise CheckpointError(f"checkpoint: {path} must have version {_VERSION}, got {content['version']!s:.50}")
         parts = {name: dict(content[name]) for name in ("identity", "config", "environment")}
-        return TrainState(**content["state"]), parts
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint: {path} must be a trainer state, got {error!r}") from None
+        state = TrainState(**content["state"])
+        for field in dataclasses.fields(state):
+            value = getattr(state, field.name)
+            if field.type == "int" and not (type(value) is int and 0 <= value < 2**63):
+                raise ValueError(f"{field.name} that is no integer in [0, 2**63): {value!r:.50}")
+        return state, parts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint: {path} must be a trainer state, got {error!r:.200}") from None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -103,42 +158,68 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> None:
-    """Tensors by the names ``<kind>.<parameter>``, for example ``exp_avg.model.norm.weight``."""
-    tensors = {
-        f"{kind}.{name}": value.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        for kind, value in optimizer.state.get(parameter, {}).items()
+def _saved_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those that ``save_pretrained`` writes: of a model with adapters these alone."""
+    has_adapters = getattr(model, "lora", None) is not None
+    return [parameter for parameter in model.parameters() if parameter.requires_grad or not has_adapters]
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*_saved_parameters(model), *model.buffers()]
+
+
+def _host_buffer(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, memory_format=torch.contiguous_format)
+
+
+def _copied_model(model: nn.Module) -> nn.Module:
+    """The same modules around buffers in the host's memory, and the parameters that are not saved."""
+    memo = {id(parameter): parameter for parameter in model.parameters()}
+    memo |= {
+        id(tensor): nn.Parameter(_host_buffer(tensor), tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else _host_buffer(tensor)
+        for tensor in _tensors(model)
     }
-    save_file(tensors, path)
+    return copy.deepcopy(model, memo)
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> None:
+def _read_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> dict[str, Any]:
+    """What the optimizer's ``load_state_dict`` takes."""
     parameters = dict(model.named_parameters())
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
     for key, value in load_file(path).items():
         kind, _, name = key.partition(".")
         parameter = parameters.get(name)
-        if parameter is None or (value.ndim > 0 and value.shape != parameter.shape):
-            wanted = "parameters of the model" if parameter is None else f"shape {tuple(parameter.shape)}"
-            raise CheckpointError(f"checkpoint: {path} must have {wanted}, got {key} {tuple(value.shape)}")
+        if parameter is None or not value.is_floating_point() or value.shape not in (torch.Size([]), parameter.shape):
+            wanted = "parameters of the model" if parameter is None else f"floats of shape {tuple(parameter.shape)}"
+            raise CheckpointError(
+                f"checkpoint: {path} must have {wanted}, got {key!r:.100} {value.dtype} {tuple(value.shape)}"
+            )
         # A copy in memory of its own: the mapped file is aligned to 8 bytes only, and its pages come one by one.
         state.setdefault(parameter, {})[kind] = value.clone()
     parameters_in_order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbered = {i: state[parameter] for i, parameter in enumerate(parameters_in_order) if parameter in state}
-    optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
+    return {"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
-def _save_random_states(device: torch.device, path: Path) -> None:
-    """States of the CPU's and the device's generator, uint8 tensors."""
+def _random_states(device: torch.device) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
-    save_file(states, path)
+    return states
 
 
-def _load_random_states(device: torch.device, path: Path) -> None:
-    states = load_file(path)
-    torch.set_rng_state(states["cpu"].clone())
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"].clone(), device)
+def _read_random_states(device: torch.device, path: Path) -> dict[str, Tensor]:
+    """The stored states of the generators that there are here."""
+    stored, present = load_file(path), _random_states(device)
+    for name, own in present.items():
+        found = stored.get(name)
+        if (name == "cpu" or found is not None) and (
+            found is None or found.dtype != own.dtype or found.shape != own.shape
+        ):
+            got = None if found is None else f"{found.dtype} {tuple(found.shape)}"
+            raise CheckpointError(
+                f"checkpoint: {path} must have a random state {name} of {own.nbytes} bytes, got {got}"
+            )
+    return {name: stored[name].clone() for name in present if name in stored}

@@ -23,10 +23,9 @@ from .inputs import check_identity, check_inputs, describe, describe_changes, op
 from .log import RunLog, notice
 from .manifest import MANIFEST, CheckpointError
 from .memory import keep_freed_memory
-from .signals import StopRequest, TrainingInterrupted
-from .state import OPTIMIZER_FILE, RNG_FILE, STATE_FILE, environment, load_engine, read_state, save_engine
-
-_SMALL_FILES_BYTES = 32 << 20  # configuration, tokenizer, state: generous, for the check of free space
+from .saving import Saver
+from .signals import StopRequest, TrainingInterrupted, Watchdog
+from .state import OPTIMIZER_FILE, RNG_FILE, STATE_FILE, environment, load_engine, read_state
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,14 @@ class Trainer:
         self._identity = describe(model, config, self.datasets["train"])
         self._generate = generate
         self._root = Path(config.output_dir)
-        self._saved_step: int | None = None
+        self._saver = Saver(
+            self._root,
+            self.engine,
+            self._identity,
+            self.tokenizer,
+            keep_last=config.keep_last,
+            background=config.async_save,
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -112,11 +118,17 @@ class Trainer:
         """
         if self.config.keep_freed_memory and self.engine.device.type == "cpu":
             keep_freed_memory()
-        with ckpt.lock_directory(self._root), StopRequest() as stop:
+        with (
+            ckpt.lock_directory(self._root),
+            StopRequest() as stop,
+            self._saver,
+            Watchdog(self.config.watchdog_seconds) as watchdog,
+        ):
             self._start()
             with RunLog(self._root, self.config, self.state) as log:
                 self._work_between_steps(log, stop)
                 while self.state.step < self.config.num_steps:
+                    watchdog.restart()
                     with log.timed():
                         result = self.step(list(self._next_batches()))
                     log.record_step(self.state, result)
@@ -127,7 +139,9 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of the present state and return its directory."""
         with ckpt.lock_directory(self._root):
-            return self._save()
+            self._saver.save()
+            self._saver.wait()
+        return self._root / f"step-{self.state.step:08d}"
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over weights, optimizer, random state and counters of a checkpoint of this run.
@@ -140,6 +154,7 @@ class Trainer:
         self._load(Path(path))
 
     def _load(self, path: Path) -> None:
+        self._saver.wait()
         state, saved = read_state(path)
         check_identity(saved["identity"], self._identity, path)
         if state.step > self.config.num_steps:
@@ -152,7 +167,7 @@ class Trainer:
             notice(f"Trainer: its settings were others ({changes})")
         if changes := describe_changes(saved["environment"], environment(self.engine.device)):
             notice(f"Trainer: not bit-identical, since it was written under other conditions ({changes})")
-        self._saved_step = self.state.step
+        self._saver.step = self.state.step
 
     def evaluate(self, split: str = "validation", max_tokens: int | None = None) -> CorpusScores:
         """Loss on a split, without smoothing: the whole of it, or as many batches as hold ``max_tokens`` targets."""
@@ -218,6 +233,7 @@ class Trainer:
 
         A run that was killed in here and continues from the checkpoint of this step does the rest now.
         """
+        self._saver.check()
         config, step = self.config, self.state.step
         last = step >= config.num_steps
 
@@ -247,30 +263,21 @@ class Trainer:
             return
         if self.state.step > 0:
             self._save_once(log)
+            self._saver.wait()
         notice(f"Trainer: stopped by {stop.signal.name} after step {self.state.step}; run again to continue")
         raise TrainingInterrupted(128 + stop.signal)
 
     def _save_once(self, log: RunLog) -> None:
-        if self._saved_step != self.state.step:
+        if self._saver.step != self.state.step:
             # The rows first: a checkpoint promises that the logs before it are complete.
             log.sync()
             self._save()
 
-    def _save(self) -> Path:
-        def write(directory: Path) -> None:
-            save_engine(self.engine, directory, self._identity)
-            if self.tokenizer is not None:
-                self.tokenizer.save(directory)
-
-        saved = self.model.parameters() if getattr(self.model, "lora", None) is None else self.engine.parameters
-        weight_bytes = sum(parameter.nbytes for parameter in saved)
-        # Weights and the two moments of AdamW.
-        path = ckpt.save_checkpoint(self._root, self.state.step, write, num_bytes=3 * weight_bytes + _SMALL_FILES_BYTES)
-        self._saved_step = self.state.step
-        ckpt.prune(self._root, self.config.keep_last)
-        return path
+    def _save(self) -> None:
+        self._saver.save()
 
     def _publish(self) -> None:
+        self._saver.wait()
         path = ckpt.list_checkpoints(self._root)[-1]
         own = {OPTIMIZER_FILE, RNG_FILE, STATE_FILE, MANIFEST}
         ckpt.publish(path, self._root, sorted(set(os.listdir(path)) - own))

@@ -8,10 +8,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from worker import HERE, Worker, worker_environment
 
 from arfast.train import log
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -32,36 +31,6 @@ def _no_plot(monkeypatch):
     monkeypatch.setattr(log, "plot_loss", lambda rows, path: True)
 
 
-def worker_environment():
-    """Modules of this tree; and threads that wait without spinning, since the tests share their cores."""
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
-
-
-class Worker:
-    """See train_worker.py."""
-
-    def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, HERE / "train_worker.py"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=worker_environment(),
-        )
-
-    def __call__(self, output_dir, *, signals=(), **job):
-        """Run; returns (exit status, seconds, what it printed). signals: (seconds after the start, number)."""
-        output = Path(output_dir).with_suffix(".log")
-        output.write_text("")
-        config = job.pop("config", {}) | {"output_dir": str(output_dir)}
-        job |= {"config": config, "log": str(output), "signals": list(signals)}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        return answer["status"], answer["seconds"], output.read_text()
-
-
 @pytest.fixture
 def new_interpreter():
     """Run a job as the worker does, in an interpreter of its own; returns the exit status."""
@@ -79,5 +48,4 @@ def new_interpreter():
 def worker():
     worker = Worker()
     yield worker
-    worker.process.stdin.close()
-    assert worker.process.wait(timeout=60) == 0
+    worker.close()

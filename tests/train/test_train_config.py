@@ -49,6 +49,8 @@ WRONG = [
     ("sample_every", 2.5),
     ("log_every", 0),
     ("keep_last", -1),
+    ("async_save", 1),
+    ("watchdog_seconds", 0.0),
     ("eval_batch_size", 0),
     ("eval_tokens", 0),
     ("sample_prompts", "def"),

@@ -141,7 +141,7 @@ def test_random_signals(undisturbed, worker, memory_path, number):
 
 def test_second_signal_leaves_at_once(worker, memory_path):
     signals = [(1.0, signal.SIGTERM), (1.3, signal.SIGTERM)]
-    status, seconds, log = worker(memory_path / "run", config={"max_steps": 2}, hang_in_step=True, signals=signals)
+    status, seconds, log = worker(memory_path / "run", config={"max_steps": 2}, hang_in_step=30, signals=signals)
     assert status == -signal.SIGTERM, log
     assert seconds < 10
 

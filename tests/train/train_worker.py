@@ -4,6 +4,7 @@ One JSON job per line on stdin, one JSON answer per line on stdout. The parent o
 child has no threads or caches of anybody else; it is as a new interpreter, without the seconds for the imports.
 """
 
+import functools
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ import traceback
 
 import torch
 import torch._dynamo  # what the first optimizer imports, in seconds
+import tracing
 from train_doubles import TinyConfig, TinyLM, make_trainer
 
 from arfast.models import CausalLM, CausalLMConfig
@@ -34,26 +36,60 @@ def run(job):
     if "file_size_limit" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size_limit"],) * 2)
     trainer = build(job)
+    if "poison_position" in job:
+        row = trainer.datasets["train"].batch(job["poison_position"], 1).input_ids
+        trainer.model.poison = lambda ids: bool((ids == row).all(1).any())
+    if "served_log" in job:
+        note_served(trainer, job["served_log"])
     for method, call in job.get("kill_in", {}).items():
-        kill_in(trainer, method, call)
+        signal_in(trainer, method, call, signal.SIGKILL)
+    for method, (call, number) in job.get("signal_in", {}).items():
+        signal_in(trainer, method, call, number)
     if "hang_in_step" in job:
         original = trainer.engine.step
-        trainer.engine.step = lambda batches: (time.sleep(30), original(batches))
+        trainer.engine.step = lambda batches: (time.sleep(job["hang_in_step"]), original(batches))[1]
     trainer.fit()
 
 
-def kill_in(trainer, method, call):
-    """SIGKILL instead of the call of this number."""
-    original, count = getattr(trainer, method), 0
+def signal_in(trainer, path, call, number):
+    """Send a signal to this process in the call of this number, before its work; path: of attributes, with dots."""
+    *owners, method = path.split(".")
+    owner = functools.reduce(getattr, owners, trainer)
+    original, count = getattr(owner, method), 0
 
     def counted(*args, **options):
         nonlocal count
         count += 1
         if count == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return original(*args, **options)
 
-    setattr(trainer, method, counted)
+    setattr(owner, method, counted)
+
+
+def note_served(trainer, path):
+    """Append a line for every batch: [step, position, rows of tokens]."""
+    dataset = trainer.datasets["train"]
+    original, file = dataset.batch, open(path, "a")
+
+    def noted(position, size):
+        batch = original(position, size)
+        print(json.dumps([trainer.state.step, position, batch.input_ids.tolist()]), file=file, flush=True)
+        return batch
+
+    dataset.batch = noted
+
+
+def kill_at_change(number):
+    """SIGKILL before the system call of this number among those that change files."""
+    count = 0
+
+    def decide(_, call):
+        nonlocal count
+        count += call.changes_files
+        return tracing.Do(kill_before=True) if call.changes_files and count == number else None
+
+    return decide
 
 
 def child(job):
@@ -83,6 +119,10 @@ def main():
     for line in sys.stdin:
         job = json.loads(line)
         started = time.monotonic()
+        if "kill_at_change" in job:
+            status = tracing.traced(functools.partial(child, job), kill_at_change(job["kill_at_change"]))
+            print(json.dumps({"status": status, "seconds": time.monotonic() - started}), flush=True)
+            continue
         pid = os.fork()
         if pid == 0:
             child(job)
