@@ -18,7 +18,7 @@ from .manifest import CheckpointError
 OPTIMIZER_FILE = "optimizer.safetensors"
 RNG_FILE = "rng.safetensors"
 STATE_FILE = "trainer_state.json"
-_VERSION = 1
+_VERSION = 2
 # What changes the last bits of a run on one machine; recorded so that a resume elsewhere does not surprise.
 _ENVIRONMENT_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -75,6 +75,10 @@ def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
     path = directory / STATE_FILE
     try:
         content = json.loads(path.read_text())
+        if content["version"] == 1:
+            # Counted in rows then.
+            content |= {"version": 2, "state": dict(content["state"])}
+            content["state"]["position"] *= content["config"]["seqlen"]
         if content["version"] != _VERSION:
             raise CheckpointError(f"checkpoint: {path} must have version {_VERSION}, got {content['version']}")
         parts = {name: dict(content[name]) for name in ("identity", "config", "environment")}

@@ -100,9 +100,17 @@ class TinyData:
         labels[0] = IGNORE
         return row, labels
 
-    def batch(self, position, batch_size):
-        self.served += range(position, position + batch_size)
-        rows = [self.row(p % self.num_samples) for p in range(position, position + batch_size)]
+    def batch(self, position, batch_size, *, seqlen=None):
+        """`served` has the row of each sample, and with a shorter seqlen its piece."""
+        pieces = 1 if seqlen is None else self.seqlen // seqlen
+        places = [divmod(p, pieces) for p in range(position, position + batch_size)]
+        self.served += [row for row, _ in places] if pieces == 1 else places
+        cut = [
+            (row, slice(piece * self.seqlen // pieces, (piece + 1) * self.seqlen // pieces)) for row, piece in places
+        ]
+        rows = [[column[part].clone() for column in self.row(row % self.num_samples)] for row, part in cut]
+        for _, labels in rows:
+            labels[0] = IGNORE
         return self.make(rows)
 
     def evaluation_batches(self, batch_size):
@@ -170,12 +178,15 @@ def content(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+MEASURED = {"tokens_per_second", "data_wait", "memory_bytes", "seconds_left", "mfu"}
+
+
 def outcome(output_dir):
-    """Everything that a run leaves, but for times."""
+    """Everything that a run leaves, but for times and memory."""
 
     def rows(name):
         parsed = [json.loads(line) for line in (output_dir / name).read_text().splitlines()]
-        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in parsed]
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in parsed]
 
     last = list_checkpoints(output_dir)[-1]
     files = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "tokenizer.json", "config.json")
