@@ -91,7 +91,7 @@ RAMPS = [
     (
         "batch_ramp",
         [[0, 2], [4096, 4], [5120, 8]],
-        r"begin a stage at a step: 4096 \+ .+ 4096 tokens, got 5120",
+        r"begin a stage at a step: 4096 \+ a multiple of 2048 tokens, got 5120",
     ),
     ("seqlen_ramp", [[0, 256], [2048, 512]], r"begin a stage at a step: 0 \+ a multiple of 4096 tokens, got 2048"),
     ("batch_ramp", [[4096, 8]], "begin at 0 tokens, got 4096"),
