@@ -35,5 +35,5 @@ class CompiledModel:
     def give_up(self, error: Exception) -> None:
         """Run the model as it is from now on."""
         self._compiled = None
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        notice(f"Trainer: training goes on without torch.compile, which failed: {type(error).__name__}: {reason:.200}")
+        reason = " ".join(str(error).split())
+        notice(f"Trainer: training goes on without torch.compile, which failed: {type(error).__name__}: {reason:.300}")

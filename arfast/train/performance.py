@@ -108,7 +108,7 @@ class Meter:
             "tokens_per_second": round(speed, 1),
             "data_wait": round(self._waiting / seconds, 4),
             "memory_bytes": peak_memory(self._device),
-            "seconds_left": round((self._config.total_tokens - state.tokens) / max(speed, 1e-9), 1),
+            "seconds_left": round((self._config.total_tokens - state.tokens) / max(speed, 1e-9), 3),
         }
         if self.peak is not None:
             row["mfu"] = round(self._flops / seconds / self.peak, 4)
