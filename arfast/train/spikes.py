@@ -1,9 +1,10 @@
 """Steps whose loss or gradient norm is out of line with the steps before them.
 
-A loss spikes when it is above the median of a window by more than six times the window's spread, which is the median
-distance from the median (MAD) scaled to be a standard deviation for normal noise; a gradient norm, above ten times its
-median. Medians, because the window may hold the beginning of a fault. PaLM (Chowdhery et al., arXiv:2204.02311, section
-5.1) went back some hundred steps at a spike and left out the batches around it, which were harmless at another time.
+A loss spikes when it is above the median of a window by more than six times the window's spread: the median distance
+from the median (MAD), or of the values above it, scaled to be a standard deviation for normal noise. A gradient norm,
+when it is above ten times its median. Medians, because the window may hold the beginning of a fault. PaLM (Chowdhery et
+al., arXiv:2204.02311, section 5.1) went back some hundred steps at a spike and left out the batches around it, which
+were harmless at another time.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ def describe_spike(
     if len(losses) < max(_SMALLEST_WINDOW, window // 8):
         return None
     middle = median(losses)
-    spread = max(_NORMAL * median(abs(value - middle) for value in losses), _SMALLEST_SPREAD * abs(middle))
+    distances = [value - middle for value in losses]
+    # The noise of a loss is skewed: its upper half alone, where that is the wider one.
+    deviation = max(median(map(abs, distances)), median([distance for distance in distances if distance >= 0]))
+    spread = max(_NORMAL * deviation, _SMALLEST_SPREAD * abs(middle))
     limit = middle + _SPREADS * spread
     if loss > limit:
         return f"loss {loss:.3g} is above {limit:.3g}"

@@ -124,7 +124,7 @@ def test_failing_compiler_is_told_and_left(monkeypatch, capsys):
     compiled.warm_up([batch(0)])
     text = capsys.readouterr().err
     assert "Trainer: training goes on without torch.compile, which failed: " in text and "no such compiler" in text
-    assert compiled.step([batch(0)]) == plain.step([batch(0)])
+    assert compiled.step([batch(0)]).loss == pytest.approx(plain.step([batch(0)]).loss, rel=1e-5)
     assert capsys.readouterr().err == ""
 
 

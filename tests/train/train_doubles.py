@@ -157,6 +157,39 @@ def make_trainer(path, *, model=None, train=None, validation=None, tokenizer=Non
     return Trainer(model or TinyLM(TinyConfig()), config, datasets, tokenizer or TinyTokenizer(), generate=generate)
 
 
+def inject(trainer, kind, at):
+    """A fault in the step of this number: once, but for a corrupted batch, which is so whenever it is read."""
+    if kind == "batch":
+        data, read = trainer.datasets["train"], trainer.datasets["train"].batch
+
+        def corrupted(position, size, **options):
+            batch = read(position, size, **options)
+            if position == size * (at - 1):
+                batch.input_ids = torch.randint(61, batch.input_ids.shape, generator=torch.Generator().manual_seed(at))
+                batch.labels = torch.where(batch.labels == IGNORE, IGNORE, batch.input_ids)
+            return batch
+
+        data.batch = corrupted
+        return
+    step, engine, pending = trainer.step, trainer.engine, [at]
+
+    def faulty(batches):
+        if trainer.state.step + 1 not in pending:
+            return step(batches)
+        pending.clear()
+        if kind == "weight":
+            engine.model.embed.weight.data.view(torch.int32)[5, 3] ^= 1 << 30
+            engine.weights_changed()
+            return step(batches)
+        rate = engine.learning_rate
+        engine.learning_rate = lambda tokens: 60 * rate(tokens)
+        result = step(batches)
+        del engine.learning_rate
+        return result
+
+    trainer.step = faulty
+
+
 def write_files(step, size=3000):
     """A writer for `save_checkpoint` of files whose content depends on the step."""
 

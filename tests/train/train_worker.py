@@ -14,7 +14,7 @@ import traceback
 
 import torch
 import torch._dynamo  # what the first optimizer imports, in seconds
-from train_doubles import TinyConfig, TinyLM, make_trainer
+from train_doubles import TinyConfig, TinyData, TinyLM, inject, make_trainer
 
 from arfast.models import CausalLM, CausalLMConfig
 from arfast.train import TrainConfig, Trainer, log
@@ -26,7 +26,8 @@ def build(job):
     torch.set_num_threads(job.get("threads", 1))
     if "model" in job:
         return Trainer(CausalLM(CausalLMConfig(**job["model"])), TrainConfig(progress=False, **config), job["data"])
-    return make_trainer(config.pop("output_dir"), model=TinyLM(TinyConfig(dropout=0.2)), **config)
+    train = TinyData(**job["train"]) if "train" in job else None
+    return make_trainer(config.pop("output_dir"), model=TinyLM(TinyConfig(dropout=0.2)), train=train, **config)
 
 
 def run(job):
@@ -34,6 +35,8 @@ def run(job):
     if "file_size_limit" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size_limit"],) * 2)
     trainer = build(job)
+    if "fault" in job:
+        inject(trainer, *job["fault"])
     for method, call in job.get("kill_in", {}).items():
         kill_in(trainer, method, call)
     if "hang_in_step" in job:
