@@ -75,7 +75,10 @@ def _add_field(parser, field):
 
 def _stage(text):
     """An entry of a ramp: integers, and behind them the base of the rotary frequencies."""
-    return [int(value) if value.isdigit() else float(value) for value in text.split(":")]
+    try:
+        return [int(value) if value.isdigit() else float(value) for value in text.split(":")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must hold FROM_TOKENS:VALUE, got {text!r}") from None
 
 
 def run(arguments: argparse.Namespace) -> dict:
