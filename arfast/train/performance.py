@@ -21,6 +21,7 @@ from torch import nn
 
 from .config import TrainConfig
 from .engine import TrainState
+from .notices import notice
 
 _REPETITIONS = 5
 _MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}
@@ -71,6 +72,12 @@ class Meter:
         self.peak = None
         if flops_per_token(model, config.seqlen) is not None:
             self.peak = config.peak_flops or peak_flops(device, getattr(torch, config.dtype))
+            given = "as given" if config.peak_flops else "as a matrix product reaches here"
+            notice(
+                f"Trainer: mfu is of {self.peak / 1e12:.3g} TFLOP/s, {given}; a token of {config.seqlen} takes "
+                f"{flops_per_token(model, config.seqlen) / 1e6:.4g} MFLOP: 6 per weight that multiplies it, "
+                "and attention to the keys it sees"
+            )
         self._reset()
 
     def _reset(self) -> None:
