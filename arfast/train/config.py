@@ -83,6 +83,7 @@ class TrainConfig:
     on_spike: str = "report"
     spike_window: int = 200  # steps that a spike is measured against
     rewind_steps: int = 100
+    recheck_every: int = 0  # steps; those are computed twice and must give the same bits: see arfast.train.recheck
 
     peak_flops: float | None = None  # of the device, per second, for mfu; None: measured at the start
     keep_freed_memory: bool = True  # process-wide: see arfast.train.memory
@@ -222,7 +223,7 @@ class TrainConfig:
         self._require("compile", not (self.compile and self.cuda_graph), "False with cuda_graph")
         self._require("peak_flops", self.peak_flops is None or self.peak_flops > 0, "> 0")
         self._require("log", set(self.log) <= set(LOGS), f"of {', '.join(LOGS)}")
-        for name in ("save_every", "eval_every", "sample_every", "keep_last", "sample_temperature"):
+        for name in ("recheck_every", "save_every", "eval_every", "sample_every", "keep_last", "sample_temperature"):
             self._require(name, getattr(self, name) >= 0, ">= 0")
         for name in ("log_every", "sample_tokens", "rewind_steps"):
             self._require(name, getattr(self, name) >= 1, ">= 1")

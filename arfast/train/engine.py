@@ -18,6 +18,7 @@ from .config import TrainConfig
 from .graph import GraphedBackward, with_empty_documents
 from .inputs import model_inputs
 from .optimizer import WorkingCopy, build_optimizer, clipped_step, gradient_norm
+from .recheck import repeated
 from .schedule import learning_rate
 from .spikes import describe_spike, remember
 from .stages import Stage
@@ -152,13 +153,18 @@ class Engine:
         Raises:
             NonFiniteError: loss or gradients are NaN or Inf and the policy is "stop", or it is "skip" and this is the
                 third such step in a row. Nothing has changed then.
+            UnrepeatableError: see `arfast.train.recheck`.
         """
         if not batches:
             raise ValueError("Trainer: batches must hold at least one micro-batch, got none")
         tokens = sum(batch.input_ids.numel() for batch in batches)
         lr = self.learning_rate(self.state.tokens + tokens)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self._accumulate_gradients(batches)
+        if self.config.recheck_every and (self.state.step + 1) % self.config.recheck_every == 0:
+            compute = lambda: self._accumulate_gradients(batches)
+            losses = repeated(compute, self.parameters, self.state.step + 1)
+        else:
+            losses = self._accumulate_gradients(batches)
         # The one wait for the device in a step: here the optimizer has not touched anything yet.
         grad_norm, losses, load = self._read(gradient_norm(self.parameters), losses)
         finite = all(map(math.isfinite, (grad_norm, *losses)))

@@ -22,7 +22,7 @@ _IDENTITY_FIELDS = ("seed", "seqlen", "packing")
 # Fields that leave the weights of a run as they are.
 _OPERATIONAL_FIELDS = frozenset(
     "output_dir resume keep_freed_memory save_every eval_every sample_every log_every keep_last eval_batch_size "
-    "eval_tokens sample_prompts sample_tokens sample_temperature peak_flops log progress".split()
+    "eval_tokens sample_prompts sample_tokens sample_temperature peak_flops recheck_every log progress".split()
 )
 
 

@@ -57,6 +57,7 @@ WRONG = [
     ("on_spike", "skip"),
     ("spike_window", 7),
     ("rewind_steps", 0),
+    ("recheck_every", -1),
     ("peak_flops", 0.0),
     ("log", ["wandb"]),
     ("cuda_graph", 1),
