@@ -168,9 +168,7 @@ class PackedDataset:
         """
         position = check_integer("PackedDataset.batch: position", position, 0)
         batch_size = check_integer("PackedDataset.batch: batch_size", batch_size, 1)
-        seqlen = self.seqlen if seqlen is None else check_integer("PackedDataset.batch: seqlen", seqlen, 2)
-        if self.seqlen % seqlen:
-            raise ValueError(f"PackedDataset.batch: seqlen must divide the rows' {self.seqlen} tokens, got {seqlen}")
+        seqlen = self._checked_seqlen("PackedDataset.batch", seqlen)
         size = f"the {self.split} split has {self.num_tokens} tokens"
         if self.packing == "contiguous" and self.num_tokens < self.seqlen:
             raise ValueError(f"PackedDataset.batch: seqlen must be at most the corpus, got {self.seqlen}: {size}")
@@ -183,6 +181,12 @@ class PackedDataset:
         samples = [(rows[p // pieces - first], p % pieces) for p in range(position, position + batch_size)]
         return self._make_batch(self._rows, samples, seqlen, out)
 
+    def _checked_seqlen(self, where: str, seqlen: int | None) -> int:
+        seqlen = self.seqlen if seqlen is None else check_integer(f"{where}: seqlen", seqlen, 2)
+        if self.seqlen % seqlen:
+            raise ValueError(f"{where}: seqlen must divide the rows' {self.seqlen} tokens, got {seqlen}")
+        return seqlen
+
     def _rows_in_order(self, first: int, count: int) -> list[int]:
         """Rows at the places ``first`` to ``first + count - 1`` of the endless order, at most num_samples + 1."""
         epoch, first = divmod(first, self.num_samples)
@@ -192,19 +196,23 @@ class PackedDataset:
             rows += permute(np.arange(rest), self.num_samples, seed=self.seed, epoch=epoch + 1).tolist()
         return rows
 
-    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
+    def evaluation_batches(self, batch_size: int, *, seqlen: int | None = None) -> Iterator[Batch]:
         """Walks the split once, in its own order; every token but each document's first is a target exactly once.
 
-        Nothing is truncated or left out; the last batch may be smaller. The targets have ``num_bytes`` bytes of text.
+        Nothing is truncated or left out; the last batch may be smaller. The targets have ``num_bytes`` bytes of text,
+        but with a shorter ``seqlen``, where the first token of every piece of a row is none.
 
         Args:
             batch_size: number of rows, at least 1.
+            seqlen: cut the rows into samples of this length: a divisor of their own. None: leave them whole.
         """
         batch_size = check_integer("PackedDataset.evaluation_batches: batch_size", batch_size, 1)
         num_rows = self._evaluation_rows.statistics.num_samples
         batches = (range(first, min(first + batch_size, num_rows)) for first in range(0, num_rows, batch_size))
-        pieces = ([(row, 0) for row in batch] for batch in batches)
-        return (self._make_batch(self._evaluation_rows, batch, self.seqlen, None) for batch in pieces)
+        seqlen = self._checked_seqlen("PackedDataset.evaluation_batches", seqlen)
+        pieces = range(self.seqlen // seqlen)
+        samples = ([(row, piece) for row in batch for piece in pieces] for batch in batches)
+        return (self._make_batch(self._evaluation_rows, batch, seqlen, None) for batch in samples)
 
     def _make_batch(self, rows: Rows, samples: Sequence[tuple[int, int]], seqlen: int, out: Batch | None) -> Batch:
         """The batch of samples (row, piece of the row), each of ``seqlen`` tokens."""

@@ -71,6 +71,11 @@ class Journal:
         write_file(self._path, content)
         self.rewinds.append(rewind)
 
+    def clear(self) -> None:
+        """For a run that begins: its first checkpoint comes before its first rewind."""
+        self._path.unlink(missing_ok=True)
+        self.rewinds = []
+
     def left_out(self) -> list[list[int]]:
         return [[rewind.first, rewind.end] for rewind in self.rewinds]
 

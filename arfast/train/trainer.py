@@ -222,6 +222,7 @@ class Trainer:
             self._load(path)
             ckpt.set_aside_damaged(self._root, path)
         elif self.state.step == 0:
+            self._journal.clear()
             torch.manual_seed(self.config.seed)
 
     def _next_batches(self) -> Iterator[Any]:
@@ -323,10 +324,13 @@ class Trainer:
     def _evaluate(self, split: str, max_tokens: int | None, stop: Callable[[], bool]) -> CorpusScores | None:
         config, dataset = self.config, self.datasets[split]
         batch_size = config.eval_batch_size or config.micro_batch_size or config.batch_size
+        # Not longer than what the model has been trained on so far.
+        stage = self.engine.stage
+        options = {} if stage.pieces == 1 else {"seqlen": stage.seqlen}
         with self._random_state_kept():
             return evaluate(
                 self.engine.compute_model,
-                dataset.evaluation_batches(batch_size),
+                dataset.evaluation_batches(batch_size, **options),
                 bytes_per_token=dataset.num_bytes / max(1, dataset.num_tokens - dataset.num_documents),
                 max_tokens=max_tokens,
                 stop=stop,

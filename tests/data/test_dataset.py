@@ -305,6 +305,21 @@ def test_shorter_samples_are_the_pieces_of_the_rows(numbered_dataset, packing):
             assert equal(data.batch(first * pieces, 4 * pieces, out=cut, seqlen=seqlen), cut)
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_shorter_evaluation(numbered_dataset, packing):
+    """The same tokens in the same order; of each piece the first is no target."""
+    data = PackedDataset(numbered_dataset([50, 3, 2, 17, 33, 9, 64, 65, 2]), "train", 16, packing)
+    for whole, cut in zip(data.evaluation_batches(3), data.evaluation_batches(3, seqlen=4), strict=True):
+        assert torch.equal(cut.input_ids.flatten(), whole.input_ids.flatten())
+        expected = whole.labels.flatten().clone()
+        expected[::4] = -100
+        assert torch.equal(cut.labels.flatten(), expected)
+        size = whole.input_ids.numel()
+        assert cut.input_ids.shape == ((1, size) if packing == "documents" else (size // 4, 4))
+    with pytest.raises(ValueError, match="evaluation_batches: seqlen must divide the rows' 16 tokens, got 5"):
+        data.evaluation_batches(1, seqlen=5)
+
+
 def test_shorter_samples_over_an_epoch(numbered_dataset):
     """From the middle of a row, over the end of an epoch, back to the middle of a row."""
     data = PackedDataset(numbered_dataset([40, 30]), "train", 8, seed=1)

@@ -283,6 +283,16 @@ def test_journal_keeps_what_was_added(tmp_path):
     assert not journal.abandons(TrainState(step=45, left_out=[[64, 128], [128, 192]]))
 
 
+def test_journal_of_an_earlier_run_is_forgotten(tmp_path):
+    """Whoever deletes the checkpoints begins anew."""
+    make(tmp_path, "batch").fit()
+    for path in list_checkpoints(tmp_path):
+        rewind.discard(path)
+    trainer = make(tmp_path, max_steps=3)
+    trainer.fit()
+    assert trainer.state.left_out == [] and not (tmp_path / JOURNAL).exists()
+
+
 def test_policies_need_checkpoints_to_go_back_to():
     with pytest.raises(ValueError, match="rewind_steps must be <= save_every"):
         TrainConfig(max_steps=10, on_nonfinite="rewind", save_every=0)

@@ -68,6 +68,14 @@ def test_a_stage_does_not_change_what_its_steps_are():
     assert (ramped.state.tokens, ramped.state.position) == (32, 32)
 
 
+def test_evaluation_is_not_longer_than_the_stage(tmp_path):
+    validation = TinyData(num_samples=6)
+    seen, batches = [], validation.evaluation_batches
+    validation.evaluation_batches = lambda size, **options: seen.append((size, options)) or batches(size, **options)
+    make_trainer(tmp_path, validation=validation, eval_every=2, **RAMPS).fit()
+    assert seen == [(2, {"seqlen": 8}), (2, {}), (2, {}), (2, {})]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(worker, tmp_path_factory):
     path = tmp_path_factory.mktemp("stages") / "run"

@@ -113,9 +113,11 @@ class TinyData:
             labels[0] = IGNORE
         return self.make(rows)
 
-    def evaluation_batches(self, batch_size):
+    def evaluation_batches(self, batch_size, *, seqlen=None):
         for first in range(0, self.num_samples, batch_size):
-            yield self.make([self.row(10_000 + i) for i in range(first, min(first + batch_size, self.num_samples))])
+            rows = [self.row(10_000 + i) for i in range(first, min(first + batch_size, self.num_samples))]
+            pieces = [[column.split(seqlen or self.seqlen) for column in row] for row in rows]
+            yield self.make([piece for row in pieces for piece in zip(*row)])
 
     @staticmethod
     def make(rows):
