@@ -189,10 +189,15 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """A step with every gradient multiplied by ``factor``: within AdamW's own pass where that is fused."""
+    """A step with every gradient multiplied by ``factor``: within AdamW's own pass where that is fused.
+
+    Not for sharded parameters, whose type is another: their kernel takes no plain tensor beside them.
+    """
+    parameters = list(parameters)
+    fused = isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
     if factor == 1.0:
         optimizer.step()
-    elif isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
+    elif fused and all(type(parameter) is nn.Parameter for parameter in parameters):
         device = optimizer.param_groups[0]["params"][0].device
         # What torch.amp.GradScaler sets: the kernel divides by it, and leaves the quotient as the gradient.
         optimizer.grad_scale = torch.tensor(1.0 / factor, device=device)

@@ -89,8 +89,14 @@ def traced(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"activation_checkpointing": True}], ids=str)
-@pytest.mark.parametrize(("name", "packed"), [("dense", False), ("experts", True)])
+COMPILED = [
+    ("dense", False, {}),
+    ("experts", True, {"dtype": "bfloat16"}),
+    pytest.param("experts", True, {"activation_checkpointing": True}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "packed", "options"), COMPILED)
 def test_compiled_steps_are_the_steps(traced, name, packed, options, capsys):
     plain, compiled = make(name, **options), make(name, compile=True, **options)
     compiled.warm_up([batch(9, packed)])

@@ -131,6 +131,18 @@ def test_clipped_step_is_a_step_with_clipped_gradients(optimizer, factor):
     assert not hasattr(fused, "grad_scale")
 
 
+def test_parameters_of_another_type_are_scaled_by_themselves(monkeypatch):
+    class Sharded(nn.Parameter):
+        pass
+
+    parameter = Sharded(torch.ones(3))
+    parameter.grad = torch.full((3,), 4.0)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    monkeypatch.setattr(optimizer, "step", lambda: None)
+    clipped_step(optimizer, [parameter], 0.25)
+    assert parameter.grad.tolist() == [1.0] * 3
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_muon_resumes(tmp_path, dtype):
     """In halves and in one go: the same bits."""
