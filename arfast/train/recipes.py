@@ -4,8 +4,8 @@ Llama 3: Grattafiori et al., arXiv:2407.21783, table 3 and section 3.4. AdamW, a
 of the peak, and over the last 40 M tokens a straight line to zero. Batches of 4 M tokens in sequences of 4,096; after
 252 M tokens 8 M in sequences of 8,192; after 2.87 T tokens 16 M. The last 800 B tokens take the length to 131,072. Here
 every edge is moved to the nearest step, and the cosine ends where the line to zero begins: 15.6 T tokens are 1,100,927
-such steps, while the cosine is said to take 1,200,000. Not published, and chosen here: the lengths on the way to 131,072
-(each is twice the one before), the optimizer's betas, epsilon, weight decay and clipping (those of Llama 2,
+such steps, while the cosine is said to take 1,200,000. Not published, and chosen here: the lengths on the way to
+131,072 (each is twice the one before), the optimizer's betas, epsilon, weight decay and clipping (those of Llama 2,
 arXiv:2307.09288, section 2.2), and the schedules of 8B and 70B but for their peaks (those of 405B).
 
 The base of the rotary frequencies is 500,000 from the start, as in the model's preset. The mixture is a matter of the
