@@ -86,7 +86,8 @@ class Engine:
             `WorkingCopy` of it.
 
     Raises:
-        ValueError: the settings ask for CUDA graphs, and the model is not on a GPU.
+        ValueError: the settings ask for CUDA graphs, and the model is not on a GPU; or for activation checkpointing,
+            and the model has none.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -95,8 +96,7 @@ class Engine:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(model, config)
         self._working_copy = None if config.dtype == "float32" else WorkingCopy(model, getattr(torch, config.dtype))
-        if config.activation_checkpointing:
-            _checkpoint_activations(self.compute_model)
+        _checkpoint_activations(self.compute_model, config.activation_checkpointing)
         self._forward = CompiledModel(self.compute_model) if config.compile else self.compute_model
         self._graphed_backward = None
         if config.cuda_graph:
@@ -283,14 +283,14 @@ class Engine:
             )
 
 
-def _checkpoint_activations(model: nn.Module) -> None:
+def _checkpoint_activations(model: nn.Module, on: bool) -> None:
     decoders = [module for module in model.modules() if hasattr(module, "activation_checkpointing")]
-    if not decoders:
+    if on and not decoders:
         raise ValueError(
             f"Trainer: activation_checkpointing must be False for {type(model).__name__}, which has none, got True"
         )
     for decoder in decoders:
-        decoder.activation_checkpointing = True
+        decoder.activation_checkpointing = on
 
 
 def _graph_arguments(batch: Any, num_items: int) -> dict[str, Tensor | None]:

@@ -76,6 +76,13 @@ def test_evaluation_checkpoints_nothing():
         assert engine.compute_model(batch(0).input_ids).logits.isfinite().all()
 
 
+def test_checkpointing_is_of_one_run():
+    model = CausalLM(TINY)
+    for on in (True, False):
+        Engine(model, TrainConfig(**SETTINGS, activation_checkpointing=on))
+        assert model.model.activation_checkpointing is on
+
+
 def test_checkpointing_needs_a_model_that_can():
     with pytest.raises(ValueError, match="activation_checkpointing must be False for TinyLM, which has none, got True"):
         Engine(TinyLM(TinyConfig()), TrainConfig(**SETTINGS, activation_checkpointing=True))
