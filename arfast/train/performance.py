@@ -23,7 +23,7 @@ from .config import TrainConfig
 from .engine import TrainState
 from .notices import notice
 
-_REPETITIONS = 5
+_MIN_REPETITIONS, _MIN_SECONDS = 6, 0.25  # the first one warms up; enough of them to find a quiet moment
 _MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}
 
 
@@ -34,7 +34,7 @@ def flops_per_token(model: nn.Module, seqlen: int) -> float | None:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of the best of a few products of square matrices, measured once per process."""
+    """FLOPs per second of the best of some products of square matrices, measured once per process."""
     return _measured_peak(device.type, device.index, dtype, torch.get_num_threads())
 
 
@@ -43,7 +43,7 @@ def _measured_peak(kind: str, index: int | None, dtype: torch.dtype, num_threads
     device, size = torch.device(kind, index), _MATRIX_SIZES.get(kind, 2048)
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     seconds = []
-    for _ in range(_REPETITIONS + 1):  # the first one warms up
+    while len(seconds) < _MIN_REPETITIONS or sum(seconds) < _MIN_SECONDS:
         _wait(device)
         start = time.perf_counter()
         torch.mm(a, b)
