@@ -7,10 +7,13 @@ Examples:
   arfast train
   arfast train --data corpus.jsonl --preset tiny --output-dir runs/mine --max-tokens 20000000 --save-every 500
   arfast train --init-from runs/default --data notes.txt --output-dir runs/notes --max-steps 100 --lora-rank 8
+  arfast train --recipe small --max-tokens 1228800 --batch-ramp 0:4 204800:8 614400:16 --seqlen-ramp 0:256 409600:512
+  arfast train --recipe llama3-8b --print-config > llama3.json
 """
 
 import argparse
 import dataclasses
+import json
 import sys
 
 # For a model that is trained already.
@@ -51,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora-targets", nargs="+", metavar="NAME", help="layers, as q_proj (default: all but lm_head)"
     )
     parser.add_argument("--vocab-size", type=int, help="of the tokenizer that is learned (default: the preset's)")
+    recipes = (
+        f"settings to start from: {', '.join(TrainConfig.recipes())} (default: those of this command, shown below)"
+    )
+    parser.add_argument("--recipe", choices=TrainConfig.recipes(), metavar="NAME", help=recipes)
+    parser.add_argument("--config", metavar="FILE", help="JSON object of settings, over those of the recipe")
+    parser.add_argument("--print-config", action="store_true", help="print all settings as JSON, and end")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     dtype = "of the arithmetic; auto: bfloat16 where the CPU has instructions for it, or on a GPU (default: auto)"
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=dtype)
@@ -66,12 +75,24 @@ def _add_field(parser, field):
     kind = str(field.type).partition(" | ")[0]
     shown = f"(default: {' | '.join(map(repr, default)) if isinstance(default, tuple) else default})"
     if kind == "bool":
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=shown)
+        action = argparse.BooleanOptionalAction
+        parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=shown)
+    elif kind == "tuple":
+        form = "FROM_TOKENS:VALUE"
+        parser.add_argument(flag, nargs="*", type=_stage, default=argparse.SUPPRESS, metavar=form, help=shown)
     elif kind.startswith("tuple"):
         parser.add_argument(flag, nargs="*", default=argparse.SUPPRESS, metavar="TEXT", help=shown)
     else:
         types = {"int": int, "float": float, "str": str}
         parser.add_argument(flag, type=types[kind], default=argparse.SUPPRESS, metavar=kind.upper(), help=shown)
+
+
+def _stage(text):
+    """An entry of a ramp: integers, and behind them the base of the rotary frequencies."""
+    try:
+        return [int(value) if value.isdigit() else float(value) for value in text.split(":")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must hold FROM_TOKENS:VALUE, got {text!r}") from None
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -86,7 +107,9 @@ def run(arguments: argparse.Namespace) -> dict:
         if arguments.threads < 1:
             raise ValueError(f"train: threads must be at least 1, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
-    config = TrainConfig(**_settings(arguments, TrainConfig))
+    config = TrainConfig.from_dict(_settings(arguments, TrainConfig))
+    if arguments.print_config:
+        return config.to_dict()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pretrained, tokenizer = _pretrained(arguments, config, device)
     preset = CausalLMConfig.preset(arguments.preset or "tiny")
@@ -131,7 +154,7 @@ def run(arguments: argparse.Namespace) -> dict:
 def _report_sources(trainer):
     """How often each source of a mixture was seen, and the loss on its own validation split."""
     report = {}
-    for name, epochs in trainer.datasets["train"].epochs(trainer.state.position).items():
+    for name, epochs in trainer.datasets["train"].epochs(trainer.state.position // trainer.config.seqlen).items():
         report[name] = dict(epochs=epochs)
         line = f"{name}: {epochs:.3f} epochs"
         if (split := f"validation/{name}") in trainer.datasets:
@@ -166,17 +189,33 @@ def _pretrained(arguments, config, device):
 
 
 def _settings(arguments, config_class):
-    """What the user said, over the defaults of the command, as fields of TrainConfig."""
-    given = vars(arguments)
-    settings = {f.name: given[f.name] for f in dataclasses.fields(config_class) if f.name in given}
+    """What the user said, over a file, over a recipe or the defaults of the command, as fields of TrainConfig."""
+    from arfast.train.recipes import RECIPES
+
+    given = {f.name: getattr(arguments, f.name, None) for f in dataclasses.fields(config_class)}
+    given = {name: value for name, value in given.items() if name in vars(arguments) and name != "dtype"}
+    if arguments.config is not None:
+        given = _read_config(arguments.config) | given
+    base = DEFAULTS if arguments.recipe is None else RECIPES[arguments.recipe]
     limits = ("max_tokens", "max_steps")
-    usual = DEFAULTS
-    if arguments.init_from is not None:
-        usual = usual | (FINE_TUNING if arguments.lora_rank is None else LORA)
-    defaults = {k: v for k, v in usual.items() if k not in limits or not any(name in settings for name in limits)}
-    settings = defaults | settings
-    settings["dtype"] = _best_dtype() if arguments.dtype == "auto" else arguments.dtype
-    return settings
+    if arguments.recipe is None and arguments.init_from is not None:
+        base = base | (FINE_TUNING if arguments.lora_rank is None else LORA)
+    base = {k: v for k, v in base.items() if k not in limits or not any(name in given for name in limits)}
+    settings = base | given
+    if arguments.dtype != "auto":
+        settings["dtype"] = arguments.dtype
+    return {"dtype": _best_dtype()} | settings
+
+
+def _read_config(path):
+    try:
+        with open(path, "rb") as file:
+            values = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"train: config must be a JSON file, got {path!r} ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"train: config must hold a JSON object, got {type(values).__name__} in {path!r}")
+    return values
 
 
 def _best_dtype():

@@ -56,6 +56,16 @@ def check_out(tensor: torch.Tensor, shape: tuple[int, int]) -> None:
         raise ValueError(f"PackedDataset.batch: out must {rule}, got {actual}")
 
 
+def _cut(segments: list[tuple[int, int]], first: int, length: int) -> Iterator[tuple[int, int]]:
+    """What of a row's segments (start, length) lies in its places ``first`` to ``first + length - 1``."""
+    place = 0
+    for start, size in segments:
+        low, high = max(place, first), min(place + size, first + length)
+        if low < high:
+            yield start + low - place, high - low
+        place += size
+
+
 class PackedDataset:
     """One split of a prepared data set, packed into rows of ``seqlen`` tokens.
 
@@ -140,50 +150,76 @@ class PackedDataset:
             expected, found = self.tokenizer_fingerprint, tokenizer.fingerprint
             raise ValueError(f"PackedDataset: tokenizer must be the one of the shards, {expected}, got {found}")
 
-    def batch(self, position: int, batch_size: int, out: Batch | None = None) -> Batch:
+    def batch(self, position: int, batch_size: int, out: Batch | None = None, *, seqlen: int | None = None) -> Batch:
         """Samples ``position`` to ``position + batch_size - 1`` of an endless order.
 
         Sample p is row ``permute(p % num_samples)`` of epoch ``p // num_samples``: a function of the seed and p alone,
         so that a run resumes, on any number of ranks and with any batch size, from one integer.
 
+        With a shorter ``seqlen`` a row is cut into n = self.seqlen / seqlen pieces: sample p is piece ``p % n`` of
+        what would be sample ``p // n``. So a run that has consumed so many tokens, in sequences of whatever length,
+        stands at one place of one order. A document that is cut loses one target, the first token of the later piece.
+
         Args:
             position: index of the first sample, at least 0.
-            batch_size: number of samples B, in [1, num_samples].
+            batch_size: number of samples B, in [1, num_samples * n].
             out: a batch of the same shape, from an earlier call, to overwrite.
+            seqlen: length of the samples, at least 2, a divisor of the rows' length; None: that length.
 
         Raises:
             ValueError: an argument is out of range, or the split is smaller than one sequence or one batch.
         """
         position = check_integer("PackedDataset.batch: position", position, 0)
         batch_size = check_integer("PackedDataset.batch: batch_size", batch_size, 1)
+        seqlen = self._checked_seqlen("PackedDataset.batch", seqlen)
         size = f"the {self.split} split has {self.num_tokens} tokens"
         if self.packing == "contiguous" and self.num_tokens < self.seqlen:
             raise ValueError(f"PackedDataset.batch: seqlen must be at most the corpus, got {self.seqlen}: {size}")
-        if batch_size > self.num_samples:
-            rule = f"batch_size must be at most num_samples={self.num_samples}"
-            raise ValueError(f"PackedDataset.batch: {rule}, got {batch_size}: {size}, seqlen={self.seqlen}")
-        epoch, first = divmod(position, self.num_samples)
-        in_epoch = min(batch_size, self.num_samples - first)
-        rows = permute(np.arange(first, first + in_epoch), self.num_samples, seed=self.seed, epoch=epoch).tolist()
-        if rest := batch_size - in_epoch:
-            rows += permute(np.arange(rest), self.num_samples, seed=self.seed, epoch=epoch + 1).tolist()
-        return self._make_batch(self._rows, rows, out)
+        pieces = self.seqlen // seqlen
+        if batch_size > self.num_samples * pieces:
+            rule = f"batch_size must be at most num_samples={self.num_samples * pieces}"
+            raise ValueError(f"PackedDataset.batch: {rule}, got {batch_size}: {size}, seqlen={seqlen}")
+        first = position // pieces
+        rows = self._rows_in_order(first, (position + batch_size - 1) // pieces + 1 - first)
+        samples = [(rows[p // pieces - first], p % pieces) for p in range(position, position + batch_size)]
+        return self._make_batch(self._rows, samples, seqlen, out)
 
-    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
+    def _checked_seqlen(self, where: str, seqlen: int | None) -> int:
+        seqlen = self.seqlen if seqlen is None else check_integer(f"{where}: seqlen", seqlen, 2)
+        if self.seqlen % seqlen:
+            raise ValueError(f"{where}: seqlen must divide the rows' {self.seqlen} tokens, got {seqlen}")
+        return seqlen
+
+    def _rows_in_order(self, first: int, count: int) -> list[int]:
+        """Rows at the places ``first`` to ``first + count - 1`` of the endless order, at most num_samples + 1."""
+        epoch, first = divmod(first, self.num_samples)
+        in_epoch = min(count, self.num_samples - first)
+        rows = permute(np.arange(first, first + in_epoch), self.num_samples, seed=self.seed, epoch=epoch).tolist()
+        if rest := count - in_epoch:
+            rows += permute(np.arange(rest), self.num_samples, seed=self.seed, epoch=epoch + 1).tolist()
+        return rows
+
+    def evaluation_batches(self, batch_size: int, *, seqlen: int | None = None) -> Iterator[Batch]:
         """Walks the split once, in its own order; every token but each document's first is a target exactly once.
 
-        Nothing is truncated or left out; the last batch may be smaller. The targets have ``num_bytes`` bytes of text.
+        Nothing is truncated or left out; the last batch may be smaller. The targets have ``num_bytes`` bytes of text,
+        but with a shorter ``seqlen``, where the first token of every piece of a row is none.
 
         Args:
             batch_size: number of rows, at least 1.
+            seqlen: cut the rows into samples of this length: a divisor of their own. None: leave them whole.
         """
         batch_size = check_integer("PackedDataset.evaluation_batches: batch_size", batch_size, 1)
         num_rows = self._evaluation_rows.statistics.num_samples
         batches = (range(first, min(first + batch_size, num_rows)) for first in range(0, num_rows, batch_size))
-        return (self._make_batch(self._evaluation_rows, batch, None) for batch in batches)
+        seqlen = self._checked_seqlen("PackedDataset.evaluation_batches", seqlen)
+        pieces = range(self.seqlen // seqlen)
+        samples = ([(row, piece) for row in batch for piece in pieces] for batch in batches)
+        return (self._make_batch(self._evaluation_rows, batch, seqlen, None) for batch in samples)
 
-    def _make_batch(self, rows: Rows, samples: Sequence[int], out: Batch | None) -> Batch:
-        shape = (1, len(samples) * self.seqlen) if rows.isolated else (len(samples), self.seqlen)
+    def _make_batch(self, rows: Rows, samples: Sequence[tuple[int, int]], seqlen: int, out: Batch | None) -> Batch:
+        """The batch of samples (row, piece of the row), each of ``seqlen`` tokens."""
+        shape = (1, len(samples) * seqlen) if rows.isolated else (len(samples), seqlen)
         if out is None:
             input_ids, labels = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64)
         else:
@@ -192,16 +228,16 @@ class PackedDataset:
                 check_out(tensor, shape)
         ids, targets = input_ids.numpy().reshape(-1), labels.numpy().reshape(-1)
         place, boundaries = 0, [0]
-        for sample in samples:
-            end_of_row = place + self.seqlen
-            for start, length in rows.segments(sample):
+        for row, piece in samples:
+            end_of_sample = place + seqlen
+            for start, length in _cut(rows.segments(row), piece * seqlen, seqlen):
                 self._fill_segment(start, ids[place : place + length], targets[place : place + length])
                 place += length
                 boundaries.append(place)
-            if place < end_of_row:
-                ids[place:end_of_row] = self.pad_token_id
-                targets[place:end_of_row] = IGNORE_INDEX
-                place = end_of_row
+            if place < end_of_sample:
+                ids[place:end_of_sample] = self.pad_token_id
+                targets[place:end_of_sample] = IGNORE_INDEX
+                place = end_of_sample
                 boundaries.append(place)
         num_tokens = int(np.count_nonzero(targets != IGNORE_INDEX))
         cu_seqlens = torch.tensor(boundaries, dtype=torch.int32) if rows.isolated else None

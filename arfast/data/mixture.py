@@ -225,14 +225,15 @@ class MixtureDataset:
                     parts.append((some, component.batch(first, len(some), **options)))
         return _interleave(parts, batch_size, seqlen, isolated, out)
 
-    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
+    def evaluation_batches(self, batch_size: int, *, seqlen: int | None = None) -> Iterator[Batch]:
         """Walks every source once, each in its own order; every target of every source exactly once.
 
         A batch is of one source; the sources take turns by the fractions until each has ended, so that the first
-        batches stand for the mixture.
+        batches stand for the mixture. Arguments as of ``PackedDataset.evaluation_batches``.
         """
         batch_size = check_integer("MixtureDataset.evaluation_batches: batch_size", batch_size, 1)
-        return self._take_turns([component.evaluation_batches(batch_size) for component in self.components])
+        walks = [component.evaluation_batches(batch_size, seqlen=seqlen) for component in self.components]
+        return self._take_turns(walks)
 
     def _take_turns(self, walks: list[Iterator[Batch]]) -> Iterator[Batch]:
         row, active = 0, set(range(len(walks)))

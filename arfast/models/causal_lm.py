@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from arfast import ops
 from arfast.nn import KVCache, normal_
 from arfast.nn.lora import LoraConfig, LoraLinear
+from arfast.nn.moe import SCORE_BIAS
 
 from .config import CausalLMConfig
 from .decoder import Decoder
@@ -28,12 +29,15 @@ class CausalLMOutput:
     loss: scalar, or [B, T] with reduction="none"; None without labels.
     aux_loss: scalar, the experts' auxiliary losses times their coefficients, None for a dense model or without labels.
     num_tokens: int64 scalar, how many targets the loss was taken over; None without labels.
+    tokens_per_expert: int32 [layers with experts, E], how often each was chosen; None for a dense model or without
+        labels.
     """
 
     logits: Tensor | None = None
     loss: Tensor | None = None
     aux_loss: Tensor | None = None
     num_tokens: Tensor | None = None
+    tokens_per_expert: Tensor | None = None
 
 
 class CausalLM(nn.Module):
@@ -130,7 +134,7 @@ class CausalLM(nn.Module):
         if isinstance(num_items, Tensor) and num_items.dim() > 0:
             raise ValueError(f"CausalLM: num_items must be a number or a scalar, got shape {tuple(num_items.shape)}")
         with_aux_loss = labels is not None and self.config.num_experts > 0
-        hidden, aux_losses = self.model(input_ids, cu_seqlens, position_ids, cache, with_aux_loss)
+        hidden, aux_losses, counts = self.model(input_ids, cu_seqlens, position_ids, cache, with_aux_loss)
         if cache is not None:
             cache.commit()
         if labels is None:
@@ -155,7 +159,12 @@ class CausalLM(nn.Module):
         if reduction == "none":
             loss = loss.view(labels.shape)
         aux_loss = sum(aux_losses) / len(aux_losses) if aux_losses else None
-        return CausalLMOutput(loss=loss, aux_loss=aux_loss, num_tokens=(targets != IGNORE_INDEX).sum())
+        return CausalLMOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            num_tokens=(targets != IGNORE_INDEX).sum(),
+            tokens_per_expert=torch.stack(counts) if counts else None,
+        )
 
     def _logits(self, hidden: Tensor, shape: torch.Size, keep: int | Tensor) -> Tensor:
         if isinstance(keep, Tensor):
@@ -262,7 +271,7 @@ def init_parameter(config: CausalLMConfig, name: str, tensor: Tensor, seed: int 
     """
     if name.endswith("norm.weight"):
         tensor.fill_(1.0)
-    elif name.endswith(".bias"):
+    elif name.endswith((".bias", SCORE_BIAS)):
         tensor.zero_()
     else:
         residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))

@@ -32,7 +32,7 @@ _FLOATS = {  # name: (lower bound, whether it belongs to the range, upper bound)
     "router_aux_loss_coef": (0.0, True, math.inf),
     "router_z_loss_coef": (0.0, True, math.inf),
 }
-_BOOLEANS = ("tie_word_embeddings", "qkv_bias", "o_bias", "qk_norm", "norm_topk_prob")
+_BOOLEANS = ("tie_word_embeddings", "qkv_bias", "o_bias", "qk_norm", "norm_topk_prob", "router_bias")
 _ROPE_KEYS = {
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
@@ -74,8 +74,9 @@ class CausalLMConfig:
             former without.
         num_experts: routed experts E; 0: a dense model. A token takes num_experts_per_tok of them, K;
             num_shared_experts see all tokens; moe_intermediate_size is I of one expert (None: intermediate_size).
-        router_score: "softmax" or "sigmoid". norm_topk_prob: the K weights sum to 1; routed_scaling_factor multiplies
-            them.
+        router_score: "softmax" or "sigmoid". router_bias: experts have a bias for the choice alone, which balances them
+            while training (see `arfast.nn.moe`).
+        norm_topk_prob: the K weights sum to 1; routed_scaling_factor multiplies them.
         decoder_sparse_step, mlp_only_layers: layer i has experts when (i + 1) % decoder_sparse_step == 0 and i is not
             in mlp_only_layers; otherwise a dense MLP of intermediate_size.
         router_aux_loss_coef, router_z_loss_coef: factors of the load-balancing loss and the router z-loss in aux_loss.
@@ -112,6 +113,7 @@ class CausalLMConfig:
     num_shared_experts: int = 0
     moe_intermediate_size: int | None = None
     router_score: str = "softmax"
+    router_bias: bool = False
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     decoder_sparse_step: int = 1
@@ -257,7 +259,8 @@ class CausalLMConfig:
         norms = (2 * self.num_hidden_layers + 1) * d
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         feed_forward = sum(self._feed_forward_parameters(i, active) for i in range(self.num_hidden_layers))
-        return embeddings + self.num_hidden_layers * attention + feed_forward + norms
+        biases = self.num_experts * self.router_bias * sum(map(self.has_experts, range(self.num_hidden_layers)))
+        return embeddings + self.num_hidden_layers * attention + feed_forward + norms + biases
 
     def _feed_forward_parameters(self, layer: int, active: bool) -> int:
         if not self.has_experts(layer):

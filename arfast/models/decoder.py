@@ -5,6 +5,7 @@ Touvron et al., arXiv 2302.13971, section 2.2. Parameters have the names of tran
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from arfast.nn import Attention, KVCache, MoE, RMSNorm, RotaryEmbedding, SwiGLU, TokenLayout
 from arfast.nn.layout import packed_positions
@@ -35,8 +36,9 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, hidden: Tensor, residual: Tensor | None, layout: TokenLayout, with_aux_loss: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(last output, residual stream before it), both [N, d] -> the same pair one layer on, and the auxiliary loss.
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(last output, residual stream before it), both [N, d] -> the same pair one layer on; with experts, the
+        auxiliary loss and the choices of each expert [E].
 
         The sum of the pair is left to the next norm, which fuses it.
         """
@@ -46,9 +48,9 @@ class DecoderLayer(nn.Module):
             normed, residual = self.input_layernorm(hidden, residual)
         normed, residual = self.post_attention_layernorm(self.self_attn(normed, layout), residual)
         if self.has_experts:
-            hidden, aux_loss = self.mlp(normed, with_aux_loss)
-            return hidden, residual, aux_loss
-        return self.mlp(normed), residual, None
+            hidden, aux_loss, tokens_per_expert = self.mlp(normed, with_aux_loss)
+            return hidden, residual, aux_loss, tokens_per_expert
+        return self.mlp(normed), residual, None, None
 
 
 def _experts(config: CausalLMConfig) -> MoE:
@@ -63,14 +65,21 @@ def _experts(config: CausalLMConfig) -> MoE:
         scale=config.routed_scaling_factor,
         balance_coef=config.router_aux_loss_coef,
         z_loss_coef=config.router_z_loss_coef,
+        score_bias=config.router_bias,
     )
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm."""
+    """Embedding, layers and final norm.
+
+    Attributes:
+        activation_checkpointing: keep only the input of each layer for the backward pass, which computes the rest again
+            (Chen et al., arXiv 1604.06174).
+    """
 
     def __init__(self, config: CausalLMConfig):
         super().__init__()
+        self.activation_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -85,20 +94,31 @@ class Decoder(nn.Module):
         position_ids: Tensor | None,
         cache: KVCache | None,
         with_aux_loss: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Token ids [B, T] -> hidden states [B * T, d] and the auxiliary losses of the layers with experts."""
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Token ids [B, T] -> hidden states [B * T, d]; the auxiliary losses of the layers with experts, and how often
+        each expert was chosen."""
         hidden = self.embed_tokens(input_ids.reshape(-1))
         device_type = hidden.device.type
         if torch.is_autocast_enabled(device_type):
             # the whole residual stream in the compute dtype: half the traffic of letting float32 embeddings promote it
             hidden = hidden.to(torch.get_autocast_dtype(device_type))
         layout = self._layout(input_ids, cu_seqlens, position_ids, cache)
-        residual, aux_losses = None, []
+        residual, aux_losses, counts = None, [], []
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            hidden, residual, aux_loss = layer(hidden, residual, layout, with_aux_loss)
+            arguments = (hidden, residual, layout, with_aux_loss)
+            # A layer draws no random numbers, so there is no state to put back.
+            outputs = (
+                checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+                if recompute
+                else layer(*arguments)
+            )
+            hidden, residual, aux_loss, tokens_per_expert = outputs
             if aux_loss is not None:
                 aux_losses.append(aux_loss)
-        return self.norm(hidden, residual)[0], aux_losses
+            if tokens_per_expert is not None:
+                counts.append(tokens_per_expert)
+        return self.norm(hidden, residual)[0], aux_losses, counts
 
     def _layout(
         self,

@@ -167,7 +167,7 @@ def choose_family(config: CausalLMConfig) -> str:
     standard_heads = config.head_dim * config.num_attention_heads == config.hidden_size
     sparse = [config.has_experts(layer) for layer in range(config.num_hidden_layers)]
     if any(sparse):
-        plain = config.router_score == "softmax" and config.routed_scaling_factor == 1.0
+        plain = config.router_score == "softmax" and config.routed_scaling_factor == 1.0 and not config.router_bias
         plain = plain and uniform and config.num_shared_experts == 0
         if plain and config.qk_norm and (no_bias or all_bias):
             return "qwen3_moe"

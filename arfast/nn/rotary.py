@@ -47,10 +47,16 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, theta: float, max_positions: int, scaling: dict | None = None):
         super().__init__()
+        self._head_dim, self._scaling = head_dim, scaling
         self.inverse_frequencies = inverse_frequencies(head_dim, theta, scaling)
         self.register_buffer("cos", torch.empty(0), persistent=False)
         self.register_buffer("sin", torch.empty(0), persistent=False)
         self._build(min(max_positions, _INITIAL_POSITIONS), self.cos.device)
+
+    def set_theta(self, theta: float) -> None:
+        """Change the base of the frequencies, as a model does whose context grows while it is trained."""
+        self.inverse_frequencies = inverse_frequencies(self._head_dim, theta, self._scaling)
+        self._build(self.cos.shape[0], self.cos.device)
 
     def _build(self, num_positions: int, device: torch.device) -> None:
         with torch.inference_mode(False):  # tables that grow while generating must serve the next training step

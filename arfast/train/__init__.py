@@ -4,11 +4,14 @@ from .checkpoint import CheckpointError, latest_checkpoint, save_checkpoint, ver
 from .config import TrainConfig
 from .engine import NonFiniteError, StepResult, TrainState
 from .evaluation import evaluate
+from .recheck import UnrepeatableError
+from .rewind import DivergedError
 from .signals import TrainingInterrupted
 from .trainer import Trainer, TrainResult
 
 __all__ = [
     "CheckpointError",
+    "DivergedError",
     "NonFiniteError",
     "StepResult",
     "TrainConfig",
@@ -16,6 +19,7 @@ __all__ = [
     "TrainState",
     "Trainer",
     "TrainingInterrupted",
+    "UnrepeatableError",
     "evaluate",
     "latest_checkpoint",
     "save_checkpoint",

@@ -38,7 +38,7 @@ __all__ = [
 
 _TEMPORARY_DIRECTORY = re.compile(r"(?:step-\d{8,}|final)\.tmp-[0-9a-f]{16}")
 _WEIGHTS = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?")
-_TEMPORARY_FILE = re.compile(r"\.(?:metrics\.jsonl|samples\.jsonl|loss\.png)\.tmp-[0-9a-f]+")
+_TEMPORARY_FILE = re.compile(r"\.(?:metrics\.jsonl|samples\.jsonl|loss\.png|rewinds\.json)\.tmp-[0-9a-f]+")
 
 
 @contextlib.contextmanager

@@ -23,7 +23,8 @@ _IDENTITY_FIELDS = ("seed", "seqlen", "packing")
 # Fields that leave the weights of a run as they are.
 _OPERATIONAL_FIELDS = frozenset(
     "output_dir resume keep_freed_memory save_every eval_every sample_every log_every keep_last eval_batch_size "
-    "eval_tokens sample_prompts sample_tokens sample_temperature progress async_save watchdog_seconds".split()
+    "eval_tokens sample_prompts sample_tokens sample_temperature peak_flops recheck_every log progress async_save "
+    "watchdog_seconds".split()
 )
 
 
@@ -81,11 +82,14 @@ def check_inputs(model: nn.Module, config: TrainConfig, datasets: Mapping[str, A
                 f"Trainer: tokenizer must be the one of the {split} split, {dataset.tokenizer_fingerprint}, "
                 f"got {tokenizer.fingerprint}"
             )
-    if datasets["train"].num_samples < config.batch_size:
+    largest = max(stage.batch_size for stage in config.stages)
+    if datasets["train"].num_samples < largest:
         raise ValueError(
             f"Trainer: batch_size must be at most the {datasets['train'].num_samples} sequences of the train split, "
-            f"got {config.batch_size}"
+            f"got {largest}"
         )
+    if any(stage.rope_theta for stage in config.stages) and not hasattr(model.config, "rope_theta"):
+        raise ValueError(f"Trainer: seqlen_ramp must have no rope_theta for {type(model).__name__}, got one")
     if config.sample_prompts and tokenizer is None:
         raise ValueError("Trainer: tokenizer must be given for sample_prompts, got None")
 

@@ -59,7 +59,11 @@ class JsonLines:
 
     def at_step(self, step: int, key: str) -> dict[str, Any] | None:
         """The last row with ``key`` when ``step`` is the newest step in the log and has one."""
-        return next((row for row in reversed(self._newest) if row["step"] == step and key in row), None)
+        return next((row for row in reversed(self.rows_of(step)) if key in row), None)
+
+    def rows_of(self, step: int) -> list[dict[str, Any]]:
+        """All rows of ``step`` when that is the newest step in the log."""
+        return [row for row in self._newest if row["step"] == step]
 
     def read(self) -> list[dict[str, Any]]:
         """All rows, from the file."""
@@ -75,6 +79,34 @@ class JsonLines:
         if self._newest and self._newest[-1]["step"] != row["step"]:
             self._newest.clear()
         self._newest.append(row)
+
+
+class TensorBoard:
+    """The numbers of rows as TensorBoard curves over steps; those of steps that are done again replace the old ones.
+
+    Raises:
+        ValueError: tensorboard is not installed.
+    """
+
+    def __init__(self, path: Path, keep_through: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError(
+                "TrainConfig: log must be of installed packages, got 'tensorboard' (pip install 'arfast[log]')"
+            ) from None
+        self._writer = SummaryWriter(str(path), purge_step=keep_through + 1)
+
+    def append(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, list) and all(isinstance(item, float) for item in value):
+                for index, item in enumerate(value):
+                    self._writer.add_scalar(f"{name}/{index}", item, row["step"])
+            elif isinstance(value, (int, float)) and name != "step":
+                self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _serialize(row: dict[str, Any]) -> bytes:

@@ -23,7 +23,7 @@ from .manifest import CheckpointError, read_small
 OPTIMIZER_FILE = "optimizer.safetensors"
 RNG_FILE = "rng.safetensors"
 STATE_FILE = "trainer_state.json"
-_VERSION = 1
+_VERSION = 2
 _MAX_BYTES = 1 << 24
 # What changes the last bits of a run on one machine; recorded so that a resume elsewhere does not surprise.
 _ENVIRONMENT_VARIABLES = (
@@ -134,6 +134,10 @@ def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
     path = directory / STATE_FILE
     try:
         content = json.loads(read_small(path, _MAX_BYTES).decode())
+        if content["version"] == 1:
+            # Counted in rows then.
+            content |= {"version": 2, "state": dict(content["state"])}
+            content["state"]["position"] *= content["config"]["seqlen"]
         if content["version"] != _VERSION:
             raise CheckpointError(f"checkpoint: {path} must have version {_VERSION}, got {content['version']!s:.50}")
         parts = {name: dict(content[name]) for name in ("identity", "config", "environment")}

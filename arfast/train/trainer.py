@@ -20,11 +20,14 @@ from .config import TrainConfig
 from .engine import Engine, StepResult, TrainState
 from .evaluation import evaluate, evaluation_mode
 from .inputs import check_identity, check_inputs, describe, describe_changes, open_data
-from .log import RunLog, notice
+from .log import RunLog
 from .manifest import MANIFEST, CheckpointError
 from .memory import keep_freed_memory
+from .notices import notice
+from .rewind import Journal, discard, discard_newer, plan_rewind
 from .saving import Saver
 from .signals import StopRequest, TrainingInterrupted, Watchdog
+from .stages import Stage
 from .state import OPTIMIZER_FILE, RNG_FILE, STATE_FILE, environment, load_engine, read_state
 
 
@@ -94,6 +97,7 @@ class Trainer:
             keep_last=config.keep_last,
             background=config.async_save,
         )
+        self._journal = Journal(self._root)
 
     @property
     def model(self) -> nn.Module:
@@ -114,7 +118,7 @@ class Trainer:
         Raises:
             TrainingInterrupted: after SIGTERM, SIGINT or SIGUSR1, once a checkpoint is written (a `SystemExit`).
             CheckpointError: ``output_dir`` is in use, holds the checkpoints of another run, or its disk is full.
-            NonFiniteError: see `step`.
+            NonFiniteError: see `step`. DivergedError: a policy says "rewind", and three times were not enough.
         """
         if self.config.keep_freed_memory and self.engine.device.type == "cpu":
             keep_freed_memory()
@@ -125,13 +129,21 @@ class Trainer:
             Watchdog(self.config.watchdog_seconds) as watchdog,
         ):
             self._start()
-            with RunLog(self._root, self.config, self.state) as log:
+            with RunLog(self._root, self.config, self.state, self.engine) as log:
+                log.record_rewinds(self.state, self._journal.rewinds)
                 self._work_between_steps(log, stop)
+                self._warm_up()
                 while self.state.step < self.config.num_steps:
                     watchdog.restart()
-                    with log.timed():
-                        result = self.step(list(self._next_batches()))
-                    log.record_step(self.state, result)
+                    seqlen = self.engine.stage.seqlen
+                    with log.meter.training():
+                        with log.meter.waiting():
+                            batches = list(self._next_batches())
+                        result = self.step(batches)
+                    if reason := self._reason_to_rewind(result):
+                        self._rewind(log, reason)
+                    else:
+                        log.record_step(self.state, result, seqlen)
                     self._work_between_steps(log, stop)
                 log.plot()
                 return self._result(log)
@@ -162,6 +174,7 @@ class Trainer:
                 f"Trainer: max_steps must be at least {state.step} to continue {path}, got {self.config.num_steps}"
             )
         load_engine(self.engine, path)
+        self.state.left_out = self._journal.left_out() or self.state.left_out
         notice(f"Trainer: continuing {path}")
         if changes := describe_changes(saved["config"], self.config.to_dict()):
             notice(f"Trainer: its settings were others ({changes})")
@@ -214,19 +227,54 @@ class Trainer:
                 f"Trainer: output_dir must hold no checkpoint when resume is False, got {existing[-1]} "
                 "(remove it, or choose another output_dir)"
             )
+        self._journal = Journal(self._root)
         path = ckpt.latest_checkpoint(self._root, notice)
+        while path is not None and self._journal.abandons(read_state(path)[0]):
+            # Killed within a rewind.
+            discard(path)
+            path = ckpt.latest_checkpoint(self._root, notice)
         if path is not None:
             self._load(path)
             ckpt.set_aside_damaged(self._root, path)
         elif self.state.step == 0:
+            self._journal.clear()
             torch.manual_seed(self.config.seed)
 
     def _next_batches(self) -> Iterator[Any]:
-        config = self.config
-        micro_batch_size = config.micro_batch_size or config.batch_size
-        for start in range(0, config.batch_size, micro_batch_size):
-            size = min(micro_batch_size, config.batch_size - start)
-            yield self.datasets["train"].batch(self.state.position + start, size)
+        return self._batches(self.engine.stage, self.state.next_position())
+
+    def _batches(self, stage: Stage, position: int) -> Iterator[Any]:
+        """The micro-batches of a step: as many rows each in every stage, cut into sequences of its length."""
+        first, pieces = position // stage.seqlen, stage.pieces
+        options = {} if pieces == 1 else {"seqlen": stage.seqlen}
+        micro_batch_size = self.config.micro_batch_size or stage.batch_size
+        for start in range(0, stage.batch_size, micro_batch_size):
+            size = min(micro_batch_size, stage.batch_size - start)
+            yield self.datasets["train"].batch(first + start * pieces, size * pieces, **options)
+
+    def _warm_up(self) -> None:
+        """Compile or capture the steps of all stages to come before the first one, as far as their shapes are known."""
+        if self.config.compile or self.config.cuda_graph:
+            for stage in self.config.stages:
+                if stage.from_tokens >= self.engine.stage.from_tokens:
+                    batches = {tuple(batch.input_ids.shape): batch for batch in self._batches(stage, 0)}
+                    with self._random_state_kept():
+                        self.engine.warm_up(list(batches.values()))
+
+    def _reason_to_rewind(self, result: StepResult) -> str | None:
+        if not result.applied:
+            return "loss or gradient is not finite" if self.config.on_nonfinite == "rewind" else None
+        return result.spike if self.config.on_spike == "rewind" else None
+
+    def _rewind(self, log: RunLog, reason: str) -> None:
+        """Continue from an earlier checkpoint, without the samples that went before a bad step."""
+        self._saver.wait()
+        path, rewind = plan_rewind(self._root, self._journal, self.config, self.state, reason, notice)
+        self._journal.add(rewind)
+        discard_newer(self._root, path)
+        self._load(path)
+        log.cut_back(self.state)
+        log.record_rewinds(self.state, self._journal.rewinds)
 
     def _work_between_steps(self, log: RunLog, stop: StopRequest) -> None:
         """Save, then evaluate, then sample: what is expensive to lose comes first.
@@ -240,7 +288,7 @@ class Trainer:
         def due(period: int) -> bool:
             return step > 0 and (last or (period > 0 and step % period == 0))
 
-        if due(config.save_every):
+        if due(config.save_every) or (step == 0 and config.rewinds):
             self._save_once(log)
         if last:
             self._publish()
@@ -285,11 +333,14 @@ class Trainer:
     def _evaluate(self, split: str, max_tokens: int | None, stop: Callable[[], bool]) -> CorpusScores | None:
         config, dataset = self.config, self.datasets[split]
         batch_size = config.eval_batch_size or config.micro_batch_size or config.batch_size
+        # Not longer than what the model has been trained on so far.
+        stage = self.engine.stage
+        options = {} if stage.pieces == 1 else {"seqlen": stage.seqlen}
         with self._random_state_kept():
             return evaluate(
                 self.engine.compute_model,
-                dataset.evaluation_batches(batch_size),
-                bytes_per_token=dataset.num_bytes / max(1, dataset.num_tokens - dataset.num_documents),
+                dataset.evaluation_batches(batch_size, **options),
+                bytes_per_token=dataset.num_bytes / max(1, dataset.num_targets),
                 max_tokens=max_tokens,
                 stop=stop,
             )

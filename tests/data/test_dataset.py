@@ -277,3 +277,63 @@ def test_batch_errors(dataset_path, numbered_dataset):
         data.batch(0, num_samples)
     with pytest.raises(ValueError, match="split must hold at least one document, got an empty 'validation'"):
         PackedDataset(small, "validation", 8)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_shorter_samples_are_the_pieces_of_the_rows(numbered_dataset, packing):
+    """Any way through the lengths reads the same tokens, each once; a cut takes the first token's target away."""
+    data = PackedDataset(numbered_dataset([50, 3, 2, 17, 33, 9, 64, 65, 2]), "train", 16, packing, seed=3)
+    for first in (0, data.num_samples - 2):
+        whole = data.batch(first, 4)
+        for seqlen in (2, 4, 8, 16):
+            pieces = 16 // seqlen
+            cut = data.batch(first * pieces, 4 * pieces, seqlen=seqlen)
+            parts = [data.batch(first * pieces + i, 1, seqlen=seqlen) for i in range(4 * pieces)]
+            assert torch.equal(cut.input_ids.flatten(), whole.input_ids.flatten())
+            assert torch.equal(torch.cat([p.input_ids.flatten() for p in parts]), whole.input_ids.flatten())
+            assert torch.equal(torch.cat([p.labels.flatten() for p in parts]), cut.labels.flatten())
+            expected = whole.labels.flatten().clone()
+            expected[::seqlen] = -100
+            assert torch.equal(cut.labels.flatten(), expected)
+            assert cut.num_tokens == int((expected != -100).sum())
+            if packing == "documents":
+                assert cut.input_ids.shape == (1, 64)
+                edges = {*whole.cu_seqlens.tolist(), *range(0, 65, seqlen)}
+                assert cut.cu_seqlens.tolist() == sorted(edges)
+            else:
+                assert cut.input_ids.shape == (4 * pieces, seqlen)
+            assert equal(data.batch(first * pieces, 4 * pieces, out=cut, seqlen=seqlen), cut)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_shorter_evaluation(numbered_dataset, packing):
+    """The same tokens in the same order; of each piece the first is no target."""
+    data = PackedDataset(numbered_dataset([50, 3, 2, 17, 33, 9, 64, 65, 2]), "train", 16, packing)
+    for whole, cut in zip(data.evaluation_batches(3), data.evaluation_batches(3, seqlen=4), strict=True):
+        assert torch.equal(cut.input_ids.flatten(), whole.input_ids.flatten())
+        expected = whole.labels.flatten().clone()
+        expected[::4] = -100
+        assert torch.equal(cut.labels.flatten(), expected)
+        size = whole.input_ids.numel()
+        assert cut.input_ids.shape == ((1, size) if packing == "documents" else (size // 4, 4))
+    with pytest.raises(ValueError, match="evaluation_batches: seqlen must divide the rows' 16 tokens, got 5"):
+        data.evaluation_batches(1, seqlen=5)
+
+
+def test_shorter_samples_over_an_epoch(numbered_dataset):
+    """From the middle of a row, over the end of an epoch, back to the middle of a row."""
+    data = PackedDataset(numbered_dataset([40, 30]), "train", 8, seed=1)
+    last = data.num_samples * 4
+    parts = [data.batch(last - 3 + i, 1, seqlen=2).input_ids for i in range(last)]
+    assert torch.equal(data.batch(last - 3, last, seqlen=2).input_ids, torch.cat(parts))
+
+
+def test_wrong_length_of_samples(numbered_dataset):
+    data = PackedDataset(numbered_dataset([40, 30]), "train", 8)
+    for seqlen in (3, 16):
+        with pytest.raises(ValueError, match=f"batch: seqlen must divide the rows' 8 tokens, got {seqlen}"):
+            data.batch(0, 1, seqlen=seqlen)
+    with pytest.raises(ValueError, match="PackedDataset.batch: seqlen must be"):
+        data.batch(0, 1, seqlen=1)
+    with pytest.raises(ValueError, match=f"batch_size must be at most num_samples={2 * data.num_samples}"):
+        data.batch(0, 2 * data.num_samples + 1, seqlen=4)

@@ -29,7 +29,7 @@ def test_forward_and_gradients(score, renormalize, shared):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     hidden = torch.randn(13, 24, requires_grad=True)
-    out, aux_loss = layer(hidden)
+    out, aux_loss, _ = layer(hidden)
     assert aux_loss is None
     dout = torch.randn_like(out)
     actual = torch.autograd.grad(out, [hidden, *layer.parameters()], dout)
@@ -47,7 +47,7 @@ def test_aux_loss_pushes_towards_balance():
     torch.nn.init.zeros_(layer.gate.weight)
     hidden = torch.ones(64, 8)
     layer.gate.weight.data[2] = 1.0  # every token to expert 2
-    _, aux_loss = layer(hidden, with_aux_loss=True)
+    _, aux_loss, _ = layer(hidden, with_aux_loss=True)
     assert aux_loss.item() == pytest.approx(4 * F.softmax(layer.gate.weight @ hidden[0], -1)[2].item(), rel=1e-5)
     aux_loss.backward()
     assert (layer.gate.weight.grad[2] >= 0).all()

@@ -37,7 +37,7 @@ def moe_call(tokens, device):
     dout = torch.randn_like(hidden)
 
     def call():
-        out, aux_loss = layer(hidden, with_aux_loss=True)
+        out, aux_loss, _ = layer(hidden, with_aux_loss=True)
         wanted = [hidden, *layer.parameters()]
         return out, aux_loss, *torch.autograd.grad([out, aux_loss], wanted, [dout, torch.ones_like(aux_loss)])
 

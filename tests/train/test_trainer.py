@@ -49,7 +49,17 @@ def test_metrics(tmp_path):
     make_trainer(tmp_path, max_steps=6, eval_every=2, eval_tokens=5).fit()
     train, evaluations = ([row for row in rows(tmp_path) if key in row] for key in ("loss", "val_loss"))
     for step, row in enumerate(train, start=1):
-        assert row.keys() == {"step", "tokens", "position", "loss", "lr", "grad_norm", "tokens_per_second"}
+        measured = {"tokens_per_second", "data_wait", "memory_bytes", "seconds_left"}
+        assert row.keys() == measured | {
+            "step",
+            "tokens",
+            "position",
+            "loss",
+            "lr",
+            "grad_norm",
+            "seqlen",
+            "batch_tokens",
+        }
         assert row["step"] == step
         assert row["tokens_per_second"] > 0
     assert [row["step"] for row in evaluations] == [2, 4, 6]

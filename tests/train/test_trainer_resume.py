@@ -44,7 +44,7 @@ def test_undisturbed_run_is_repeatable_and_complete(undisturbed, worker, memory_
     train = [row for row in expected["metrics"] if "loss" in row]
     assert [row["step"] for row in train] == list(range(1, STEPS + 1))
     assert [row["tokens"] for row in train] == [64 * step for step in range(1, STEPS + 1)]
-    assert [row["position"] for row in train] == [4 * step for step in range(1, STEPS + 1)]
+    assert [row["position"] for row in train] == [64 * step for step in range(1, STEPS + 1)]
     assert [row["step"] for row in expected["metrics"] if "val_loss" in row] == [2, 4, 6, 8, 9]
     assert [row["step"] for row in expected["samples"]] == [3, 6, 9]
     assert len({row["loss"] for row in train}) == STEPS

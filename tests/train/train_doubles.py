@@ -100,14 +100,24 @@ class TinyData:
         labels[0] = IGNORE
         return row, labels
 
-    def batch(self, position, batch_size):
-        self.served += range(position, position + batch_size)
-        rows = [self.row(p % self.num_samples) for p in range(position, position + batch_size)]
+    def batch(self, position, batch_size, *, seqlen=None):
+        """`served` has the row of each sample, and with a shorter seqlen its piece."""
+        pieces = 1 if seqlen is None else self.seqlen // seqlen
+        places = [divmod(p, pieces) for p in range(position, position + batch_size)]
+        self.served += [row for row, _ in places] if pieces == 1 else places
+        cut = [
+            (row, slice(piece * self.seqlen // pieces, (piece + 1) * self.seqlen // pieces)) for row, piece in places
+        ]
+        rows = [[column[part].clone() for column in self.row(row % self.num_samples)] for row, part in cut]
+        for _, labels in rows:
+            labels[0] = IGNORE
         return self.make(rows)
 
-    def evaluation_batches(self, batch_size):
+    def evaluation_batches(self, batch_size, *, seqlen=None):
         for first in range(0, self.num_samples, batch_size):
-            yield self.make([self.row(10_000 + i) for i in range(first, min(first + batch_size, self.num_samples))])
+            rows = [self.row(10_000 + i) for i in range(first, min(first + batch_size, self.num_samples))]
+            pieces = [[column.split(seqlen or self.seqlen) for column in row] for row in rows]
+            yield self.make([piece for row in pieces for piece in zip(*row)])
 
     @staticmethod
     def make(rows):
@@ -149,6 +159,39 @@ def make_trainer(path, *, model=None, train=None, validation=None, tokenizer=Non
     return Trainer(model or TinyLM(TinyConfig()), config, datasets, tokenizer or TinyTokenizer(), generate=generate)
 
 
+def inject(trainer, kind, at):
+    """A fault in the step of this number: once, but for a corrupted batch, which is so whenever it is read."""
+    if kind == "batch":
+        data, read = trainer.datasets["train"], trainer.datasets["train"].batch
+
+        def corrupted(position, size, **options):
+            batch = read(position, size, **options)
+            if position == size * (at - 1):
+                batch.input_ids = torch.randint(61, batch.input_ids.shape, generator=torch.Generator().manual_seed(at))
+                batch.labels = torch.where(batch.labels == IGNORE, IGNORE, batch.input_ids)
+            return batch
+
+        data.batch = corrupted
+        return
+    step, engine, pending = trainer.step, trainer.engine, [at]
+
+    def faulty(batches):
+        if trainer.state.step + 1 not in pending:
+            return step(batches)
+        pending.clear()
+        if kind == "weight":
+            engine.model.embed.weight.data.view(torch.int32)[5, 3] ^= 1 << 30
+            engine.weights_changed()
+            return step(batches)
+        rate = engine.learning_rate
+        engine.learning_rate = lambda tokens: 60 * rate(tokens)
+        result = step(batches)
+        del engine.learning_rate
+        return result
+
+    trainer.step = faulty
+
+
 def write_files(step, size=3000):
     """A writer for `save_checkpoint` of files whose content depends on the step."""
 
@@ -170,12 +213,15 @@ def content(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+MEASURED = {"tokens_per_second", "data_wait", "memory_bytes", "seconds_left", "mfu"}
+
+
 def outcome(output_dir):
-    """Everything that a run leaves, but for times."""
+    """Everything that a run leaves, but for times and memory."""
 
     def rows(name):
         parsed = [json.loads(line) for line in (output_dir / name).read_text().splitlines()]
-        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in parsed]
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in parsed]
 
     last = list_checkpoints(output_dir)[-1]
     files = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "tokenizer.json", "config.json")

@@ -16,7 +16,7 @@ import traceback
 import torch
 import torch._dynamo  # what the first optimizer imports, in seconds
 import tracing
-from train_doubles import TinyConfig, TinyLM, make_trainer
+from train_doubles import TinyConfig, TinyData, TinyLM, inject, make_trainer
 
 from arfast.models import CausalLM, CausalLMConfig
 from arfast.train import TrainConfig, Trainer, log
@@ -28,7 +28,8 @@ def build(job):
     torch.set_num_threads(job.get("threads", 1))
     if "model" in job:
         return Trainer(CausalLM(CausalLMConfig(**job["model"])), TrainConfig(progress=False, **config), job["data"])
-    return make_trainer(config.pop("output_dir"), model=TinyLM(TinyConfig(dropout=0.2)), **config)
+    train = TinyData(**job["train"]) if "train" in job else None
+    return make_trainer(config.pop("output_dir"), model=TinyLM(TinyConfig(dropout=0.2)), train=train, **config)
 
 
 def run(job):
@@ -36,6 +37,8 @@ def run(job):
     if "file_size_limit" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size_limit"],) * 2)
     trainer = build(job)
+    if "fault" in job:
+        inject(trainer, *job["fault"])
     if "poison_position" in job:
         row = trainer.datasets["train"].batch(job["poison_position"], 1).input_ids
         trainer.model.poison = lambda ids: bool((ids == row).all(1).any())
