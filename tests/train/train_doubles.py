@@ -83,6 +83,7 @@ class TinyData:
     def __init__(self, seed=0, seqlen=16, vocab_size=61, num_samples=40):
         self.seed, self.seqlen, self.vocab_size, self.num_samples = seed, seqlen, vocab_size, num_samples
         self.num_documents, self.num_tokens = num_samples, num_samples * seqlen
+        self.num_targets = self.num_tokens - self.num_documents
         self.num_bytes = 3 * self.num_tokens
         self.fingerprint = f"{seed}-{seqlen}-{num_samples}"
         self.served = []
