@@ -17,9 +17,7 @@
 namespace arfast::ARFAST_CPU_TARGET {
 namespace {
 
-// Of weights: few enough that no thread waits long for the last task, and as many as that allows, because a thread
-// reads ahead within its task alone.
-constexpr int64_t kLeastTaskBytes = 32 << 10, kMostTaskBytes = 256 << 10, kTasks = 64;
+constexpr int64_t kTaskBytes = 32 << 10;  // of weights: few enough that no thread waits long for the last task
 constexpr int64_t kNormRows = 8;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -59,8 +57,7 @@ struct RowTasks {
 
   RowTasks(int64_t count_, int64_t depth, int64_t matrices = 1) : count(count_) {
     const int64_t bytes = matrices * depth * static_cast<int64_t>(sizeof(T));
-    const int64_t task_bytes = std::clamp(count * bytes / kTasks, kLeastTaskBytes, kMostTaskBytes);
-    rows = std::max<int64_t>(task_bytes / bytes / kFloatLanes, 1) * kFloatLanes;
+    rows = std::max<int64_t>(kTaskBytes / bytes / kFloatLanes, 1) * kFloatLanes;
   }
   int64_t tasks() const { return divide_up(count, rows); }
   int64_t begin(int64_t task) const { return task * rows; }
@@ -196,9 +193,11 @@ class DecodeStep {
     }
     const int64_t num_tiles = num_logits_tiles(params_.vocab_size);
     phases.run(num_tiles, [&](int64_t tile) {
-      const int64_t begin = tile * kTile, end = std::min(begin + kTile, params_.vocab_size);
-      project_logits(begin, end);
-      sum_tiles(begin, end, params_.tile_sums + tile, num_tiles);
+      const int64_t tile_end = std::min((tile + 1) * kTile, params_.vocab_size);
+      for (int64_t begin = tile * kTile; begin < tile_end; begin += rows.rows) {
+        project_logits(begin, std::min(begin + rows.rows, tile_end));
+      }
+      sum_tiles(tile * kTile, tile_end, params_.tile_sums + tile, num_tiles);
     });
   }
 

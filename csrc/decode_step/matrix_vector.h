@@ -1,5 +1,5 @@
-// Products of vectors with the rows of a weight matrix on the CPU. With one vector they are bound by reading the
-// weights, with many by arithmetic. Four vectors at a time share a row that is loaded.
+// Products of a few vectors with the rows of a weight matrix on the CPU. With one vector they are bound by reading the
+// weights; a row is read once for four of them.
 #pragma once
 
 #include <algorithm>
@@ -11,15 +11,6 @@
 #include "core/transpose.h"
 
 namespace arfast::ARFAST_CPU_TARGET {
-
-constexpr int kPassVectors = 4;
-constexpr int64_t kBlockBytes = 32 << 10;  // of weights, which stay in the first-level cache for all vectors
-
-// Rows of a block, a multiple of every tile's.
-template <typename T>
-int64_t block_rows(int64_t depth) {
-  return std::max<int64_t>(kBlockBytes / (depth * static_cast<int64_t>(sizeof(T))) / kFloatLanes, 1) * kFloatLanes;
-}
 
 // A tile is kFloatLanes pairs of a row and a vector: this many rows for a number of vectors.
 template <int kVectors>
@@ -70,17 +61,6 @@ struct WeightRows {
   int64_t depth, begin, end;
 };
 
-// How far ahead of a tile a pass over a block of rows prefetches: the first pass reads what comes next in it, those
-// after it read the following block, in equal shares, so that memory is as busy while they compute.
-struct Prefetch {
-  int64_t pass, num_passes, next_block;  // in elements, 0: there is none
-
-  int64_t distance(int64_t tile, int64_t next_rows) const {
-    if (pass == 0) return next_rows;
-    return tile % (num_passes - 1) == pass - 1 ? next_block : 0;
-  }
-};
-
 // The rows of a tile from n on: `count` of them, the last one repeated for those that are missing.
 template <typename T, int kRows>
 inline void locate_rows(const WeightRows<T>& weight, int64_t n, int first, int count, const T** rows) {
@@ -101,19 +81,18 @@ inline void store_tile(const VecF (&sums)[kFloatLanes], int64_t n, int count, fl
   }
 }
 
-// out[v][n] = weight[n] . vectors[v]
+// out[v][n] = weight[n] . vectors[v]; fresh: whether the weight still has to come from memory.
 template <typename T, int kVectors>
-inline void multiply_vectors(const WeightRows<T>& weight, const float* const* vectors, const Prefetch& prefetch,
-                             float* const* out) {
+inline void multiply_vectors(const WeightRows<T>& weight, const float* const* vectors, bool fresh, float* const* out) {
   constexpr int kRows = kProductRows<kVectors>, kGroup = std::min(kRows, 8);
   for (int64_t n = weight.begin; n < weight.end; n += kRows) {
     const int count = static_cast<int>(std::min<int64_t>(kRows, weight.end - n));
-    const int64_t ahead = prefetch.distance((n - weight.begin) / kRows, kGroup * weight.depth);
     VecF sums[kFloatLanes];
     for (int group = 0; group < kRows; group += kGroup) {
       const T* rows[kGroup];
       locate_rows<T, kGroup>(weight, n, group, count, rows);
-      add_products<T, kGroup, kVectors>(rows, vectors, weight.depth, ahead, sums + group, kRows);
+      add_products<T, kGroup, kVectors>(rows, vectors, weight.depth, fresh ? kGroup * weight.depth : 0, sums + group,
+                                        kRows);
     }
     store_tile<kVectors>(sums, n, count, out);
   }
@@ -163,17 +142,17 @@ ARFAST_BF16_TARGET inline void add_pair_products(const BFloat16* const* rows, co
 }
 
 template <int kVectors>
-ARFAST_BF16_TARGET void multiply_pairs(const WeightRows<BFloat16>& weight, const BFloat16* const* vectors,
-                                       const Prefetch& prefetch, float* const* out) {
+ARFAST_BF16_TARGET void multiply_pairs(const WeightRows<BFloat16>& weight, const BFloat16* const* vectors, bool fresh,
+                                       float* const* out) {
   constexpr int kRows = kProductRows<kVectors>, kGroup = std::min(kRows, 8);
   for (int64_t n = weight.begin; n < weight.end; n += kRows) {
     const int count = static_cast<int>(std::min<int64_t>(kRows, weight.end - n));
-    const int64_t ahead = prefetch.distance((n - weight.begin) / kRows, kGroup * weight.depth);
     VecF sums[kFloatLanes];
     for (int group = 0; group < kRows; group += kGroup) {
       const BFloat16* rows[kGroup];
       locate_rows<BFloat16, kGroup>(weight, n, group, count, rows);
-      add_pair_products<kGroup, kVectors>(rows, vectors, weight.depth, ahead, sums + group, kRows);
+      add_pair_products<kGroup, kVectors>(rows, vectors, weight.depth, fresh ? kGroup * weight.depth : 0, sums + group,
+                                          kRows);
     }
     store_tile<kVectors>(sums, n, count, out);
   }
@@ -181,33 +160,11 @@ ARFAST_BF16_TARGET void multiply_pairs(const WeightRows<BFloat16>& weight, const
 #endif
 
 template <int kVectors, typename T, typename X>
-inline void multiply_tiles(const WeightRows<T>& weight, const X* const* vectors, const Prefetch& prefetch,
-                           float* const* out) {
+inline void multiply_tiles(const WeightRows<T>& weight, const X* const* vectors, bool fresh, float* const* out) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<X, BFloat16>) return multiply_pairs<kVectors>(weight, vectors, prefetch, out);
+  if constexpr (std::is_same_v<X, BFloat16>) return multiply_pairs<kVectors>(weight, vectors, fresh, out);
 #endif
-  if constexpr (std::is_same_v<X, float>) multiply_vectors<T, kVectors>(weight, vectors, prefetch, out);
-}
-
-// One pass of a block of rows: the products with vectors b to b + 3 of the batch.
-template <typename T, typename X>
-inline void multiply_pass(const WeightRows<T>& weight, const X* x, int64_t x_stride, int64_t b, int64_t batch,
-                          const Prefetch& prefetch, float* out, int64_t out_stride) {
-  const X* vectors[kPassVectors];
-  float* results[kPassVectors];
-  for (int v = 0; v < kPassVectors; ++v) {  // what a tile lacks repeats the last vector, stored to the same place
-    const int64_t row = std::min(b + v, batch - 1);
-    vectors[v] = x + row * x_stride;
-    results[v] = out + row * out_stride;
-  }
-  const int64_t left = batch - b;
-  if (left == 1) {
-    multiply_tiles<1>(weight, vectors, prefetch, results);
-  } else if (left == 2) {
-    multiply_tiles<2>(weight, vectors, prefetch, results);
-  } else {
-    multiply_tiles<kPassVectors>(weight, vectors, prefetch, results);
-  }
+  if constexpr (std::is_same_v<X, float>) multiply_vectors<T, kVectors>(weight, vectors, fresh, out);
 }
 
 // out[b, n] = weight[n] . x[b] for x [batch, x_stride] and out [batch, out_stride]. A product depends on its row and
@@ -215,12 +172,22 @@ inline void multiply_pass(const WeightRows<T>& weight, const X* x, int64_t x_str
 template <typename T, typename X>
 void multiply_rows(const WeightRows<T>& weight, const X* x, int64_t x_stride, int64_t batch, float* out,
                    int64_t out_stride) {
-  const int64_t num_passes = (batch + kPassVectors - 1) / kPassVectors, block = block_rows<T>(weight.depth);
-  for (int64_t n = weight.begin; n < weight.end; n += block) {
-    const WeightRows<T> rows{weight.data, weight.depth, n, std::min(n + block, weight.end)};
-    const int64_t next_block = rows.end < weight.end ? block * weight.depth : 0;
-    for (int64_t pass = 0; pass < num_passes; ++pass) {
-      multiply_pass(rows, x, x_stride, pass * kPassVectors, batch, {pass, num_passes, next_block}, out, out_stride);
+  constexpr int kMost = 4;
+  for (int64_t b = 0; b < batch; b += kMost) {
+    const X* vectors[kMost];
+    float* results[kMost];
+    for (int v = 0; v < kMost; ++v) {  // what a tile lacks repeats the last vector, and is stored to the same place
+      const int64_t row = std::min(b + v, batch - 1);
+      vectors[v] = x + row * x_stride;
+      results[v] = out + row * out_stride;
+    }
+    const int64_t left = batch - b;
+    if (left == 1) {
+      multiply_tiles<1>(weight, vectors, b == 0, results);
+    } else if (left == 2) {
+      multiply_tiles<2>(weight, vectors, b == 0, results);
+    } else {
+      multiply_tiles<kMost>(weight, vectors, b == 0, results);
     }
   }
 }
