@@ -56,7 +56,7 @@ def flagged(losses, norms, window):
 @pytest.mark.parametrize(("noise", "window"), [("normal", 50), ("normal", 200), ("skewed", 200)])
 def test_few_false_alarms(noise, window):
     """Less than one in 10,000 steps of a curve that falls as a power law, with the noise of batches around it."""
-    rng, steps = numpy.random.default_rng(0), 20_000
+    rng, steps = numpy.random.default_rng(0), 30_000
     draw = {"normal": rng.standard_normal, "skewed": lambda n: rng.gamma(8.0, size=n) / 8**0.5 - 8**0.5}[noise]
     losses = 2.0 + 8.0 * numpy.arange(10, steps + 10) ** -0.3 + 0.05 * draw(steps)
     norms = numpy.exp(0.3 * rng.standard_normal(steps))
