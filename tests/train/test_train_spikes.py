@@ -111,7 +111,7 @@ def test_clean_run_does_not_go_back(tmp_path):
     assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == [45, 50, 55, 60]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_seen_and_left_behind(tmp_path, fault, dtype, capsys):
     trainer = make(tmp_path / "run", fault, dtype=dtype)
@@ -150,7 +150,7 @@ def faulty_run(request, worker, tmp_path_factory):
     return request.param, found, outcome(path)
 
 
-@pytest.mark.parametrize("after", [-3, 1, 12])
+@pytest.mark.parametrize("after", [1, *(pytest.param(after, marks=pytest.mark.slow) for after in (-3, 3, 12))])
 def test_kill_around_a_rewind(faulty_run, worker, memory_path, after):
     """Before the fault is seen, and after the run went back: a fault of the machine does not come a second time."""
     fault, found, expected = faulty_run

@@ -85,7 +85,9 @@ def undisturbed(worker, tmp_path_factory):
     return config, outcome(path)
 
 
-@pytest.mark.parametrize("step", range(1, 8))
+@pytest.mark.parametrize(
+    "step", [pytest.param(s, marks=() if s in (1, 4, 6) else pytest.mark.slow) for s in range(1, 8)]
+)
 def test_kill_in_every_stage(undisturbed, worker, memory_path, step):
     config, expected = undisturbed
     path = memory_path / "run"
