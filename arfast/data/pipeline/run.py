@@ -127,9 +127,9 @@ def prepare_corpus(
     directory beside it. With one source the directory is a data set, with several it holds one for each, all with one
     tokenizer, and ``mixture.json`` says how much of each to take.
 
-    Memory does not grow with the bytes of the corpus, and with the number of documents by 9 bytes for each, and one more
-    per source; the names of all files of a directory are held too. The hidden directory takes the room of the text that
-    stays, and 0.8 kB per document for signatures and the search for near-copies.
+    Memory does not grow with the bytes of the corpus, and with the number of documents by 9 bytes for each, and one
+    more per source; the names of all files of a directory are held too. The hidden directory takes the room of the text
+    that stays, and 0.8 kB per document for signatures and the search for near-copies.
 
     Args:
         recipe: sources, and what to do with them.
