@@ -163,7 +163,9 @@ def prepare_corpus(
         try:
             stages = Stages(recipe, cleaner, workspace, workers, progress)
             if any(out_dir.iterdir()):
-                return _reuse(out_dir, recipe, tokenizer, stages)
+                corpus = _reuse(out_dir, recipe, tokenizer, stages)
+                workspace.close()  # of a run that was killed after it had given the result its name
+                return corpus
             stages.clean()
             splits = stages.assign(stages.drop_duplicates())
             tokenizer = tokenizer or stages.learn_tokenizer(splits)
