@@ -36,7 +36,7 @@ from arfast.data.split import document_digest
 
 STRETCHES = STRETCH_LINES = 8
 FILE_BYTES = 50_000_000
-SAMPLE_SECONDS = 0.1
+SAMPLE_SECONDS = 0.5
 
 
 def handbook_pages(folder):

@@ -16,9 +16,9 @@ _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _IPV4 = re.compile(rf"(?<![\w.])(?:{_OCTET}\.){{3}}{_OCTET}(?![\w]|\.\w)")
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:]|\.\w)")
 _CARD = re.compile(r"(?<![\w.,-])[3-6](?:[ -]?[0-9]){12,18}(?![\w]|[.,-][0-9])")
-_PHONE = re.compile(
-    r"(?<![\w+.])\+[1-9](?:[ .()/-]{0,2}[0-9]){6,14}(?![\w])"
-    r"|(?<![\w.+-])(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[-. ])[2-9][0-9]{2}[-. ][0-9]{4}(?![\w]|[-.][0-9])"
+_PHONE = re.compile(r"(?<![\w+.])\+[1-9](?:[ .()/-]{0,2}[0-9]){6,14}(?![\w])")
+_NORTH_AMERICAN = re.compile(
+    r"(?<![\w.+-])(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[-. ])[2-9][0-9]{2}[-. ][0-9]{4}(?![\w]|[-.][0-9])"
 )
 
 
@@ -44,12 +44,19 @@ def _is_card(match: str) -> bool:
     return luhn_valid("".join(filter(str.isdigit, match)))
 
 
-# What must be in a text for a pattern to have a chance, the pattern, and the check of what it finds.
+# For each kind: what a text must hold for the pattern to have a chance, and is found faster; the pattern; the check of
+# what it finds.
 _FINDERS = {
-    "email": [("@", _EMAIL, bool)],
-    "ip_address": [(".", _IPV4, _is_public), (":", _IPV6, _is_public)],
-    "credit_card": [("", _CARD, _is_card)],
-    "phone_number": [("", _PHONE, bool)],
+    "email": [(re.compile("@"), _EMAIL, bool)],
+    "ip_address": [
+        (re.compile(r"\.[0-9]{1,3}\.[0-9]"), _IPV4, _is_public),
+        (re.compile(":[0-9A-Fa-f]{0,4}:"), _IPV6, _is_public),
+    ],
+    "credit_card": [(re.compile("[3-6](?:[ -]?[0-9]){12}"), _CARD, _is_card)],
+    "phone_number": [
+        (re.compile(r"\+[1-9]"), _PHONE, bool),
+        (re.compile("[2-9][0-9]{2}[-. ][0-9]{4}"), _NORTH_AMERICAN, bool),
+    ],
 }
 
 
@@ -75,7 +82,7 @@ def mask_personal_data(text: str, kinds: tuple[str, ...]) -> tuple[str, dict[str
     counts = {}
     for kind in kinds:
         for needed, pattern, accept in _FINDERS[kind]:
-            if needed in text:
+            if needed.search(text):
                 text, found = _mask(text, pattern, accept, f"[{kind.upper()}]")
                 counts[kind] = counts.get(kind, 0) + found
     return text, {kind: found for kind, found in counts.items() if found}

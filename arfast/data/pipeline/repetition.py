@@ -22,12 +22,6 @@ def repeated_share(parts: list[str]) -> tuple[float, float]:
     return copies / max(len(parts), 1), characters / max(sum(map(len, parts)), 1)
 
 
-def _first_index(ngrams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(index of the first equal n-gram, how often each occurs), int64 [N] each."""
-    _, first, inverse, counts = np.unique(ngrams, return_index=True, return_inverse=True, return_counts=True)
-    return first[inverse], counts[inverse]
-
-
 def top_ngram_share(hashes: np.ndarray, lengths: np.ndarray, n: int) -> float:
     """Share of the words' characters that lie in the n-gram with most of them, among those that occur twice.
 
@@ -36,9 +30,9 @@ def top_ngram_share(hashes: np.ndarray, lengths: np.ndarray, n: int) -> float:
     ngrams = hash_ngrams(hashes, n)
     if not len(ngrams):
         return 0.0
-    _, counts = _first_index(ngrams)
+    _, first, counts = np.unique(ngrams, return_index=True, return_counts=True)
     ends = np.concatenate([[0], np.cumsum(lengths)])
-    characters = (ends[n:] - ends[:-n]) * counts * (counts > 1)
+    characters = (ends[first + n] - ends[first]) * counts * (counts > 1)
     return min(1.0, int(characters.max()) / max(int(lengths.sum()), 1))
 
 
@@ -47,12 +41,13 @@ def duplicate_ngram_share(hashes: np.ndarray, lengths: np.ndarray, n: int) -> fl
     ngrams = hash_ngrams(hashes, n)
     if not len(ngrams):
         return 0.0
-    first, _ = _first_index(ngrams)
-    steps = np.zeros(len(hashes) + 1, np.int64)
-    repeated = np.flatnonzero(first != np.arange(len(ngrams)))
+    # The sort is stable: of equal n-grams that stand in a row, the first is the first in the text.
+    order = np.argsort(ngrams, kind="stable")
+    repeated = order[1:][ngrams[order[1:]] == ngrams[order[:-1]]]
     # A word is covered when more repeated n-grams have begun at it or before than have ended.
-    np.add.at(steps, repeated, 1)
-    np.add.at(steps, repeated + n, -1)
+    steps = np.zeros(len(hashes) + 1, np.int64)
+    steps[repeated] += 1
+    steps[repeated + n] -= 1
     covered = np.cumsum(steps[:-1]) > 0
     return int(lengths[covered].sum()) / max(int(lengths.sum()), 1)
 
@@ -79,6 +74,10 @@ def check_repetition(text: str, limits: GopherRepetition) -> None:
     for n, most in enumerate(limits.max_top_ngram_characters, 2):
         if (share := top_ngram_share(hashes, lengths, n)) > most:
             raise Dropped(f"characters in the top {n}-gram", f"{share:.2f} of the characters")
-    for n, most in enumerate(limits.max_duplicate_ngram_characters, 5):
+    shares = limits.max_duplicate_ngram_characters
+    for n, most in enumerate(shares, 5):
         if (share := duplicate_ngram_share(hashes, lengths, n)) > most:
             raise Dropped(f"characters in duplicate {n}-grams", f"{share:.2f} of the characters")
+        # What lies in a longer n-gram that has occurred before lies in a shorter one too.
+        if share <= min(shares):
+            break

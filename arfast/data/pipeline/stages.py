@@ -244,8 +244,6 @@ class Stages:
         """(folder of the finished data sets, for each source the counts of its splits)."""
         folder = self._workspace.stage("tokens", self.tokens_key(self.content, tokenizer.fingerprint)) / "output"
         folder.mkdir(exist_ok=True)
-        for stale in folder.rglob(".*.tmp-*"):
-            stale.unlink()
         return folder, [self._tokenize(folder, index, splits[index], tokenizer) for index in range(len(splits))]
 
     def _tokenize(self, folder: Path, index: int, splits: np.ndarray, tokenizer: Tokenizer) -> dict:

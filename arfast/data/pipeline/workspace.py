@@ -27,8 +27,7 @@ class Workspace:
             if other != folder:
                 shutil.rmtree(other)
         folder.mkdir(exist_ok=True)
-        for stale in folder.glob(".*.tmp-*"):
-            stale.unlink()
+        sweep(folder)
         return folder
 
     def close(self) -> None:
@@ -39,6 +38,12 @@ class Workspace:
         """Removes the folders unless they hold work that is worth continuing with."""
         if not any(self.path.glob("*/*.json")):
             self.close()
+
+
+def sweep(folder: Path) -> None:
+    """Removes what was being written at any depth when a process was killed."""
+    for stale in list(folder.rglob(".*.tmp-*")):
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
 
 
 def result_of(folder: Path) -> dict | None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from tqdm import tqdm
@@ -32,6 +33,8 @@ def fork(work):
         os.setpgid(0, 0)
         work()
         status = 0
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
