@@ -5,6 +5,7 @@ cannot leave it, and its keys are data.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -69,7 +70,7 @@ def from_pretrained(
         embedding = stored["model.embed_tokens.weight"]
         model.to(dtype or _DTYPES[embedding.get_slice("model.embed_tokens.weight").get_dtype()])
         if dtype is None:
-            _check_allocation(directory, model, stored)
+            _check_allocation(model, [stored[name].get_slice(name) for _, name, _ in layout])
         model.to_empty(device=torch.get_default_device() if device is None else device)
         parameters = dict(model.named_parameters())
         for name, stored_name, index in layout:
@@ -150,15 +151,14 @@ def _check_header_length(file: Path) -> None:
         )
 
 
-def _check_allocation(directory: Path, model: CausalLM, stored: dict[str, safe_open]) -> None:
+def _check_allocation(model: CausalLM, stored: list[Any]) -> None:
     """The dtype of the embedding is that of the model: a file could have it wide, and all else narrow."""
     needed = sum(parameter.nbytes for parameter in model.parameters())
-    files = {_resolve(directory, name) for name in os.listdir(directory) if _SHARD_NAME.fullmatch(name)}
-    available = sum(file.stat().st_size for file in files)
+    available = sum(math.prod(tensor.get_shape()) * _DTYPES[tensor.get_dtype()].itemsize for tensor in stored)
     if needed > _MAX_EXPANSION * available + _FREE_EXPANSION_BYTES:
         raise ValueError(
-            f"from_pretrained: dtype must be given for files of {available} bytes that would become {needed} bytes of "
-            f"{model.head_weight.dtype}, got None"
+            f"from_pretrained: dtype must be given for tensors of {available} bytes that would become {needed} bytes "
+            f"of {model.head_weight.dtype}, got None"
         )
 
 

@@ -94,9 +94,9 @@ def save_checkpoint(
         os.chmod(temporary, 0o700)  # until it is complete
         write(temporary)
         write_manifest(temporary, step)
+        os.chmod(temporary, mode)
         sync(temporary)
         verify(temporary)
-        os.chmod(temporary, mode)
         _replace_directory(temporary, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

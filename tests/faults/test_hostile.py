@@ -243,7 +243,7 @@ def test_a_narrow_file_does_not_become_a_wide_model(tmp_path, record):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].double()
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="dtype must be given for files of .* that would become .* of torch.float64"):
+    with pytest.raises(ValueError, match="dtype must be given for tensors of .* that would become .* of torch.float64"):
         CausalLM.from_pretrained(tmp_path)
     CausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     record("S2", "a file that would take four times its size in memory", 1, "refused before it is allocated")
