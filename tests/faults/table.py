@@ -15,6 +15,9 @@ _HEADER = "| row | fault | injections | outcome | date | device |\n| --- | --- |
 _BEGIN, _END = "<!-- table: written by `ARFAST_FAULT_TABLE=1 pytest tests/faults` -->\n", "<!-- end of table -->"
 
 
+_TODAY = datetime.date.today().isoformat()  # before any test plays with the clock
+
+
 class Row(NamedTuple):
     """A test that passed: the row of the fault list it belongs to, what it injected, how often, and what happened."""
 
@@ -34,7 +37,7 @@ def device_name() -> str:
 
 
 def row(number: str, fault: str, injections: int, outcome: str) -> Row:
-    return Row(number, fault, injections, outcome, datetime.date.today().isoformat(), device_name())
+    return Row(number, fault, injections, outcome, _TODAY, device_name())
 
 
 def update(rows: list[Row]) -> None:
