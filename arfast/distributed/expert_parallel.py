@@ -33,11 +33,11 @@ class ParallelMoE(MoE):
     region: TensorRegion
     groups: Groups
 
-    def forward(self, hidden: Tensor, with_aux_loss: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden: Tensor, with_aux_loss: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
         tensor = self.region.group
         tokens = self.region.enter_whole(hidden)
         router_logits = self.gate(tokens)
-        options = dict(score=self.score, renormalize=self.renormalize, scale=self.scale)
+        options = dict(score=self.score, renormalize=self.renormalize, bias=self.score_bias, scale=self.scale)
         routing = ops.moe_route(router_logits, self.top_k, **options)
         # Each rank has a part of the channels, hence of the gradients of what it is given.
         shared = routing._replace(expert_weights=copy_to(routing.expert_weights, tensor))
@@ -45,7 +45,8 @@ class ParallelMoE(MoE):
         out = self.region.leave(expert_parallel(copy_to(tokens, tensor), shared, *weights, self.groups.expert))
         if self.shared_experts is not None:
             out = out + self.shared_experts(hidden)
-        return out, self._aux_loss(router_logits, routing) if with_aux_loss else None
+        aux_loss = self._aux_loss(router_logits, routing) if with_aux_loss else None
+        return out, aux_loss, routing.tokens_per_expert
 
     def _aux_loss(self, router_logits: Tensor, routing: ops.Routing) -> Tensor:
         loss = routing.lse.new_zeros((), dtype=torch.float32)

@@ -167,14 +167,19 @@ class ParallelCausalLM(CausalLM):
             )
             raise ValueError(f"CausalLM: input_ids must {rule} per context rank, got {ids.numel()}")
         with_aux_loss = labels is not None and self.config.num_experts > 0
-        hidden, aux_losses = self.model(ids, documents, position_ids, None, with_aux_loss)
+        hidden, aux_losses, counts = self.model(ids, documents, position_ids, None, with_aux_loss)
         if labels is None:
             return CausalLMOutput(logits=self._whole_logits(hidden, plan, input_ids.shape, logits_to_keep))
         targets = shift_labels(labels, cu_seqlens)
         options = dict(label_smoothing=label_smoothing, z_loss=z_loss)
         loss = self._loss(hidden, targets, plan, reduction, num_items, options)
         aux_loss = sum(aux_losses) / len(aux_losses) if aux_losses else None
-        return CausalLMOutput(loss=loss, aux_loss=aux_loss, num_tokens=(targets != IGNORE_INDEX).sum())
+        return CausalLMOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            num_tokens=(targets != IGNORE_INDEX).sum(),
+            tokens_per_expert=self.groups.context.sum_(torch.stack(counts)) if counts else None,
+        )
 
     def _loss(
         self,

@@ -107,12 +107,7 @@ class Decoder(nn.Module):
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             arguments = (hidden, residual, layout, with_aux_loss)
-            # A layer draws no random numbers, so there is no state to put back.
-            outputs = (
-                checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
-                if recompute
-                else layer(*arguments)
-            )
+            outputs = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
             hidden, residual, aux_loss, tokens_per_expert = outputs
             if aux_loss is not None:
                 aux_losses.append(aux_loss)

@@ -69,6 +69,10 @@ def backward(model, ids, cu_seqlens=None, **options):
         ids, labels = own_rows(model, ids), own_rows(model, labels)
         share = model_targets(labels, cu_seqlens) / num_items
     out = model(ids, labels, cu_seqlens, num_items=num_items, **options)
+    if out.tokens_per_expert is not None:
+        assert out.tokens_per_expert.sum(1).tolist() == [ids.numel() * model.config.num_experts_per_tok] * len(
+            out.tokens_per_expert
+        )
     loss = out.loss + (0 if out.aux_loss is None else out.aux_loss * share)
     loss.backward()
     if hasattr(model, "groups"):

@@ -85,6 +85,19 @@ def test_dropout_is_of_the_adapter_alone():
     torch.testing.assert_close(out, formula(hidden, lora.weight, None, *weights(lora), 2.5, dropped))
 
 
+def test_recomputed_activations_drop_the_same():
+    models = [apply_lora(CausalLM(TINY), rank=2, dropout=0.5) for _ in range(2)]
+    models[1].model.activation_checkpointing = True
+    ids = torch.randint(0, 61, (2, 19))
+    for model in models:
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
+        torch.manual_seed(5)
+        model.train()(ids, labels=ids).loss.backward()
+    for plain, recomputed in zip(*(model.parameters() for model in models), strict=True):
+        assert plain.grad is None or torch.equal(plain.grad, recomputed.grad)
+
+
 def layer_without_dropout(lora):
     other = layer()
     other.load_state_dict(lora.state_dict())
