@@ -1,12 +1,14 @@
 """How much of each source training takes: shares of the tokens, as in Llama 3 (arXiv 2407.21783), section 3.1.2."""
 
+import math
+
 from arfast.data.pipeline.recipe import Recipe
 
 MIXTURE_NAME = "mixture.json"
 
 
 def plan_mixture(recipe: Recipe, num_tokens: dict[str, int]) -> dict:
-    """What ``mixture.json`` records: for each source its data set, its share, its tokens and how often it is seen.
+    """What the report says of the mixture: for each source its data set, share, tokens and how often it is seen.
 
     Without fractions, sources count by their tokens. Without ``num_tokens``, the run is as long as ``max_epochs`` of
     the source that runs out first allow.
@@ -32,16 +34,25 @@ def plan_mixture(recipe: Recipe, num_tokens: dict[str, int]) -> dict:
         raise ValueError(f"prepare: mixture.num_tokens must be at most {available}, got {wanted}: {detail}")
     alone = len(recipe.sources) == 1
     return {
-        "format": "arfast-mixture-1",
         "num_tokens": wanted,
         "sources": [
             {
                 "name": source.name,
-                "path": "." if alone else source.name,
+                "data": "." if alone else source.name,
                 "fraction": shares[source.name],
                 "num_tokens": num_tokens[source.name],
                 "epochs": round(wanted * shares[source.name] / num_tokens[source.name], 6),
             }
             for source in recipe.sources
         ],
+    }
+
+
+def training_mixture(plan: dict) -> dict:
+    """The content of ``mixture.json``, which training reads: see ``arfast.data.read_mixture``."""
+    return {
+        "sources": [
+            {"data": source["data"], "fraction": source["fraction"], "max_epochs": max(1, math.ceil(source["epochs"]))}
+            for source in plan["sources"]
+        ]
     }

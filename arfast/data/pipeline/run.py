@@ -13,7 +13,7 @@ from arfast.data.checks import check_integer
 from arfast.data.files import fsync_directory, locked_directory, read_file, write_file
 from arfast.data.manifest import DatasetManifest, canonical_hash
 from arfast.data.pipeline.clean import Cleaner
-from arfast.data.pipeline.mixture import MIXTURE_NAME, plan_mixture
+from arfast.data.pipeline.mixture import MIXTURE_NAME, plan_mixture, training_mixture
 from arfast.data.pipeline.recipe import Recipe
 from arfast.data.pipeline.report import REPORT_NAME, TABLE_NAME, make_table
 from arfast.data.pipeline.stages import Stages, package_versions
@@ -60,11 +60,12 @@ def _finish(stages: Stages, folder: Path, sources: list[dict], tokenizer: Tokeni
         "tokenizer": tokenizer.fingerprint,
         "versions": package_versions(),
         "sources": sources,
+        "mixture": mixture,
         "stages": stages.tally.stages,
         "notes": stages.notes,
     }
     _write_json(folder / _RECIPE_NAME, stages.recipe.to_json())
-    _write_json(folder / MIXTURE_NAME, mixture)
+    _write_json(folder / MIXTURE_NAME, training_mixture(mixture))
     _write_json(folder / REPORT_NAME, report)
     write_file(folder / TABLE_NAME, make_table(report).encode())
     fsync_directory(folder)
@@ -83,8 +84,8 @@ def _reuse(out_dir: Path, recipe: Recipe, tokenizer: Tokenizer | None, stages: S
     if stored != recipe or report["key"] != stages.tokens_key(stages.content_hash(), fingerprint):
         actual = f"another recipe or other documents in {str(out_dir)!r}"
         raise ValueError(f"prepare: output_dir must be empty or hold the same, got {actual}")
-    for source in json.loads(read_file(out_dir / MIXTURE_NAME, _MAX_REPORT_BYTES))["sources"]:
-        DatasetManifest.load(out_dir / source["path"]).verify()
+    for source in report["mixture"]["sources"]:
+        DatasetManifest.load(out_dir / source["data"]).verify()
     return PreparedCorpus(out_dir, report, {})
 
 

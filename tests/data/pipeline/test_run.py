@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from arfast.data import DatasetManifest, PackedDataset, Tokenizer, builtin, prepare_dataset
+from arfast.data import DatasetManifest, MixtureDataset, PackedDataset, Tokenizer, builtin, prepare_dataset
 from arfast.data.pipeline import Recipe, prepare_corpus, run, stages
 from arfast.data.pipeline import tokenize as tokenize_module
 
@@ -214,7 +214,7 @@ def test_one_source_is_a_data_set(tmp_path):
     )
     corpus = prepare_corpus(recipe, tmp_path / "data")
     DatasetManifest.load(corpus.path).verify()
-    assert json.loads((corpus.path / "mixture.json").read_text())["sources"][0]["path"] == "."
+    assert json.loads((corpus.path / "mixture.json").read_text())["sources"][0]["data"] == "."
 
 
 def test_filters_by_language_and_file_ending(tmp_path, folder):
@@ -243,9 +243,11 @@ def mixture_recipe(make_recipe, folder, **mixture):
 
 
 def test_mixture(folder, tmp_path, make_recipe):
-    mixture = json.loads(
-        (prepare_corpus(mixture_recipe(make_recipe, folder), tmp_path / "a").path / "mixture.json").read_text()
-    )
+    corpus = prepare_corpus(mixture_recipe(make_recipe, folder), tmp_path / "a")
+    training = MixtureDataset.load(corpus.path / "mixture.json", "train", seqlen=16)
+    assert training.names == ["code", "lines"] and training.fractions == [0.25, 0.75]
+    assert training.batch(0, 8).input_ids.shape == (8, 16)
+    mixture = corpus.report["mixture"]
     code, lines = mixture["sources"]
     assert (code["fraction"], lines["fraction"]) == (0.25, 0.75) and lines["epochs"] == pytest.approx(1, abs=1e-3)
     assert mixture["num_tokens"] == int(lines["num_tokens"] / 0.75) and code["epochs"] < 1
