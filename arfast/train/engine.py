@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .config import TrainConfig
 from .graph import GraphedBackward, with_empty_documents
 from .inputs import model_inputs
-from .optimizer import WorkingCopy, build_optimizer, gradient_norm, scale_gradients
+from .optimizer import WorkingCopy, build_optimizer, scale_gradients
 from .schedule import warmup_cosine
+from .strategy import OneProcess
 
 _MAX_CONSECUTIVE_SKIPS = 3
 
@@ -61,18 +62,21 @@ class Engine:
     Args:
         model: float32 parameters, the ones that are optimized. With dtype="bfloat16" forward and backward run in a
             `WorkingCopy` of it.
+        strategy: how the step is spread over ranks; None: one process.
 
     Raises:
         ValueError: the settings ask for CUDA graphs, and the model is not on a GPU.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, strategy: OneProcess | None = None) -> None:
         self.model, self.config = model, config
+        self.strategy = strategy or OneProcess()
         self.state = TrainState()
         self.device = next(model.parameters()).device
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(model, config)
-        self._working_copy = None if config.dtype == "float32" else WorkingCopy(model, getattr(torch, config.dtype))
+        in_place = config.dtype == "float32" or self.strategy.casts_weights
+        self._working_copy = None if in_place else WorkingCopy(model, getattr(torch, config.dtype))
         self._graphed_backward = None
         if config.cuda_graph:
             if self.device.type != "cuda":
@@ -100,7 +104,7 @@ class Engine:
         )
 
     def step(self, batches: Sequence[Any]) -> StepResult:
-        """One optimizer step over micro-batches; advances ``state``.
+        """One optimizer step over micro-batches, of several ranks those of this one; advances ``state``.
 
         The sum of the token losses is divided by the number of targets of all of them together, so the step does not
         depend on how its sequences are cut into micro-batches.
@@ -111,13 +115,14 @@ class Engine:
         """
         if not batches:
             raise ValueError("Trainer: batches must hold at least one micro-batch, got none")
-        tokens = sum(batch.input_ids.numel() for batch in batches)
+        counts = [sum(batch.input_ids.numel() for batch in batches), sum(batch.num_tokens for batch in batches)]
+        tokens, num_items = self.strategy.sum_over_ranks(counts)
         num_samples = tokens // self.config.seqlen
         lr = self.learning_rate(self.state.tokens + tokens)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self._accumulate_gradients(batches)
+        losses = self.strategy.sum_losses(torch.stack(self._accumulate_gradients(batches, max(1, num_items))))
         # The one wait for the device in a step: here the optimizer has not touched anything yet.
-        grad_norm, *losses = torch.stack([gradient_norm(self.parameters), *losses]).tolist()
+        grad_norm, *losses = torch.stack([self.strategy.gradient_norm(self.parameters), *losses]).tolist()
         finite = all(map(math.isfinite, (grad_norm, *losses)))
         if finite:
             self._update(grad_norm, lr)
@@ -130,9 +135,8 @@ class Engine:
         self.state.consecutive_skips = 0 if finite else self.state.consecutive_skips + 1
         return StepResult(losses[0], losses[1] if len(losses) > 1 else None, grad_norm, lr, tokens, finite)
 
-    def _accumulate_gradients(self, batches: Sequence[Any]) -> list[Tensor]:
+    def _accumulate_gradients(self, batches: Sequence[Any], num_items: int) -> list[Tensor]:
         """Backward over all micro-batches; the loss of the step and, with experts, their auxiliary loss."""
-        num_items = max(1, sum(batch.num_tokens for batch in batches))
         self.compute_model.train()
         if self._graphed_backward is not None:
             losses = self._graphed_backward([_graph_arguments(batch, num_items) for batch in batches])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,7 @@ from torch import Tensor, nn
 from .engine import Engine, TrainState
 from .manifest import CheckpointError
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-RNG_FILE = "rng.safetensors"
+OPTIMIZER, RNG = "optimizer", "rng"  # see `file_names`
 STATE_FILE = "trainer_state.json"
 _VERSION = 1
 # What changes the last bits of a run on one machine; recorded so that a resume elsewhere does not surprise.
@@ -29,27 +30,50 @@ _ENVIRONMENT_VARIABLES = (
 )
 
 
-def save_engine(engine: Engine, directory: Path, identity: dict[str, Any]) -> None:
-    """Write weights (as a Hugging Face model), optimizer, random states and counters.
+def file_names(stem: str, count: int) -> list[str]:
+    """``<stem>.safetensors``, or the names of ``count`` files of which each holds some of the tensors."""
+    several = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    return several if count > 1 else [f"{stem}.safetensors"]
 
-    Args:
-        identity: what must be equal for a run to continue from here, ready for JSON.
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint of an engine consists of.
+
+    identity: what must be equal for a run to continue from here, ready for JSON.
     """
-    engine.model.save_pretrained(directory)
-    _save_optimizer(engine.optimizer, engine.model, directory / OPTIMIZER_FILE)
-    _save_random_states(engine.device, directory / RNG_FILE)
-    content = {
+
+    engine: Engine
+    identity: dict[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights and the two moments of AdamW."""
+        return 3 * sum(parameter.nbytes for parameter in self.engine.model.parameters())
+
+    def write(self, directory: Path) -> None:
+        """Write weights (as a Hugging Face model), optimizer, random states and counters."""
+        engine = self.engine
+        engine.model.save_pretrained(directory)
+        _save_optimizer(engine.optimizer, engine.model, directory / file_names(OPTIMIZER, 1)[0])
+        save_file(random_states(engine.device), directory / file_names(RNG, 1)[0])
+        content = state_content(engine, self.identity)
+        (directory / STATE_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def state_content(engine: Engine, identity: dict[str, Any]) -> dict[str, Any]:
+    """Counters, and what they belong to, ready for JSON."""
+    return {
         "version": _VERSION,
         "state": dataclasses.asdict(engine.state),
         "identity": identity,
         "config": engine.config.to_dict(),
         "environment": environment(engine.device),
     }
-    (directory / STATE_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def load_engine(engine: Engine, directory: Path) -> None:
-    """Take over what `save_engine` wrote.
+    """Take over what `Snapshot.write` wrote, or the ranks of a distributed run together.
 
     Raises:
         CheckpointError: it was written for other parameters.
@@ -60,8 +84,13 @@ def load_engine(engine: Engine, directory: Path) -> None:
         engine.model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"checkpoint: {directory} must hold the model's parameters, got {error}") from None
-    _load_optimizer(engine.optimizer, engine.model, directory / OPTIMIZER_FILE)
-    _load_random_states(engine.device, directory / RNG_FILE)
+    files = sorted(directory.glob(f"{OPTIMIZER}*.safetensors"))
+    tensors = itertools.chain.from_iterable(load_file(path).items() for path in files)
+    restore_optimizer(engine.optimizer, engine.model, tensors, directory)
+    if (path := directory / file_names(RNG, 1)[0]).is_file():
+        restore_random_states(engine.device, load_file(path))
+    else:  # of several ranks, none of which is this process
+        torch.manual_seed(engine.config.seed)
     engine.weights_changed()
     engine.state = state
 
@@ -85,11 +114,13 @@ def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What decides the last bits of a run besides its configuration."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    ranks = f" on {torch.distributed.get_world_size()} ranks" if several else ""
     return {
         "torch": torch.__version__,
         "num_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type) + ranks,
         "variables": {name: os.environ[name] for name in _ENVIRONMENT_VARIABLES if name in os.environ},
     }
 
@@ -104,10 +135,13 @@ def _save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Pa
     save_file(tensors, path)
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Iterable[tuple[str, Tensor]], path: Path
+) -> None:
+    """Take over the tensors of `_save_optimizer`, by name, in the shapes of the parameters; ``path`` is for errors."""
     parameters = dict(model.named_parameters())
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
-    for key, value in load_file(path).items():
+    for key, value in tensors:
         kind, _, name = key.partition(".")
         parameter = parameters.get(name)
         if parameter is None or (value.ndim > 0 and value.shape != parameter.shape):
@@ -120,16 +154,16 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Pa
     optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _save_random_states(device: torch.device, path: Path) -> None:
+def random_states(device: torch.device) -> dict[str, Tensor]:
     """States of the CPU's and the device's generator, uint8 tensors."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
-    save_file(states, path)
+    return states
 
 
-def _load_random_states(device: torch.device, path: Path) -> None:
-    states = load_file(path)
+def restore_random_states(device: torch.device, states: dict[str, Tensor]) -> None:
+    """Take over what `random_states` gave."""
     torch.set_rng_state(states["cpu"].clone())
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"].clone(), device)

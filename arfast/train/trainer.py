@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
+import re
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,7 +27,8 @@ from .log import RunLog, notice
 from .manifest import MANIFEST, CheckpointError
 from .memory import keep_freed_memory
 from .signals import StopRequest, TrainingInterrupted
-from .state import OPTIMIZER_FILE, RNG_FILE, STATE_FILE, environment, load_engine, read_state, save_engine
+from .state import OPTIMIZER, RNG, STATE_FILE, environment, read_state
+from .strategy import OneProcess
 
 _SMALL_FILES_BYTES = 32 << 20  # configuration, tokenizer, state: generous, for the check of free space
 
@@ -59,6 +63,7 @@ class Trainer:
         data: a directory made by `arfast.data.prepare_dataset`, or data sets by split ("train", and "validation" if
             there is one).
         tokenizer: written beside the weights and used for samples; None: the one in the data directory.
+        strategy: how the run is spread over ranks, for example `arfast.distributed.DataParallel`; None: one process.
         generate: called as ``arfast.generate.generate``, the default, for samples.
 
     Raises:
@@ -76,15 +81,21 @@ class Trainer:
         data: str | os.PathLike[str] | Mapping[str, Any],
         tokenizer: Any | None = None,
         *,
+        strategy: OneProcess | None = None,
         generate: Callable[..., Tensor] | None = None,
     ) -> None:
         if not isinstance(config, TrainConfig):
             raise TypeError(f"Trainer: config must be a TrainConfig, got {type(config).__name__}")
         self.config = config
+        self.strategy = strategy or OneProcess()
+        self._notice = notice if self.strategy.is_main else lambda text: None
+        self.strategy.check(config)
         self.datasets, self.tokenizer = open_data(data, config, tokenizer)
         check_inputs(model, config, self.datasets, self.tokenizer)
-        self.engine = Engine(model, config)
+        self.engine = Engine(model, config, self.strategy)
         self._identity = describe(model, config, self.datasets["train"])
+        settings = {f"config.{name}": value for name, value in config.to_dict().items()}
+        self.strategy.require_same(settings | self._identity)
         self._generate = generate
         self._root = Path(config.output_dir)
         self._saved_step: int | None = None
@@ -112,9 +123,9 @@ class Trainer:
         """
         if self.config.keep_freed_memory and self.engine.device.type == "cpu":
             keep_freed_memory()
-        with ckpt.lock_directory(self._root), StopRequest() as stop:
+        with self.strategy.lock(self._root), StopRequest() as stop:
             self._start()
-            with RunLog(self._root, self.config, self.state) as log:
+            with self.strategy.open_log(lambda: RunLog(self._root, self.config, self.state)) as log:
                 self._work_between_steps(log, stop)
                 while self.state.step < self.config.num_steps:
                     with log.timed():
@@ -126,7 +137,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the present state and return its directory."""
-        with ckpt.lock_directory(self._root):
+        with self.strategy.lock(self._root):
             return self._save()
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -136,7 +147,7 @@ class Trainer:
             CheckpointError: it is damaged, belongs to another model, data set, tokenizer or order of samples, or is
                 past the end of this schedule.
         """
-        ckpt.verify(path)
+        self.strategy.verify(Path(path))
         self._load(Path(path))
 
     def _load(self, path: Path) -> None:
@@ -146,12 +157,12 @@ class Trainer:
             raise CheckpointError(
                 f"Trainer: max_steps must be at least {state.step} to continue {path}, got {self.config.num_steps}"
             )
-        load_engine(self.engine, path)
-        notice(f"Trainer: continuing {path}")
+        self.strategy.load_engine(self.engine, path)
+        self._notice(f"Trainer: continuing {path}")
         if changes := describe_changes(saved["config"], self.config.to_dict()):
-            notice(f"Trainer: its settings were others ({changes})")
+            self._notice(f"Trainer: its settings were others ({changes})")
         if changes := describe_changes(saved["environment"], environment(self.engine.device)):
-            notice(f"Trainer: not bit-identical, since it was written under other conditions ({changes})")
+            self._notice(f"Trainer: not bit-identical, since it was written under other conditions ({changes})")
         self._saved_step = self.state.step
 
     def evaluate(self, split: str = "validation", max_tokens: int | None = None) -> CorpusScores:
@@ -167,7 +178,11 @@ class Trainer:
         return self._sample(lambda: False) or []
 
     def _sample(self, stop: Callable[[], bool]) -> list[dict[str, str]] | None:
-        config, generate, model = self.config, self._generate, self.engine.compute_model
+        model = self.strategy.whole_model(self.engine.compute_model)
+        return self.strategy.from_main(lambda: self._sample_from(model, stop))
+
+    def _sample_from(self, model: nn.Module, stop: Callable[[], bool]) -> list[dict[str, str]] | None:
+        config, generate = self.config, self._generate
         if generate is None:
             from arfast.generate import generate
         greedy = config.sample_temperature == 0
@@ -194,24 +209,26 @@ class Trainer:
 
     def _start(self) -> None:
         """Continue from the newest intact checkpoint, or begin."""
-        if not self.config.resume and (existing := ckpt.list_checkpoints(self._root)):
+        if not self.config.resume:
+            self.strategy.from_main(self._refuse_checkpoints)
+        path = self.strategy.latest_checkpoint(self._root, self._notice)
+        if path is not None:
+            self._load(path)
+            self.strategy.from_main(lambda: ckpt.set_aside_damaged(self._root, path))
+        elif self.state.step == 0:
+            torch.manual_seed(self.config.seed + self.strategy.rank)
+
+    def _refuse_checkpoints(self) -> None:
+        if existing := ckpt.list_checkpoints(self._root):
             raise CheckpointError(
                 f"Trainer: output_dir must hold no checkpoint when resume is False, got {existing[-1]} "
                 "(remove it, or choose another output_dir)"
             )
-        path = ckpt.latest_checkpoint(self._root, notice)
-        if path is not None:
-            self._load(path)
-            ckpt.set_aside_damaged(self._root, path)
-        elif self.state.step == 0:
-            torch.manual_seed(self.config.seed)
 
     def _next_batches(self) -> Iterator[Any]:
-        config = self.config
-        micro_batch_size = config.micro_batch_size or config.batch_size
-        for start in range(0, config.batch_size, micro_batch_size):
-            size = min(micro_batch_size, config.batch_size - start)
-            yield self.datasets["train"].batch(self.state.position + start, size)
+        sizes = self.config.batch_size, self.config.micro_batch_size
+        for first, size in self.strategy.micro_batches(self.state.position, *sizes):
+            yield self.datasets["train"].batch(first, size)
 
     def _work_between_steps(self, log: RunLog, stop: StopRequest) -> None:
         """Save, then evaluate, then sample: what is expensive to lose comes first.
@@ -227,15 +244,21 @@ class Trainer:
         if due(config.save_every):
             self._save_once(log)
         if last:
-            self._publish()
+            self.strategy.from_main(self._publish)
         self._leave_when_asked(log, stop)
-        if "validation" in self.datasets and due(config.eval_every) and not log.metrics.at_step(step, "val_loss"):
+
+        def done(rows: str, key: str) -> bool:
+            return self.strategy.from_main(lambda: getattr(log, rows).at_step(step, key) is not None)
+
+        if "validation" in self.datasets and due(config.eval_every) and not done("metrics", "val_loss"):
             max_tokens = None if last else config.eval_tokens
             with log.activity("evaluating"):
-                evaluation = self._evaluate("validation", max_tokens, lambda: bool(stop))
+                evaluation = self._evaluate(
+                    "validation", max_tokens, lambda: self.strategy.agreed_signal(stop.signal) is not None
+                )
             if evaluation:
                 log.record_evaluation(self.state, evaluation)
-        if config.sample_prompts and due(config.sample_every) and not log.samples.at_step(step, "samples"):
+        if config.sample_prompts and due(config.sample_every) and not done("samples", "samples"):
             with log.activity("sampling"):
                 samples = self._sample(lambda: bool(stop))
             if samples:
@@ -243,12 +266,14 @@ class Trainer:
         self._leave_when_asked(log, stop)
 
     def _leave_when_asked(self, log: RunLog, stop: StopRequest) -> None:
-        if stop.signal is None:
+        number = self.strategy.agreed_signal(stop.signal)
+        if number is None:
             return
         if self.state.step > 0:
             self._save_once(log)
-        notice(f"Trainer: stopped by {stop.signal.name} after step {self.state.step}; run again to continue")
-        raise TrainingInterrupted(128 + stop.signal)
+        name = signal.Signals(number).name
+        self._notice(f"Trainer: stopped by {name} after step {self.state.step}; run again to continue")
+        raise TrainingInterrupted(128 + number)
 
     def _save_once(self, log: RunLog) -> None:
         if self._saved_step != self.state.step:
@@ -257,22 +282,23 @@ class Trainer:
             self._save()
 
     def _save(self) -> Path:
+        snapshot = self.strategy.snapshot(self.engine, self._identity)
+
         def write(directory: Path) -> None:
-            save_engine(self.engine, directory, self._identity)
-            if self.tokenizer is not None:
+            snapshot.write(directory)
+            if self.tokenizer is not None and self.strategy.is_main:
                 self.tokenizer.save(directory)
 
-        weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
-        # Weights and the two moments of AdamW.
-        path = ckpt.save_checkpoint(self._root, self.state.step, write, num_bytes=3 * weight_bytes + _SMALL_FILES_BYTES)
+        num_bytes = snapshot.num_bytes + _SMALL_FILES_BYTES
+        path = self.strategy.save_checkpoint(self._root, self.state.step, write, num_bytes=num_bytes)
         self._saved_step = self.state.step
-        ckpt.prune(self._root, self.config.keep_last)
+        self.strategy.from_main(lambda: ckpt.prune(self._root, self.config.keep_last))
         return path
 
     def _publish(self) -> None:
         path = ckpt.list_checkpoints(self._root)[-1]
-        own = {OPTIMIZER_FILE, RNG_FILE, STATE_FILE, MANIFEST}
-        ckpt.publish(path, self._root, sorted(set(os.listdir(path)) - own))
+        own = re.compile(rf"({OPTIMIZER}|{RNG})(-\d+-of-\d+)?\.safetensors|{STATE_FILE}|{MANIFEST}")
+        ckpt.publish(path, self._root, sorted(name for name in os.listdir(path) if not own.fullmatch(name)))
 
     def _evaluate(self, split: str, max_tokens: int | None, stop: Callable[[], bool]) -> CorpusScores | None:
         config, dataset = self.config, self.datasets[split]
@@ -284,6 +310,7 @@ class Trainer:
                 bytes_per_token=dataset.num_bytes / max(1, dataset.num_tokens - dataset.num_documents),
                 max_tokens=max_tokens,
                 stop=stop,
+                strategy=self.strategy,
             )
 
     def _random_state_kept(self) -> AbstractContextManager[None]:
@@ -293,6 +320,12 @@ class Trainer:
 
     def _result(self, log: RunLog) -> TrainResult:
         """From the logs, so that a run that was already finished gives the same."""
+        result = self.strategy.from_main(lambda: dataclasses.asdict(self._result_from(log)))
+        if result["evaluation"] is not None:
+            result["evaluation"] = CorpusScores(**result["evaluation"])
+        return TrainResult(**result)
+
+    def _result_from(self, log: RunLog) -> TrainResult:
         state = self.state
         train, evaluation = (log.metrics.at_step(state.step, key) for key in ("loss", "val_loss"))
         samples = log.samples.at_step(state.step, "samples")
