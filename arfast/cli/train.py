@@ -6,9 +6,11 @@ in a few minutes on two cores, and prints samples.
 Examples:
   arfast train
   arfast train --data corpus.jsonl --preset tiny --output-dir runs/mine --max-tokens 20000000 --save-every 500
+  torchrun --nproc_per_node=2 -m arfast train --output-dir runs/two
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 
@@ -60,34 +62,63 @@ def _add_field(parser, field):
         parser.add_argument(flag, type=types[kind], default=argparse.SUPPRESS, metavar=kind.upper(), help=shown)
 
 
-def run(arguments: argparse.Namespace) -> dict:
+def run(arguments: argparse.Namespace) -> dict | None:
     import torch
 
-    from arfast.data import DatasetManifest, prepare_dataset
-    from arfast.models import CausalLM, CausalLMConfig
-    from arfast.train import TrainConfig, Trainer
+    from arfast.train import TrainConfig
 
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise ValueError(f"train: threads must be at least 1, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
     config = TrainConfig(**_settings(arguments, TrainConfig))
+    with _strategy(config) as strategy:
+        return _train(arguments, config, strategy)
+
+
+@contextlib.contextmanager
+def _strategy(config):
+    """One process, or the ranks that torchrun has started."""
+    import torch
+
+    from arfast.distributed import DataParallel, Launch, process_group
+    from arfast.train.strategy import OneProcess
+
+    launch = Launch.from_environment()
+    if launch is None:
+        yield OneProcess(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return
+    with process_group(launch, launch.device):
+        yield DataParallel(device=launch.device, dtype=config.dtype)
+
+
+def _train(arguments, config, strategy):
+    from arfast.data import DatasetManifest, prepare_dataset
+    from arfast.models import CausalLMConfig
+    from arfast.train import Trainer
+
+    def prepare():
+        print(f"arfast train: preparing {arguments.data} in {directory}", file=sys.stderr)
+        prepare_dataset(arguments.data, directory, vocab_size=vocab_size, progress=config.progress)
+
     preset = CausalLMConfig.preset(arguments.preset)
     vocab_size = preset.vocab_size if arguments.vocab_size is None else arguments.vocab_size
     directory = _dataset_directory(arguments.data, config.output_dir)
     if directory != arguments.data:
-        print(f"arfast train: preparing {arguments.data} in {directory}", file=sys.stderr)
-        prepare_dataset(arguments.data, directory, vocab_size=vocab_size, progress=config.progress)
+        strategy.from_main(prepare)
     tokenizer = DatasetManifest.load(directory).tokenizer
     model_config = preset.replace(
         vocab_size=tokenizer["vocab_size"],
         max_position_embeddings=max(preset.max_position_embeddings, config.seqlen),
         **{name: tokenizer[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = CausalLM(model_config, seed=config.seed, device=device)
-    print(f"arfast train: {model.num_parameters():,} parameters, {config.dtype}, on {device}", file=sys.stderr)
-    result = Trainer(model, config, directory).fit()
+    model = strategy.build_model(model_config, seed=config.seed)
+    if strategy.is_main:
+        size = f"{model.num_parameters():,} parameters, {config.dtype}"
+        print(f"arfast train: {size}, on {strategy.describe()}", file=sys.stderr)
+    result = Trainer(model, config, directory, strategy=strategy).fit()
+    if not strategy.is_main:
+        return None
     for sample in result.samples:
         print(f"--- {sample['prompt']!r}\n{sample['prompt']}{sample['text']}\n")
     summary = dict(output_dir=result.output_dir, step=result.step, tokens=result.tokens, loss=result.loss)

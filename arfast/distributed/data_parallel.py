@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from arfast.models import CausalLM, CausalLMConfig
 from arfast.train import checkpoint as ckpt
@@ -57,7 +56,8 @@ class DataParallel(OneProcess):
         dtype: str = "float32",
         timeout: float | None = None,
     ) -> None:
-        self.device, self.dtype = torch.device(device), dtype
+        super().__init__(device)
+        self.dtype = dtype
         self.mesh = mesh or init_device_mesh(self.device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
         names = self.mesh.mesh_dim_names or ()
         if "data" not in names or self.mesh.size() != dist.get_world_size():
@@ -70,6 +70,9 @@ class DataParallel(OneProcess):
         self._data = self.mesh["data"]
         # What holds a part of the batch, along samples or along positions, holds a part of the parameters.
         self.shards = self.mesh["data", "context"]._flatten("shards") if "context" in names else self._data
+
+    def describe(self) -> str:
+        return f"{self.exchange.size} ranks of {self.device.type}"
 
     def build_model(self, config: CausalLMConfig, *, seed: int = 0) -> CausalLM:
         """A model with the values of ``CausalLM(config, seed=seed)``, of which each rank only makes its part."""
@@ -112,8 +115,11 @@ class DataParallel(OneProcess):
         return losses
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        norm = gradient_norm(parameters)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+        norms = [sharding.whole(gradient_norm(group)) for group in by_mesh.values()]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def micro_batches(self, first: int, batch_size: int, micro_batch_size: int | None) -> Iterator[tuple[int, int]]:
         share = self._share(batch_size, micro_batch_size)

@@ -6,6 +6,7 @@ Zhao et al., "PyTorch FSDP" (VLDB 2023), in its second form: torch.distributed.f
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from arfast.models import CausalLM
 from arfast.models.causal_lm import init_parameter
@@ -58,6 +59,8 @@ def shard_model(model: CausalLM, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     Args:
         model: float32 parameters; on the meta device the shards stay without memory until `initialize_shards`.
     """
+    # It warns of operations in place on what a layer returns, of which there are none.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options = dict(mesh=mesh, mp_policy=policy, shard_placement_fn=_placement(mesh.size()))
     for module in (*model.model.layers, model):
@@ -81,11 +84,17 @@ def _placement(num_ranks: int):
 
 def local_box(tensor: Tensor) -> Box:
     """The part of a tensor that this rank holds; all of it where it is not spread."""
-    if not isinstance(tensor, DTensor):
-        return Box((0,) * tensor.ndim, tuple(tensor.shape))
-    if any(isinstance(p, Partial) or type(p).__name__ == "_StridedShard" for p in tensor.placements):
-        raise ValueError(f"local_box: tensor must be sharded or replicated, got placements {tensor.placements}")
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    offset, shape = [0] * tensor.ndim, list(tensor.shape)
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        # FSDP cuts what tensor parallelism has cut before, although its dimension of the mesh comes first.
+        for i in sorted(range(mesh.ndim), key=lambda i: isinstance(tensor.placements[i], _StridedShard)):
+            placement = tensor.placements[i]
+            if isinstance(placement, Shard | _StridedShard):
+                step = -(-shape[placement.dim] // mesh.size(i))
+                first = min(mesh.get_local_rank(i) * step, shape[placement.dim])
+                offset[placement.dim] += first
+                shape[placement.dim] = min(step, shape[placement.dim] - first)
     return Box(tuple(offset), tuple(shape))
 
 

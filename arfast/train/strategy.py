@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from arfast.models import CausalLM, CausalLMConfig
+
 from . import checkpoint as ckpt
 from .config import TrainConfig
 from .inputs import model_inputs
@@ -26,6 +28,9 @@ T = TypeVar("T")
 class OneProcess:
     """Everything here, nothing to agree upon.
 
+    Args:
+        device: where `build_model` makes the model.
+
     Attributes:
         rank: of this process. is_main: whether it writes logs, samples and notices.
         casts_weights: whether the model itself computes in the dtype of the configuration.
@@ -34,6 +39,17 @@ class OneProcess:
     rank = 0
     is_main = True
     casts_weights = False
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def describe(self) -> str:
+        """Where a run takes place, for people."""
+        return str(self.device)
+
+    def build_model(self, config: CausalLMConfig, *, seed: int = 0) -> CausalLM:
+        """A new model to be trained, or this rank's part of it."""
+        return CausalLM(config, seed=seed, device=self.device)
 
     def check(self, config: TrainConfig) -> None:
         """Refuse settings that this strategy cannot follow."""

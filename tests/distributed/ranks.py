@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-_GRACE = 5.0  # seconds that the other ranks have to tell their own error after the first one
+_GRACE = 3.0  # seconds that the other ranks have to tell their own error after the first one
 _START = 60.0  # seconds that the server may need, once, to import torch on a busy machine
 _PRELOADED = [
     "torch",
