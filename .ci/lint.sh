@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Style and layering. The arrows that may not point back:
-#   cli -> train, generate, data, scaling, hub -> models -> nn -> ops -> csrc/<op>/<op>.cpp -> <op>.h <- *.cu, *_cpu.cpp -> csrc/core
+#   cli -> distributed -> train, generate, data, scaling, hub -> models -> nn -> ops -> csrc/<op>/<op>.cpp -> <op>.h <- *.cu, *_cpu.cpp -> csrc/core
 set -euo pipefail
 cd "$(dirname "$0")/.."
 status=0

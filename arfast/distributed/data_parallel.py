@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
 from arfast.models import CausalLM, CausalLMConfig
 from arfast.train import checkpoint as ckpt
@@ -90,7 +91,11 @@ class DataParallel(OneProcess):
         sharded_checkpoint.load_weights(model, Path(path))
         return model
 
-    def check(self, config: TrainConfig) -> None:
+    def check(self, model: nn.Module, config: TrainConfig) -> None:
+        if not isinstance(model, FSDPModule):
+            raise ValueError(
+                f"Trainer: model must be made by the strategy's build_model or load_model, got a {type(model).__name__}"
+            )
         if config.dtype != self.dtype:
             raise ValueError(f"Trainer: dtype must be that of the strategy, {self.dtype!r}, got {config.dtype!r}")
         if config.cuda_graph:

@@ -51,8 +51,8 @@ class OneProcess:
         """A new model to be trained, or this rank's part of it."""
         return CausalLM(config, seed=seed, device=self.device)
 
-    def check(self, config: TrainConfig) -> None:
-        """Refuse settings that this strategy cannot follow."""
+    def check(self, model: nn.Module, config: TrainConfig) -> None:
+        """Refuse a model and settings that this strategy cannot train."""
 
     def require_same(self, values: Mapping[str, Any]) -> None:
         """Refuse values, ready for JSON, that are not the same on all ranks."""

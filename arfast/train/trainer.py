@@ -89,7 +89,7 @@ class Trainer:
         self.config = config
         self.strategy = strategy or OneProcess()
         self._notice = notice if self.strategy.is_main else lambda text: None
-        self.strategy.check(config)
+        self.strategy.check(model, config)
         self.datasets, self.tokenizer = open_data(data, config, tokenizer)
         check_inputs(model, config, self.datasets, self.tokenizer)
         self.engine = Engine(model, config, self.strategy)

@@ -72,7 +72,10 @@ def run_ranks(
                 theirs.close()
                 pipes.append(ours)
                 processes.append(process)
-            return _collect(pipes, processes, folder, timeout + _START)
+            results = _collect(pipes, processes, folder, timeout + _START)
+            for process in processes:
+                process.join(_GRACE)
+            return results
         finally:
             for process in processes:
                 process.kill()

@@ -19,8 +19,7 @@ RUNS = {
     "experts": (EXPERTS, {}),
     "experts-documents": (EXPERTS, {"packing": "documents", "micro_batch_size": 1}),
 }
-# On a quiet machine one of these takes 1 to 4 s; all of them belong to the slow tests.
-QUICK = {("dense", 2), ("experts-documents", 2), ("dense-documents", 4), ("experts", 4)}
+QUICK = {("dense", 2), ("experts-documents", 4)}  # of all, half a minute
 CASES = [
     pytest.param(name, ranks, marks=[] if (name, ranks) in QUICK else pytest.mark.slow)
     for name in RUNS

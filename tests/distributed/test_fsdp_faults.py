@@ -11,10 +11,10 @@ from fsdp_runs import DENSE, make_trainer, train
 from ranks import RanksFailed, run_ranks
 
 from arfast.distributed import DataParallel, Launch, process_group
-from arfast.distributed import data_parallel as strategy_module
 from arfast.distributed.exchange import Exchange
 from arfast.distributed.sharded_checkpoint import ShardedSnapshot
-from arfast.train import CheckpointError, checkpoint, verify
+from arfast.models import CausalLM, CausalLMConfig
+from arfast.train import CheckpointError, TrainConfig, Trainer, checkpoint, verify
 from arfast.train.checkpoint import list_checkpoints
 
 STEPS = 4
@@ -65,12 +65,12 @@ def undisturbed(data, tmp_path_factory):
 @pytest.mark.parametrize(
     "rank, place, kept",
     [
-        (1, "before writing", 2),
         (1, "after writing", 2),
-        (0, "after writing", 2),
-        (0, "before the manifest", 2),
         (0, "before the rename", 2),
-        (0, "after the rename", 4),
+        pytest.param(1, "before writing", 2, marks=pytest.mark.slow),
+        pytest.param(0, "after writing", 2, marks=pytest.mark.slow),
+        pytest.param(0, "before the manifest", 2, marks=pytest.mark.slow),
+        pytest.param(0, "after the rename", 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_kill_in_a_save(data, tmp_path, undisturbed, rank, place, kept):
@@ -101,7 +101,7 @@ def _die_in_step(data, output_dir, rank):
     trainer.fit()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_kill_in_a_step(data, tmp_path, undisturbed, rank):
     with pytest.raises(RanksFailed) as raised:
         run_ranks(_die_in_step, 2, data, str(tmp_path), rank)
@@ -191,14 +191,25 @@ def test_settings_that_do_not_divide(data, tmp_path, config, text):
     assert not list(tmp_path.iterdir())
 
 
-def _make_with_other_dtype(data, output_dir):
-    strategy_module.DataParallel.__init__.__kwdefaults__["dtype"] = "float32"
-    DataParallel(dtype="bfloat16").check(make_trainer(data, output_dir=output_dir).config)
+def _make_unfit(data, output_dir):
+    config = TrainConfig(output_dir=output_dir, max_steps=1)
+    strategy = DataParallel(dtype="bfloat16")
+    model = CausalLMConfig(**DENSE)
+    for candidate in (CausalLM(model), strategy.build_model(model)):
+        try:
+            Trainer(candidate, config, data, strategy=strategy)
+        except ValueError as error:
+            yield str(error)
 
 
-def test_another_dtype_than_the_strategy(data, tmp_path):
-    with pytest.raises(RanksFailed, match="dtype must be that of the strategy, 'bfloat16', got 'float32'"):
-        run_ranks(_make_with_other_dtype, 2, data, str(tmp_path))
+def _unfit(data, output_dir):
+    return list(_make_unfit(data, output_dir))
+
+
+def test_a_model_or_dtype_of_somebody_else(data, tmp_path):
+    for plain, dtype in run_ranks(_unfit, 2, data, str(tmp_path)):
+        assert plain == "Trainer: model must be made by the strategy's build_model or load_model, got a CausalLM"
+        assert dtype == "Trainer: dtype must be that of the strategy, 'bfloat16', got 'float32'"
 
 
 def test_a_directory_in_use_is_refused_on_all_ranks(data, tmp_path):
