@@ -22,22 +22,23 @@ from arfast.train.optimizer import gradient_norm
 from arfast.train.strategy import OneProcess, SilentLog
 
 from . import sharded_checkpoint, sharding
-from .exchange import Exchange, describe_error
+from .exchange import Exchange
 
 
 class DataParallel(OneProcess):
     """How engine and trainer run on all ranks of the default process group. All ranks make it.
 
-    A step consumes the samples that it would consume in one process, in micro-batches of the same samples where
-    ``micro_batch_size`` is given, and its loss is divided by the targets of all ranks: up to the order of additions
-    the weights are those of a run in one process, whatever the number of ranks.
+    A step consumes the samples that it would consume in one process, an equal share on each rank, and its loss is
+    divided by the targets of all ranks: up to the order of additions the weights are those of a run in one process,
+    whatever the number of ranks. With experts that takes the same ``micro_batch_size``, since their auxiliary losses
+    are of a micro-batch; without one, a rank's share is its micro-batch.
 
     Args:
         mesh: with a dimension "data", and maybe "context" and "tensor"; parameters are spread over "data" and
             "context" together. None: all ranks are "data".
         device: of this rank.
         dtype: "float32" or "bfloat16", of activations and of gathered parameters, as in `TrainConfig`.
-        timeout: seconds that a rank waits for the others in what the host exchanges; None: the process group's.
+        timeout: seconds that a rank waits for the others in what the hosts exchange; None: torch's half an hour.
 
     Raises:
         ValueError: the mesh does not fit the ranks.
@@ -67,6 +68,7 @@ class DataParallel(OneProcess):
                 f"got {names} of {tuple(self.mesh.shape)}"
             )
         self.exchange = Exchange(timeout)
+        self._saving = Exchange(timeout)  # its own, since a save may be a thread beside the run
         self.rank, self.is_main = self.exchange.rank, self.exchange.rank == 0
         self._data = self.mesh["data"]
         # What holds a part of the batch, along samples or along positions, holds a part of the parameters.
@@ -201,47 +203,32 @@ class DataParallel(OneProcess):
         sharding.reshard(engine.model)
         return sharded_checkpoint.take_snapshot(engine, identity, self.rank, self.exchange.size)
 
-    def save_checkpoint(self, root: Path, step: int, write: Callable[[Path], None], *, num_bytes: int) -> Path:
+    def save_checkpoint(
+        self, root: Path, step: int, write: Callable[[Path], None], *, num_bytes: int, keep_last: int
+    ) -> Path:
         """Rank 0 makes the directory and commits it; between the two every rank writes its files there."""
-        if self.is_main:
-            return self._save_on_main(root, step, write, num_bytes)
-        directory = self.exchange.from_main(lambda: None)
-        if directory is not None:
-            error = None
-            try:
-                write(Path(directory))
-            except Exception as raised:
-                error = describe_error(raised)
-            self.exchange.gather(error)
-        return Path(self.exchange.from_main(lambda: None))
-
-    def _save_on_main(self, root: Path, step: int, write: Callable[[Path], None], num_bytes: int) -> Path:
         asked = False
 
-        def write_together(directory: Path) -> None:
+        def write_together(directory: Path | None) -> None:
             nonlocal asked
             asked = True
-            self.exchange.from_main(lambda: str(directory))
-            error = None
-            try:
-                write(directory)
-            except Exception as raised:
-                error = raised
-            errors = self.exchange.gather(None if error is None else describe_error(error))
-            if error is not None:
-                raise error
-            for rank, other in enumerate(errors):
-                if other is not None:
-                    raise OSError(f"rank {rank}: {other[1]}")
+            name = self._saving.from_main(lambda: None if directory is None else str(directory))
+            if name is not None:
+                self._saving.together(lambda: write(Path(name)), OSError)
 
         def save() -> str:
             try:
-                return str(ckpt.save_checkpoint(root, step, write_together, num_bytes=num_bytes))
+                path = ckpt.save_checkpoint(root, step, write_together, num_bytes=num_bytes)
             finally:
-                if not asked:
-                    self.exchange.from_main(lambda: None)
+                if not asked:  # the others wait to be asked
+                    write_together(None)
+            ckpt.prune(root, keep_last)
+            return str(path)
 
-        return Path(self.exchange.from_main(save))
+        if not self.is_main:
+            with contextlib.suppress(Exception):  # rank 0 hears of it, and tells it below
+                write_together(None)
+        return Path(self._saving.from_main(save))
 
     def load_engine(self, engine: Any, path: Path) -> None:
         sharding.reshard(engine.model)

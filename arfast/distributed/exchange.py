@@ -20,7 +20,7 @@ class Exchange:
     """The ranks of the default process group, with a gloo group of their own; all ranks make it, and make each call.
 
     Args:
-        timeout: seconds that a rank waits for the others; None: the default group's.
+        timeout: seconds that a rank waits for the others; None: torch's half an hour.
     """
 
     def __init__(self, timeout: float | None = None) -> None:
@@ -72,8 +72,12 @@ class Exchange:
             raise rebuild_error(answer["error"])
         return answer["value"]
 
-    def together(self, function: Callable[[], T]) -> T:
-        """Call ``function`` on every rank and return its result; the first error is raised on all of them."""
+    def together(self, function: Callable[[], T], kind: type[Exception] | None = None) -> T:
+        """Call ``function`` on every rank and return its result; the first error is raised on all of them.
+
+        Args:
+            kind: of the error on the other ranks; None: as on the rank that has it.
+        """
         error, result = None, None
         try:
             result = function()
@@ -84,7 +88,8 @@ class Exchange:
             raise error
         for rank, other in enumerate(described):
             if other is not None:
-                raise rebuild_error([other[0], f"rank {rank}: {other[1]}"])
+                text = f"rank {rank}: {other[1]}"
+                raise rebuild_error([other[0], text]) if kind is None else kind(text)
         return result
 
     def require_same(self, what: str, values: Mapping[str, Any]) -> None:

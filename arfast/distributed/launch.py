@@ -105,6 +105,7 @@ def process_group(launch: Launch, device: torch.device, *, timeout: float = 1800
         # Where all ranks have the same error each gets to tell it; where this one is alone, the others are stuck.
         with contextlib.suppress(Exception):
             dist.monitored_barrier(timeout=_FAREWELL)
+            dist.destroy_process_group()
         raise
     _leave()
 

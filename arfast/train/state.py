@@ -114,8 +114,9 @@ def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What decides the last bits of a run besides its configuration."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    ranks = f" on {torch.distributed.get_world_size()} ranks" if several else ""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    num_ranks = torch.distributed.get_world_size() if distributed else 1
+    ranks = f" on {num_ranks} ranks" if num_ranks > 1 else ""
     return {
         "torch": torch.__version__,
         "num_threads": torch.get_num_threads(),

@@ -117,9 +117,13 @@ class OneProcess:
 
         return Snapshot(engine, identity)
 
-    def save_checkpoint(self, root: Path, step: int, write: Callable[[Path], None], *, num_bytes: int) -> Path:
-        """See `arfast.train.save_checkpoint`."""
-        return ckpt.save_checkpoint(root, step, write, num_bytes=num_bytes)
+    def save_checkpoint(
+        self, root: Path, step: int, write: Callable[[Path], None], *, num_bytes: int, keep_last: int
+    ) -> Path:
+        """See `arfast.train.save_checkpoint` and `prune`. May run in a thread while the run goes on."""
+        path = ckpt.save_checkpoint(root, step, write, num_bytes=num_bytes)
+        ckpt.prune(root, keep_last)
+        return path
 
     def load_engine(self, engine: Any, path: Path) -> None:
         """Take over what a snapshot of any number of ranks wrote."""

@@ -289,10 +289,9 @@ class Trainer:
             if self.tokenizer is not None and self.strategy.is_main:
                 self.tokenizer.save(directory)
 
-        num_bytes = snapshot.num_bytes + _SMALL_FILES_BYTES
-        path = self.strategy.save_checkpoint(self._root, self.state.step, write, num_bytes=num_bytes)
+        options = dict(num_bytes=snapshot.num_bytes + _SMALL_FILES_BYTES, keep_last=self.config.keep_last)
+        path = self.strategy.save_checkpoint(self._root, self.state.step, write, **options)
         self._saved_step = self.state.step
-        self.strategy.from_main(lambda: ckpt.prune(self._root, self.config.keep_last))
         return path
 
     def _publish(self) -> None:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from arfast.distributed import DataParallel
 from arfast.distributed.sharded_checkpoint import assign_files
 from arfast.distributed.sharding import Box, local_box, whole
-from arfast.models import CausalLM
+from arfast.models import CausalLM, CausalLMConfig
 from arfast.train import CheckpointError, verify
 from arfast.train.checkpoint import list_checkpoints
 
@@ -168,6 +168,23 @@ def test_a_box_takes_what_the_whole_would_give(place):
             part[here] = whole[place][there]
         cut = marked[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape))]
         assert torch.equal(part, cut)
+
+
+def _load_model(path):
+    model = DataParallel().load_model(path)
+    return {name: (local_box(p), p.to_local().detach().clone()) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("model", [DENSE, EXPERTS], ids=["dense", "mixtral"])
+def test_each_rank_reads_its_part_of_a_hugging_face_directory(tmp_path, model):
+    written = CausalLM(CausalLMConfig(**model), seed=5).bfloat16()
+    written.save_pretrained(tmp_path, max_shard_bytes=20_000)
+    parameters = dict(written.named_parameters())
+    for parts in run_ranks(_load_model, 4, tmp_path):
+        assert parts.keys() == parameters.keys()
+        for name, (box, part) in parts.items():
+            cut = parameters[name][tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape))]
+            assert part.dtype == torch.float32 and torch.equal(part, cut.float()), name
 
 
 def _boxes_with_tensor_parallel(dim):
