@@ -53,6 +53,20 @@ def test_bfloat16_is_the_working_copy_of_one_process(data, tmp_path, model, num_
     assert (ranks[0]["local"] == expected["local"]) == (num_ranks == 1)
 
 
+def _share_beyond_bfloat16(data, output_dir):
+    """Of this rank's gradients after one micro-batch per rank: those that bfloat16 could not hold."""
+    trainer = make_trainer(data, output_dir=output_dir, dtype="bfloat16", batch_size=4)
+    trainer.engine._update = lambda grad_norm, lr: None
+    trainer.step(list(trainer._next_batches()))
+    gradient = torch.cat([parameter.grad.to_local().flatten() for parameter in trainer.model.parameters()])
+    return gradient.dtype, (gradient != gradient.bfloat16()).float().mean().item()
+
+
+def test_bfloat16_gradients_are_added_in_float32(data, tmp_path):
+    for dtype, share in run_ranks(_share_beyond_bfloat16, 2, data, str(tmp_path)):
+        assert dtype == torch.float32 and share > 0.1
+
+
 def run(data, output_dir, model, config):
     return train(data, output_dir, model, **config)
 
