@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,30 +54,48 @@ def from_pretrained(
         ...     from_pretrained(path, dtype=torch.bfloat16).num_parameters()
         5475584
     """
+    with ExitStack() as stack:
+        opened = open_pretrained(path, stack)
+        model, stored = opened.model, opened.stored
+        embedding = stored["model.embed_tokens.weight"]
+        model.to(dtype or _DTYPES[embedding.get_slice("model.embed_tokens.weight").get_dtype()])
+        if dtype is None:
+            _check_allocation(model, [stored[name].get_slice(name) for _, name, _ in opened.layout])
+        model.to_empty(device=torch.get_default_device() if device is None else device)
+        parameters = dict(model.named_parameters())
+        for name, stored_name, index in opened.layout:
+            parameters[name].data[index].copy_(stored[stored_name].get_tensor(stored_name))
+    return model
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A directory whose tensors have been found to be those of ``model``, which is on the meta device.
+
+    layout: (parameter, name of a stored tensor, its place inside the parameter); stored: its open file, by name.
+    """
+
+    model: CausalLM
+    layout: list[tuple[str, str, tuple]]
+    stored: dict[str, safe_open]
+
+
+def open_pretrained(path: str | os.PathLike, stack: ExitStack) -> OpenedModel:
+    """Open and check a directory as `from_pretrained` does, without reading weights; ``stack`` closes the files."""
     directory = Path(path)
     if not directory.is_dir():
         raise FileNotFoundError(f"from_pretrained: path must be an existing directory, got {str(path)!r}")
     raw = _read_json(directory, "config.json", _MAX_CONFIG_BYTES)
     config = config_from_json(raw)
-    with ExitStack() as stack:
-        stored = _open_shards(directory, stack)
-        if _MIN_TENSORS_PER_LAYER * config.num_hidden_layers > len(stored):
-            raise ValueError(
-                f"from_pretrained: config.json: num_hidden_layers must fit the {len(stored)} stored tensors, "
-                f"got {config.num_hidden_layers}"
-            )
-        model = CausalLM(config, device="meta")
-        layout = _match(raw["model_type"], model, stored)
-        embedding = stored["model.embed_tokens.weight"]
-        model.to(dtype or _DTYPES[embedding.get_slice("model.embed_tokens.weight").get_dtype()])
-        if dtype is None:
-            _check_allocation(model, [stored[name].get_slice(name) for _, name, _ in layout])
-        model.to_empty(device=torch.get_default_device() if device is None else device)
-        parameters = dict(model.named_parameters())
-        for name, stored_name, index in layout:
-            parameters[name].data[index].copy_(stored[stored_name].get_tensor(stored_name))
+    stored = _open_shards(directory, stack)
+    if _MIN_TENSORS_PER_LAYER * config.num_hidden_layers > len(stored):
+        raise ValueError(
+            f"from_pretrained: config.json: num_hidden_layers must fit the {len(stored)} stored tensors, "
+            f"got {config.num_hidden_layers}"
+        )
+    model = CausalLM(config, device="meta")
     model.family = raw["model_type"]
-    return model
+    return OpenedModel(model, _match(raw["model_type"], model, stored), stored)
 
 
 def _resolve(directory: Path, name: str) -> Path:

@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser(verb).parse_args(argv)
     try:
         result = importlib.import_module(f"arfast.cli.{arguments.verb}").run(arguments)
+        if result is None:  # of several ranks one prints
+            return 0
         status = result.pop("exit_status", 0)
         print(json.dumps(result), flush=True)
         return status

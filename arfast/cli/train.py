@@ -9,9 +9,11 @@ Examples:
   arfast train --init-from runs/default --data notes.txt --output-dir runs/notes --max-steps 100 --lora-rank 8
   arfast train --recipe small --max-tokens 1228800 --batch-ramp 0:4 204800:8 614400:16 --seqlen-ramp 0:256 409600:512
   arfast train --recipe llama3-8b --print-config > llama3.json
+  torchrun --nproc_per_node=2 -m arfast train --output-dir runs/two
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -95,13 +97,10 @@ def _stage(text):
         raise argparse.ArgumentTypeError(f"must hold FROM_TOKENS:VALUE, got {text!r}") from None
 
 
-def run(arguments: argparse.Namespace) -> dict:
+def run(arguments: argparse.Namespace) -> dict | None:
     import torch
 
-    from arfast.data import DatasetManifest, MixtureDataset, dataset_directories, prepare_dataset
-    from arfast.models import CausalLM, CausalLMConfig
-    from arfast.nn.lora import count_parameters
-    from arfast.train import TrainConfig, Trainer
+    from arfast.train import TrainConfig
 
     if arguments.threads is not None:
         if arguments.threads < 1:
@@ -110,14 +109,42 @@ def run(arguments: argparse.Namespace) -> dict:
     config = TrainConfig.from_dict(_settings(arguments, TrainConfig))
     if arguments.print_config:
         return config.to_dict()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pretrained, tokenizer = _pretrained(arguments, config, device)
+    with _strategy(config) as strategy:
+        return _train(arguments, config, strategy)
+
+
+@contextlib.contextmanager
+def _strategy(config):
+    """One process, or the ranks that torchrun has started."""
+    import torch
+
+    from arfast.distributed import DataParallel, Launch, process_group
+    from arfast.train.strategy import OneProcess
+
+    launch = Launch.from_environment()
+    if launch is None:
+        yield OneProcess(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return
+    with process_group(launch, launch.device):
+        yield DataParallel(device=launch.device, dtype=config.dtype)
+
+
+def _train(arguments, config, strategy):
+    from arfast.data import DatasetManifest, MixtureDataset, dataset_directories, prepare_dataset
+    from arfast.models import CausalLMConfig
+    from arfast.nn.lora import count_parameters
+    from arfast.train import Trainer
+
+    def prepare():
+        print(f"arfast train: preparing {arguments.data} in {directory}", file=sys.stderr)
+        prepare_dataset(arguments.data, directory, tokenizer, vocab_size=vocab_size, progress=config.progress)
+
+    pretrained, tokenizer = _pretrained(arguments, config, strategy)
     preset = CausalLMConfig.preset(arguments.preset or "tiny")
     vocab_size = preset.vocab_size if arguments.vocab_size is None else arguments.vocab_size
     directory = _dataset_directory(arguments.data, config.output_dir)
     if directory != arguments.data:
-        print(f"arfast train: preparing {arguments.data} in {directory}", file=sys.stderr)
-        prepare_dataset(arguments.data, directory, tokenizer, vocab_size=vocab_size, progress=config.progress)
+        strategy.from_main(prepare)
     if pretrained is None:
         special = DatasetManifest.load(dataset_directories(directory)[0]).tokenizer
         model_config = preset.replace(
@@ -125,16 +152,25 @@ def run(arguments: argparse.Namespace) -> dict:
             max_position_embeddings=max(preset.max_position_embeddings, config.seqlen),
             **{name: special[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         )
-    model = pretrained or CausalLM(model_config, seed=config.seed, device=device)
+    model = pretrained or strategy.build_model(model_config, seed=config.seed)
     trainable, total = count_parameters(model)
-    share = "" if trainable == total else f", {trainable:,} of them ({trainable / total:.2%}) trained"
-    print(f"arfast train: {total:,} parameters{share}, {config.dtype}, on {device}", file=sys.stderr)
-    trainer = Trainer(model, config, directory, tokenizer)
+    if strategy.is_main:
+        share = "" if trainable == total else f", {trainable:,} of them ({trainable / total:.2%}) trained"
+        print(f"arfast train: {total:,} parameters{share}, {config.dtype}, on {strategy.describe()}", file=sys.stderr)
+    trainer = Trainer(model, config, directory, tokenizer, strategy=strategy)
     result = trainer.fit()
+    sources = _report_sources(trainer) if isinstance(trainer.datasets["train"], MixtureDataset) else None
+    if not strategy.is_main:
+        return None
+    summary = _summary(result) | dict(parameters=total, trainable_parameters=trainable)
+    return summary if sources is None else summary | dict(sources=sources)
+
+
+def _summary(result):
+    """Prints samples and evaluation."""
     for sample in result.samples:
         print(f"--- {sample['prompt']!r}\n{sample['prompt']}{sample['text']}\n")
     summary = dict(output_dir=result.output_dir, step=result.step, tokens=result.tokens, loss=result.loss)
-    summary |= dict(parameters=total, trainable_parameters=trainable)
     if result.evaluation is not None:
         evaluation = result.evaluation
         print(
@@ -146,8 +182,6 @@ def run(arguments: argparse.Namespace) -> dict:
             val_perplexity=evaluation.perplexity,
             val_bits_per_byte=evaluation.bits_per_byte,
         )
-    if isinstance(trainer.datasets["train"], MixtureDataset):
-        summary["sources"] = _report_sources(trainer)
     return summary
 
 
@@ -161,16 +195,18 @@ def _report_sources(trainer):
             evaluation = trainer.evaluate(split)
             report[name] |= dict(val_loss=evaluation.loss, val_bits_per_byte=evaluation.bits_per_byte)
             line += f", {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte"
-        print(line)
+        if trainer.strategy.is_main:
+            print(line)
     return report
 
 
-def _pretrained(arguments, config, device):
+def _pretrained(arguments, config, strategy):
     """(model, tokenizer) of --init-from; None for each without it."""
     import torch
 
     from arfast.finetune import load_pretrained
     from arfast.nn.lora import LoraConfig
+    from arfast.train.strategy import OneProcess
 
     given = {name: getattr(arguments, f"lora_{name}") for name in ("rank", "alpha", "dropout", "targets")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -183,8 +219,10 @@ def _pretrained(arguments, config, device):
     for name in ("preset", "vocab_size"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"train: {name} must be left out with init_from, got {getattr(arguments, name)!r}")
+    if type(strategy) is not OneProcess:
+        raise ValueError(f"train: init_from must be left out on several ranks, got {arguments.init_from!r}")
     lora = LoraConfig(**given) if given else None
-    options = dict(dtype=getattr(torch, config.dtype), device=device, seed=config.seed)
+    options = dict(dtype=getattr(torch, config.dtype), device=strategy.device, seed=config.seed)
     return load_pretrained(arguments.init_from, lora=lora, **options)
 
 

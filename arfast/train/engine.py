@@ -17,11 +17,12 @@ from .compiled import CompiledModel
 from .config import TrainConfig
 from .graph import GraphedBackward, with_empty_documents
 from .inputs import model_inputs
-from .optimizer import WorkingCopy, build_optimizer, clipped_step, gradient_norm
+from .optimizer import WorkingCopy, build_optimizer, clipped_step
 from .recheck import repeated
 from .schedule import learning_rate
 from .spikes import describe_spike, remember
 from .stages import Stage
+from .strategy import OneProcess
 
 _MAX_CONSECUTIVE_SKIPS = 3
 
@@ -84,18 +85,21 @@ class Engine:
     Args:
         model: float32 parameters, the ones that are optimized. With dtype="bfloat16" forward and backward run in a
             `WorkingCopy` of it.
+        strategy: how the step is spread over ranks; None: one process.
 
     Raises:
         ValueError: the settings ask for CUDA graphs, and the model is not on a GPU; or for activation checkpointing,
             and the model has none.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, strategy: OneProcess | None = None) -> None:
         self.model, self.config = model, config
+        self.strategy = strategy or OneProcess()
         self.device = next(model.parameters()).device
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(model, config)
-        self._working_copy = None if config.dtype == "float32" else WorkingCopy(model, getattr(torch, config.dtype))
+        in_place = config.dtype == "float32" or self.strategy.casts_weights
+        self._working_copy = None if in_place else WorkingCopy(model, getattr(torch, config.dtype))
         _checkpoint_activations(self.compute_model, config.activation_checkpointing)
         self._forward = CompiledModel(self.compute_model) if config.compile else self.compute_model
         self._graphed_backward = None
@@ -145,7 +149,7 @@ class Engine:
         )
 
     def step(self, batches: Sequence[Any]) -> StepResult:
-        """One optimizer step over micro-batches; advances ``state``.
+        """One optimizer step over micro-batches, of several ranks those of this one; advances ``state``.
 
         The sum of the token losses is divided by the number of targets of all of them together, so the step does not
         depend on how its sequences are cut into micro-batches.
@@ -157,16 +161,13 @@ class Engine:
         """
         if not batches:
             raise ValueError("Trainer: batches must hold at least one micro-batch, got none")
-        tokens = sum(batch.input_ids.numel() for batch in batches)
+        counts = [sum(batch.input_ids.numel() for batch in batches), sum(batch.num_tokens for batch in batches)]
+        tokens, num_items = self.strategy.sum_over_ranks(counts)
         lr = self.learning_rate(self.state.tokens + tokens)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.config.recheck_every and (self.state.step + 1) % self.config.recheck_every == 0:
-            compute = lambda: self._accumulate_gradients(batches)
-            losses = repeated(compute, self.parameters, self.state.step + 1)
-        else:
-            losses = self._accumulate_gradients(batches)
+        losses = self._losses(batches, max(1, num_items))
         # The one wait for the device in a step: here the optimizer has not touched anything yet.
-        grad_norm, losses, load = self._read(gradient_norm(self.parameters), losses)
+        grad_norm, losses, load = self._read(self.strategy.gradient_norm(self.parameters), losses)
         finite = all(map(math.isfinite, (grad_norm, *losses)))
         if finite:
             self._update(grad_norm, lr)
@@ -185,14 +186,24 @@ class Engine:
     def warm_up(self, batches: Sequence[Any]) -> None:
         """Compile or capture forward and backward for batches of these shapes, and change nothing."""
         try:
-            self._accumulate_gradients(batches)
+            self._accumulate_gradients(batches, max(1, sum(batch.num_tokens for batch in batches)))
         except torch._dynamo.exc.TorchDynamoException as error:
             self._forward.give_up(error)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _accumulate_gradients(self, batches: Sequence[Any]) -> list[Tensor]:
+    def _losses(self, batches: Sequence[Any], num_items: int) -> list[Tensor]:
+        """Those of the step on all ranks; gradients are left in the parameters, counts of experts in the engine."""
+        if self.config.recheck_every and (self.state.step + 1) % self.config.recheck_every == 0:
+            compute = lambda: self._accumulate_gradients(batches, num_items)
+            losses = repeated(compute, self.parameters, self.state.step + 1)
+        else:
+            losses = self._accumulate_gradients(batches, num_items)
+        if self._expert_counts is not None:
+            self._expert_counts = self.strategy.sum_losses(self._expert_counts)
+        return list(self.strategy.sum_losses(torch.stack(losses)))
+
+    def _accumulate_gradients(self, batches: Sequence[Any], num_items: int) -> list[Tensor]:
         """Backward over all micro-batches; the loss of the step and, with experts, their auxiliary loss."""
-        num_items = max(1, sum(batch.num_tokens for batch in batches))
         self.compute_model.train()
         if self._graphed_backward is not None:
             losses = self._graphed_backward([_graph_arguments(batch, num_items) for batch in batches])

@@ -11,7 +11,7 @@ from torch import nn
 
 from arfast.generate.perplexity import CorpusScores, corpus_scores
 
-from .inputs import model_inputs
+from .strategy import OneProcess
 
 
 @contextlib.contextmanager
@@ -33,6 +33,7 @@ def evaluate(
     bytes_per_token: float | None = None,
     max_tokens: int | None = None,
     stop: Callable[[], bool] = lambda: False,
+    strategy: OneProcess | None = None,
 ) -> CorpusScores | None:
     """Score batches (``input_ids, labels, cu_seqlens``) without label smoothing or z-loss.
 
@@ -40,6 +41,7 @@ def evaluate(
         bytes_per_token: bytes of text per target token over the whole split.
         max_tokens: end after the batch that reaches this many targets.
         stop: asked before each batch; when it says so, evaluation ends and None is returned.
+        strategy: spreads the batches over ranks, each of which returns the scores of all; None: one process.
 
     Raises:
         ValueError: there is no target token, or an argument is not positive.
@@ -52,14 +54,14 @@ def evaluate(
     device = next(model.parameters()).device
     total, num_tokens = 0.0, 0
     with evaluation_mode(model):
-        for batch in batches:
+        scores = (strategy or OneProcess()).score_batches(model, batches, device)
+        while max_tokens is None or num_tokens < max_tokens:
             if stop():
                 return None
-            output = model(**model_inputs(batch, device), reduction="sum")
-            total += float(output.loss)
-            num_tokens += int(output.num_tokens)
-            if max_tokens is not None and num_tokens >= max_tokens:
+            if (score := next(scores, None)) is None:
                 break
+            total += score[0]
+            num_tokens += score[1]
     if num_tokens == 0:
         raise ValueError("evaluate: batches must hold at least one target token, got none")
     return corpus_scores(total / num_tokens, num_tokens, bytes_per_token)

@@ -10,7 +10,7 @@ from typing import Any
 from . import checkpoint as ckpt
 from .engine import Engine
 from .log import notice
-from .state import Snapshot, snapshot
+from .strategy import OneProcess
 
 _SMALL_FILES_BYTES = 32 << 20  # configuration, tokenizer, state: generous, for the check of free space
 
@@ -25,6 +25,7 @@ class Saver:
 
     Args:
         identity: what must be equal for a run to continue, ready for JSON.
+        strategy: how the run is spread over ranks, of which each has a Saver.
         keep_last: checkpoints to keep; 0: all of them.
         background: save in a thread. Costs memory on the host for a second set of weights and optimizer tensors.
 
@@ -38,14 +39,15 @@ class Saver:
         engine: Engine,
         identity: dict[str, Any],
         tokenizer: Any | None,
+        strategy: OneProcess,
         *,
         keep_last: int,
         background: bool,
     ) -> None:
         self.step: int | None = None
         self._root, self._engine, self._identity, self._tokenizer = root, engine, identity, tokenizer
-        self._keep_last, self._background = keep_last, background
-        self._staged: Snapshot | None = None
+        self._strategy, self._keep_last, self._background = strategy, keep_last, background
+        self._staged: Any = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -56,7 +58,7 @@ class Saver:
             CheckpointError: see `save_checkpoint`; also of the save before this one.
         """
         self.wait()
-        present, step = snapshot(self._engine, self._identity), self._engine.state.step
+        present, step = self._strategy.snapshot(self._engine, self._identity), self._engine.state.step
         if self._background:
             self._staged = present.copied(self._staged)
             # No daemon: an interpreter that ends waits for it.
@@ -67,8 +69,8 @@ class Saver:
         self.step = step
 
     def check(self) -> None:
-        """Raise what went wrong with a save that has ended; do not wait for one that has not."""
-        if self._thread is not None and not self._thread.is_alive():
+        """Raise what went wrong with a save that has ended, on any rank; do not wait for one that goes well."""
+        if self._thread is not None and self._strategy.on_any_rank(self._error is not None):
             self.wait()
 
     def wait(self) -> None:
@@ -93,17 +95,17 @@ class Saver:
                 raise
             notice(f"Trainer: the last save failed too: {lost}")
 
-    def _run(self, staged: Snapshot, step: int) -> None:
+    def _run(self, staged: Any, step: int) -> None:
         try:
             self._write(staged, step)
         except BaseException as error:  # to be raised where the run can end for it
             self._error = error
 
-    def _write(self, present: Snapshot, step: int) -> None:
+    def _write(self, present: Any, step: int) -> None:
         def write(directory: Path) -> None:
             present.write(directory)
-            if self._tokenizer is not None:
+            if self._tokenizer is not None and self._strategy.is_main:
                 self._tokenizer.save(directory)
 
-        ckpt.save_checkpoint(self._root, step, write, num_bytes=present.num_bytes + _SMALL_FILES_BYTES)
-        ckpt.prune(self._root, self._keep_last)
+        options = dict(num_bytes=present.num_bytes + _SMALL_FILES_BYTES, keep_last=self._keep_last)
+        self._strategy.save_checkpoint(self._root, step, write, **options)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,7 @@ from arfast.adapter import load_adapter
 from .engine import Engine, TrainState
 from .manifest import CheckpointError, read_small
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-RNG_FILE = "rng.safetensors"
+OPTIMIZER, RNG = "optimizer", "rng"  # see `file_names`
 STATE_FILE = "trainer_state.json"
 _VERSION = 2
 _MAX_BYTES = 1 << 24
@@ -33,6 +34,12 @@ _ENVIRONMENT_VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "ATEN_CPU_CAPABILITY",
 )
+
+
+def file_names(stem: str, count: int) -> list[str]:
+    """``<stem>.safetensors``, or the names of ``count`` files of which each holds some of the tensors."""
+    several = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    return several if count > 1 else [f"{stem}.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,9 @@ class Snapshot:
     def write(self, directory: Path) -> None:
         """Write weights (as a Hugging Face model), optimizer, random states and counters."""
         self.model.save_pretrained(directory)
-        save_file({name: tensor.contiguous() for name, tensor in self.optimizer.items()}, directory / OPTIMIZER_FILE)
-        save_file(self.random_states, directory / RNG_FILE)
+        optimizer = {name: tensor.contiguous() for name, tensor in self.optimizer.items()}
+        save_file(optimizer, directory / file_names(OPTIMIZER, 1)[0])
+        save_file(self.random_states, directory / file_names(RNG, 1)[0])
         (directory / STATE_FILE).write_text(json.dumps(self.content, indent=1, sort_keys=True) + "\n")
 
     def copied(self, buffers: Snapshot | None) -> Snapshot:
@@ -76,33 +84,40 @@ class Snapshot:
 
 
 def snapshot(engine: Engine, identity: dict[str, Any]) -> Snapshot:
-    """The present state of an engine, its tensors not copied.
+    """The present state of an engine, its tensors not copied; identity: see `state_content`."""
+    names = [(name, engine.optimizer.state.get(parameter, {})) for name, parameter in engine.model.named_parameters()]
+    optimizer = {f"{kind}.{name}": value.detach() for name, state in names for kind, value in state.items()}
+    return Snapshot(engine.model, optimizer, random_states(engine.device), state_content(engine, identity))
+
+
+def state_content(engine: Engine, identity: dict[str, Any]) -> dict[str, Any]:
+    """Counters, and what they belong to, ready for JSON.
 
     Args:
         identity: what must be equal for a run to continue from here, ready for JSON.
     """
-    names = [(name, engine.optimizer.state.get(parameter, {})) for name, parameter in engine.model.named_parameters()]
-    optimizer = {f"{kind}.{name}": value.detach() for name, state in names for kind, value in state.items()}
-    content = {
+    return {
         "version": _VERSION,
         "state": dataclasses.asdict(engine.state),
         "identity": identity,
         "config": engine.config.to_dict(),
         "environment": environment(engine.device),
     }
-    return Snapshot(engine.model, optimizer, _random_states(engine.device), content)
 
 
 def load_engine(engine: Engine, directory: Path) -> None:
-    """Take over what `Snapshot.write` wrote.
+    """Take over what `Snapshot.write` wrote, or the ranks of a distributed run together.
 
     Raises:
         CheckpointError: it was written for other parameters.
     """
     state, _ = read_state(directory)
     try:
-        moments = _read_optimizer(engine.optimizer, engine.model, directory / OPTIMIZER_FILE)
-        random_states = _read_random_states(engine.device, directory / RNG_FILE)
+        files = sorted(directory.glob(f"{OPTIMIZER}*.safetensors"))
+        tensors = itertools.chain.from_iterable(load_file(path).items() for path in files)
+        moments = optimizer_state(engine.optimizer, engine.model, tensors, directory)
+        path = directory / file_names(RNG, 1)[0]
+        states = read_random_states(engine.device, path) if path.is_file() else None
         # Nothing has changed until here: all of it is taken over, or nothing.
         _load_weights(engine, directory)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
@@ -111,8 +126,10 @@ def load_engine(engine: Engine, directory: Path) -> None:
         text = " ".join(str(error).split())
         raise CheckpointError(f"checkpoint: {directory} must hold the model's parameters, got {text:.300}") from None
     engine.optimizer.load_state_dict(moments)
-    for name, tensor in random_states.items():
-        torch.set_rng_state(tensor) if name == "cpu" else torch.cuda.set_rng_state(tensor, engine.device)
+    if states is None:  # of several ranks, none of which is this process
+        torch.manual_seed(engine.config.seed)
+    else:
+        restore_random_states(engine.device, states)
     engine.weights_changed()
     engine.state = state
 
@@ -153,11 +170,14 @@ def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What decides the last bits of a run besides its configuration."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    num_ranks = torch.distributed.get_world_size() if distributed else 1
+    ranks = f" on {num_ranks} ranks" if num_ranks > 1 else ""
     return {
         "torch": torch.__version__,
         "num_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type) + ranks,
         "variables": {name: os.environ[name] for name in _ENVIRONMENT_VARIABLES if name in os.environ},
     }
 
@@ -188,11 +208,13 @@ def _copied_model(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _read_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> dict[str, Any]:
-    """What the optimizer's ``load_state_dict`` takes."""
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Iterable[tuple[str, Tensor]], path: Path
+) -> dict[str, Any]:
+    """What the optimizer's ``load_state_dict`` takes, of stored tensors by name; ``path`` is for errors."""
     parameters = dict(model.named_parameters())
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
-    for key, value in load_file(path).items():
+    for key, value in tensors:
         kind, _, name = key.partition(".")
         parameter = parameters.get(name)
         if parameter is None or not value.is_floating_point() or value.shape not in (torch.Size([]), parameter.shape):
@@ -207,16 +229,17 @@ def _read_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Pa
     return {"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
-def _random_states(device: torch.device) -> dict[str, Tensor]:
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """States of the CPU's and the device's generator, uint8 tensors."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def _read_random_states(device: torch.device, path: Path) -> dict[str, Tensor]:
+def read_random_states(device: torch.device, path: Path) -> dict[str, Tensor]:
     """The stored states of the generators that there are here."""
-    stored, present = load_file(path), _random_states(device)
+    stored, present = load_file(path), random_states(device)
     for name, own in present.items():
         found = stored.get(name)
         if (name == "cpu" or found is not None) and (
@@ -227,3 +250,9 @@ def _read_random_states(device: torch.device, path: Path) -> dict[str, Tensor]:
                 f"checkpoint: {path} must have a random state {name} of {own.nbytes} bytes, got {got}"
             )
     return {name: stored[name].clone() for name in present if name in stored}
+
+
+def restore_random_states(device: torch.device, states: dict[str, Tensor]) -> None:
+    """Take over what `read_random_states` gave."""
+    for name, state in states.items():
+        torch.set_rng_state(state) if name == "cpu" else torch.cuda.set_rng_state(state, device)

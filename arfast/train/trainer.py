@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import os
+import re
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,7 +32,8 @@ from .rewind import Journal, discard, discard_newer, plan_rewind
 from .saving import Saver
 from .signals import StopRequest, TrainingInterrupted, Watchdog
 from .stages import Stage
-from .state import OPTIMIZER_FILE, RNG_FILE, STATE_FILE, environment, load_engine, read_state
+from .state import OPTIMIZER, RNG, STATE_FILE, environment, read_state
+from .strategy import OneProcess
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Trainer:
         data: a directory made by `arfast.data.prepare_dataset`, or data sets by split ("train", and "validation" if
             there is one).
         tokenizer: written beside the weights and used for samples; None: the one in the data directory.
+        strategy: how the run is spread over ranks, for example `arfast.distributed.DataParallel`; None: one process.
         generate: called as ``arfast.generate.generate``, the default, for samples.
 
     Raises:
@@ -78,15 +84,21 @@ class Trainer:
         data: str | os.PathLike[str] | Mapping[str, Any],
         tokenizer: Any | None = None,
         *,
+        strategy: OneProcess | None = None,
         generate: Callable[..., Tensor] | None = None,
     ) -> None:
         if not isinstance(config, TrainConfig):
             raise TypeError(f"Trainer: config must be a TrainConfig, got {type(config).__name__}")
         self.config = config
+        self.strategy = strategy or OneProcess()
+        self._notice = notice if self.strategy.is_main else lambda text: None
+        self.strategy.check(model, config)
         self.datasets, self.tokenizer = open_data(data, config, tokenizer)
         check_inputs(model, config, self.datasets, self.tokenizer)
-        self.engine = Engine(model, config)
+        self.engine = Engine(model, config, self.strategy)
         self._identity = describe(model, config, self.datasets["train"])
+        settings = {f"config.{name}": value for name, value in config.to_dict().items()}
+        self.strategy.require_same(settings | self._identity)
         self._generate = generate
         self._root = Path(config.output_dir)
         self._saver = Saver(
@@ -94,6 +106,7 @@ class Trainer:
             self.engine,
             self._identity,
             self.tokenizer,
+            self.strategy,
             keep_last=config.keep_last,
             background=config.async_save,
         )
@@ -123,13 +136,13 @@ class Trainer:
         if self.config.keep_freed_memory and self.engine.device.type == "cpu":
             keep_freed_memory()
         with (
-            ckpt.lock_directory(self._root),
+            self.strategy.lock(self._root),
             StopRequest() as stop,
             self._saver,
             Watchdog(self.config.watchdog_seconds) as watchdog,
         ):
             self._start()
-            with RunLog(self._root, self.config, self.state, self.engine) as log:
+            with self.strategy.open_log(lambda: RunLog(self._root, self.config, self.state, self.engine)) as log:
                 log.record_rewinds(self.state, self._journal.rewinds)
                 self._work_between_steps(log, stop)
                 self._warm_up()
@@ -150,7 +163,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the present state and return its directory."""
-        with ckpt.lock_directory(self._root):
+        with self.strategy.lock(self._root):
             self._saver.save()
             self._saver.wait()
         return self._root / f"step-{self.state.step:08d}"
@@ -162,7 +175,7 @@ class Trainer:
             CheckpointError: it is damaged, belongs to another model, data set, tokenizer or order of samples, or is
                 past the end of this schedule.
         """
-        ckpt.verify(path)
+        self.strategy.verify(Path(path))
         self._load(Path(path))
 
     def _load(self, path: Path) -> None:
@@ -173,13 +186,13 @@ class Trainer:
             raise CheckpointError(
                 f"Trainer: max_steps must be at least {state.step} to continue {path}, got {self.config.num_steps}"
             )
-        load_engine(self.engine, path)
+        self.strategy.load_engine(self.engine, path)
         self.state.left_out = self._journal.left_out() or self.state.left_out
-        notice(f"Trainer: continuing {path}")
+        self._notice(f"Trainer: continuing {path}")
         if changes := describe_changes(saved["config"], self.config.to_dict()):
-            notice(f"Trainer: its settings were others ({changes})")
+            self._notice(f"Trainer: its settings were others ({changes})")
         if changes := describe_changes(saved["environment"], environment(self.engine.device)):
-            notice(f"Trainer: not bit-identical, since it was written under other conditions ({changes})")
+            self._notice(f"Trainer: not bit-identical, since it was written under other conditions ({changes})")
         self._saver.step = self.state.step
 
     def evaluate(self, split: str = "validation", max_tokens: int | None = None) -> CorpusScores:
@@ -195,7 +208,11 @@ class Trainer:
         return self._sample(lambda: False) or []
 
     def _sample(self, stop: Callable[[], bool]) -> list[dict[str, str]] | None:
-        config, generate, model = self.config, self._generate, self.engine.compute_model
+        model = self.strategy.whole_model(self.engine.compute_model)
+        return self.strategy.from_main(lambda: self._sample_from(model, stop))
+
+    def _sample_from(self, model: nn.Module, stop: Callable[[], bool]) -> list[dict[str, str]] | None:
+        config, generate = self.config, self._generate
         if generate is None:
             from arfast.generate import generate
         greedy = config.sample_temperature == 0
@@ -222,23 +239,27 @@ class Trainer:
 
     def _start(self) -> None:
         """Continue from the newest intact checkpoint, or begin."""
-        if not self.config.resume and (existing := ckpt.list_checkpoints(self._root)):
+        if not self.config.resume:
+            self.strategy.from_main(self._refuse_checkpoints)
+        self._journal = Journal(self._root)
+        path = self.strategy.latest_checkpoint(self._root, self._notice)
+        while path is not None and self._journal.abandons(read_state(path)[0]):
+            # Killed within a rewind.
+            self.strategy.from_main(functools.partial(discard, path))
+            path = self.strategy.latest_checkpoint(self._root, self._notice)
+        if path is not None:
+            self._load(path)
+            self.strategy.from_main(lambda: ckpt.set_aside_damaged(self._root, path))
+        elif self.state.step == 0:
+            self.strategy.from_main(self._journal.clear)
+            torch.manual_seed(self.config.seed + self.strategy.rank)
+
+    def _refuse_checkpoints(self) -> None:
+        if existing := ckpt.list_checkpoints(self._root):
             raise CheckpointError(
                 f"Trainer: output_dir must hold no checkpoint when resume is False, got {existing[-1]} "
                 "(remove it, or choose another output_dir)"
             )
-        self._journal = Journal(self._root)
-        path = ckpt.latest_checkpoint(self._root, notice)
-        while path is not None and self._journal.abandons(read_state(path)[0]):
-            # Killed within a rewind.
-            discard(path)
-            path = ckpt.latest_checkpoint(self._root, notice)
-        if path is not None:
-            self._load(path)
-            ckpt.set_aside_damaged(self._root, path)
-        elif self.state.step == 0:
-            self._journal.clear()
-            torch.manual_seed(self.config.seed)
 
     def _next_batches(self) -> Iterator[Any]:
         return self._batches(self.engine.stage, self.state.next_position())
@@ -247,9 +268,7 @@ class Trainer:
         """The micro-batches of a step: as many rows each in every stage, cut into sequences of its length."""
         first, pieces = position // stage.seqlen, stage.pieces
         options = {} if pieces == 1 else {"seqlen": stage.seqlen}
-        micro_batch_size = self.config.micro_batch_size or stage.batch_size
-        for start in range(0, stage.batch_size, micro_batch_size):
-            size = min(micro_batch_size, stage.batch_size - start)
+        for start, size in self.strategy.micro_batches(0, stage.batch_size, self.config.micro_batch_size):
             yield self.datasets["train"].batch(first + start * pieces, size * pieces, **options)
 
     def _warm_up(self) -> None:
@@ -291,15 +310,22 @@ class Trainer:
         if due(config.save_every) or (step == 0 and config.rewinds):
             self._save_once(log)
         if last:
-            self._publish()
+            self._saver.wait()
+            self.strategy.from_main(self._publish)
         self._leave_when_asked(log, stop)
-        if "validation" in self.datasets and due(config.eval_every) and not log.metrics.at_step(step, "val_loss"):
+
+        def done(rows: str, key: str) -> bool:
+            return self.strategy.from_main(lambda: getattr(log, rows).at_step(step, key) is not None)
+
+        if "validation" in self.datasets and due(config.eval_every) and not done("metrics", "val_loss"):
             max_tokens = None if last else config.eval_tokens
             with log.activity("evaluating"):
-                evaluation = self._evaluate("validation", max_tokens, lambda: bool(stop))
+                evaluation = self._evaluate(
+                    "validation", max_tokens, lambda: self.strategy.agreed_signal(stop.signal) is not None
+                )
             if evaluation:
                 log.record_evaluation(self.state, evaluation)
-        if config.sample_prompts and due(config.sample_every) and not log.samples.at_step(step, "samples"):
+        if config.sample_prompts and due(config.sample_every) and not done("samples", "samples"):
             with log.activity("sampling"):
                 samples = self._sample(lambda: bool(stop))
             if samples:
@@ -307,13 +333,15 @@ class Trainer:
         self._leave_when_asked(log, stop)
 
     def _leave_when_asked(self, log: RunLog, stop: StopRequest) -> None:
-        if stop.signal is None:
+        number = self.strategy.agreed_signal(stop.signal)
+        if number is None:
             return
         if self.state.step > 0:
             self._save_once(log)
             self._saver.wait()
-        notice(f"Trainer: stopped by {stop.signal.name} after step {self.state.step}; run again to continue")
-        raise TrainingInterrupted(128 + stop.signal)
+        name = signal.Signals(number).name
+        self._notice(f"Trainer: stopped by {name} after step {self.state.step}; run again to continue")
+        raise TrainingInterrupted(128 + number)
 
     def _save_once(self, log: RunLog) -> None:
         if self._saver.step != self.state.step:
@@ -325,10 +353,9 @@ class Trainer:
         self._saver.save()
 
     def _publish(self) -> None:
-        self._saver.wait()
         path = ckpt.list_checkpoints(self._root)[-1]
-        own = {OPTIMIZER_FILE, RNG_FILE, STATE_FILE, MANIFEST}
-        ckpt.publish(path, self._root, sorted(set(os.listdir(path)) - own))
+        own = re.compile(rf"({OPTIMIZER}|{RNG})(-\d+-of-\d+)?\.safetensors|{STATE_FILE}|{MANIFEST}")
+        ckpt.publish(path, self._root, sorted(name for name in os.listdir(path) if not own.fullmatch(name)))
 
     def _evaluate(self, split: str, max_tokens: int | None, stop: Callable[[], bool]) -> CorpusScores | None:
         config, dataset = self.config, self.datasets[split]
@@ -343,6 +370,7 @@ class Trainer:
                 bytes_per_token=dataset.num_bytes / max(1, dataset.num_targets),
                 max_tokens=max_tokens,
                 stop=stop,
+                strategy=self.strategy,
             )
 
     def _random_state_kept(self) -> AbstractContextManager[None]:
@@ -352,6 +380,12 @@ class Trainer:
 
     def _result(self, log: RunLog) -> TrainResult:
         """From the logs, so that a run that was already finished gives the same."""
+        result = self.strategy.from_main(lambda: dataclasses.asdict(self._result_from(log)))
+        if result["evaluation"] is not None:
+            result["evaluation"] = CorpusScores(**result["evaluation"])
+        return TrainResult(**result)
+
+    def _result_from(self, log: RunLog) -> TrainResult:
         state = self.state
         train, evaluation = (log.metrics.at_step(state.step, key) for key in ("loss", "val_loss"))
         samples = log.samples.at_step(state.step, "samples")

@@ -23,13 +23,15 @@ from typing import Any
 
 _GRACE = 3.0  # seconds that the other ranks have to tell their own error after the first one
 _START = 60.0  # seconds that the server may need, once, to import torch on a busy machine
-_PRELOADED = [
+_PRELOADED = [  # what every rank would import otherwise; torch._dynamo comes with the first optimizer
     "torch",
+    "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
-    "arfast.ops",
+    "torch.profiler",
     "arfast.models",
     "arfast.train",
+    "arfast.distributed",
 ]
 
 
@@ -72,7 +74,10 @@ def run_ranks(
                 theirs.close()
                 pipes.append(ours)
                 processes.append(process)
-            return _collect(pipes, processes, folder, timeout + _START)
+            results = _collect(pipes, processes, folder, timeout + _START)
+            for process in processes:
+                process.join(_GRACE)
+            return results
         finally:
             for process in processes:
                 process.kill()
