@@ -78,7 +78,8 @@ class DataParallel(OneProcess):
             )
         self.exchange = Exchange(timeout)
         self._saving = Exchange(timeout)  # its own, since a save may be a thread beside the run
-        self.rank, self.is_main = self.exchange.rank, self.exchange.rank == 0
+        self.rank, self.num_ranks = self.exchange.rank, self.exchange.size
+        self.is_main = self.rank == 0
         self._data = self.mesh["data"]
         # What holds a part of the batch, along samples or along positions, holds a part of the parameters.
         self.shards = self.mesh["data", "context"]._flatten("shards") if "context" in names else self._data

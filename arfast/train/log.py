@@ -27,7 +27,7 @@ class RunLog(contextlib.AbstractContextManager):
 
     def __init__(self, root: Path, config: TrainConfig, state: TrainState, engine: Engine) -> None:
         self._config, self._root = config, root
-        self.meter = Meter(engine.model, config, engine.device)
+        self.meter = Meter(engine.model, config, engine.device, engine.strategy.num_ranks)
         self._board: TensorBoard | None = None
         self._open(state)
         self._bar = tqdm(

@@ -67,14 +67,16 @@ def peak_memory(device: torch.device) -> int:
 class Meter:
     """Time, tokens and FLOPs since the last row of the log."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, num_ranks: int = 1) -> None:
         self._model, self._config, self._device = model, config, device
-        self.peak = None
+        self.peak = None  # of all ranks
         if flops_per_token(model, config.seqlen) is not None:
-            self.peak = config.peak_flops or peak_flops(device, getattr(torch, config.dtype))
+            of_one = config.peak_flops or peak_flops(device, getattr(torch, config.dtype))
+            self.peak = num_ranks * of_one
             given = "as given" if config.peak_flops else "as a matrix product reaches here"
+            several = f"{num_ranks} times " if num_ranks > 1 else ""
             notice(
-                f"Trainer: mfu is of {self.peak / 1e12:.3g} TFLOP/s, {given}; a token of {config.seqlen} takes "
+                f"Trainer: mfu is of {several}{of_one / 1e12:.3g} TFLOP/s, {given}; a token of {config.seqlen} takes "
                 f"{flops_per_token(model, config.seqlen) / 1e6:.4g} MFLOP: 6 per weight that multiplies it, "
                 "and attention to the keys it sees"
             )

@@ -32,11 +32,12 @@ class OneProcess:
         device: where `build_model` makes the model.
 
     Attributes:
-        rank: of this process. is_main: whether it writes logs, samples and notices.
+        rank, num_ranks: of this process, and of all. is_main: whether it writes logs, samples and notices.
         casts_weights: whether the model itself computes in the dtype of the configuration.
     """
 
     rank = 0
+    num_ranks = 1
     is_main = True
     casts_weights = False
 

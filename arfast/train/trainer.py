@@ -29,6 +29,7 @@ from .manifest import MANIFEST, CheckpointError
 from .memory import keep_freed_memory
 from .notices import notice
 from .rewind import Journal, discard, discard_newer, plan_rewind
+from .samples import continuations
 from .saving import Saver
 from .signals import StopRequest, TrainingInterrupted, Watchdog
 from .stages import Stage
@@ -212,30 +213,15 @@ class Trainer:
         return self.strategy.from_main(lambda: self._sample_from(model, stop))
 
     def _sample_from(self, model: nn.Module, stop: Callable[[], bool]) -> list[dict[str, str]] | None:
-        config, generate = self.config, self._generate
-        if generate is None:
-            from arfast.generate import generate
-        greedy = config.sample_temperature == 0
         samples = []
         with self._random_state_kept(), evaluation_mode(model):
-            for prompt in config.sample_prompts:
-                if stop():
-                    return None
-                prompt_ids = self.tokenizer.encode(prompt)
-                tokens = generate(
-                    model,
-                    torch.tensor([prompt_ids], device=self.engine.device),
-                    max_new_tokens=config.sample_tokens,
-                    do_sample=not greedy,
-                    temperature=1.0 if greedy else config.sample_temperature,
-                    eos_token_id=self.tokenizer.eos_token_id,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                    seed=config.seed + self.state.step,
-                )
-                # A model may have more rows than the tokenizer has tokens; an untrained one draws them.
-                new = [token for token in tokens[0, len(prompt_ids) :].tolist() if token < self.tokenizer.vocab_size]
-                samples.append({"prompt": prompt, "text": self.tokenizer.decode(new)})
-        return samples
+            found = continuations(model, self.tokenizer, self.config, self.state.step, self._generate)
+            while not stop():
+                sample = next(found, None)
+                if sample is None:
+                    return samples
+                samples.append(sample)
+        return None
 
     def _start(self) -> None:
         """Continue from the newest intact checkpoint, or begin."""

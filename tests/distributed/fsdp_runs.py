@@ -105,8 +105,8 @@ def record(trainer):
     consumed, losses = {}, {}
     batch_of, step_of = trainer.datasets["train"].batch, trainer.engine.step
 
-    def batch(position, batch_size):
-        result = batch_of(position, batch_size)
+    def batch(position, batch_size, **options):
+        result = batch_of(position, batch_size, **options)
         rows = result.input_ids.reshape(batch_size, -1).tolist()
         hashes = [hashlib.sha256(json.dumps(row).encode()).hexdigest()[:12] for row in rows]
         consumed.setdefault(trainer.state.step + 1, []).extend(hashes)
@@ -144,4 +144,5 @@ def largest_difference(actual, expected):
 
 def metrics(output_dir):
     rows = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    measured = {"tokens_per_second", "data_wait", "memory_bytes", "seconds_left", "mfu"}
+    return [{k: v for k, v in row.items() if k not in measured} for row in rows]

@@ -182,6 +182,12 @@ def _make(data, output_dir, config):
             "micro_batch_size must divide the 6 sequences that each of 2 ranks has of a batch of 12, got 4",
         ),
         ({"cuda_graph": True}, "cuda_graph must be False on several ranks, got True"),
+        ({"optimizer": "muon"}, "optimizer must be 'adamw' on several ranks, got 'muon'"),
+        ({"on_spike": "rewind", "rewind_steps": 1, "save_every": 1}, "on_spike must be 'report' on several ranks"),
+        (
+            {"batch_size": 8, "batch_ramp": [[0, 3], [96, 8]]},
+            "batch_size must be a multiple of the 2 data ranks, got 3",
+        ),
     ],
 )
 def test_settings_that_do_not_divide(data, tmp_path, config, text):

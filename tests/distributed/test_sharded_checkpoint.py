@@ -79,6 +79,17 @@ def test_transformers_reads_it(data, tmp_path, model):
             torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_saved_in_the_background(data, tmp_path):
+    """By a thread of each rank, which communicate beside the run: the same files."""
+    for name, background in (("at-once", False), ("background", True)):
+        ranks = run_on(2, data, tmp_path / name, max_steps=6, save_every=2, async_save=background, keep_last=0)
+        assert {rank["step"] for rank in ranks} == {6}
+    for checkpoint in list_checkpoints(tmp_path / "at-once"):
+        verify(tmp_path / "background" / checkpoint.name)
+        for file in checkpoint.glob("*.safetensors"):
+            assert file.read_bytes() == (tmp_path / "background" / checkpoint.name / file.name).read_bytes()
+
+
 def _flip_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
