@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -75,7 +76,8 @@ def _measure_apart(case: dict) -> dict:
         "arfast.doctor.sequence_lengths",
         json.dumps(case | dict(threads=torch.get_num_threads())),
     ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    # Python puts the current folder first, and in the source tree that is the package without its compiled library.
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
     if result.returncode != 0:  # killed by the system
         return {"error": "out of memory" if result.returncode < 0 else result.stderr.strip().splitlines()[-1][:80]}
     return json.loads(result.stdout.splitlines()[-1])
