@@ -109,6 +109,8 @@ def describe(model: nn.Module, config: TrainConfig, train: Any) -> dict[str, Any
 def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Path) -> None:
     """Raise unless a checkpoint's description equals the current one; the message names the first difference."""
     for name in [*current, *(saved.keys() - current.keys())]:
+        if name not in saved and not current[name]:
+            continue  # a field that is younger than the checkpoint, and off
         if saved.get(name) != current.get(name):
             raise CheckpointError(
                 f"Trainer: {name} must be {saved.get(name)!r} to continue {checkpoint}, got {current.get(name)!r} "

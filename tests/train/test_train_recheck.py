@@ -20,8 +20,8 @@ def flip(engine, rng, passes):
     """One bit of one gradient, in the passes of these numbers; returns how many passes there were."""
     accumulate, count = engine._accumulate_gradients, [0]
 
-    def faulty(batches):
-        losses = accumulate(batches)
+    def faulty(*arguments):
+        losses = accumulate(*arguments)
         if count[0] in passes:
             gradient = rng.choice(engine.parameters).grad.view(torch.int32).flatten()
             gradient[rng.randrange(gradient.numel())] ^= 1 << rng.randrange(31)

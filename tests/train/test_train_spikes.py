@@ -19,7 +19,8 @@ from train_doubles import (
     outcome,
 )
 
-from arfast.train import CheckpointError, DivergedError, TrainConfig, rewind
+from arfast.train import CheckpointError, DivergedError, TrainConfig, rewind, state
+from arfast.train import trainer as trainer_module
 from arfast.train.checkpoint import list_checkpoints
 from arfast.train.engine import TrainState
 from arfast.train.rewind import JOURNAL, Journal, Rewind
@@ -176,7 +177,8 @@ class Killed(BaseException):
 def test_kill_within_a_rewind(tmp_path, monkeypatch, function, when):
     make(tmp_path / "whole", "batch").fit()
     trainer = make(tmp_path / "run", "batch")
-    module = rewind if function in ("write_file", "discard") else __import__("arfast.train.trainer").train.trainer
+    in_trainer = function == "discard_newer"
+    module = trainer_module if in_trainer else state if function == "load_engine" else rewind
     real = getattr(module, function)
 
     def killed(*args):
