@@ -6,6 +6,7 @@ ARFAST_TORCH_SITE (the site-packages that holds torch, if the search below does 
 """
 
 import functools
+import gzip
 import importlib.util
 import os
 import re
@@ -14,10 +15,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 TORCH_MINIMUM = (2, 10)
@@ -29,7 +32,12 @@ if sysconfig.get_platform().endswith("x86_64"):
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=return-type"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 CXX_FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+# Some compilers define _FORTIFY_SOURCE themselves, and would warn of another value. nvcc's own parser does not know the
+# builtins behind level 3, and the host's part of a kernel file copies nothing.
+HARDENING_FLAGS = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=3"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr"]
+NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden,-fstack-protector-strong"]
+LINK_FLAGS = ["-Wl,-z,relro,-z,now,-z,noexecstack"]
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
 BYTES_PER_JOB = 2 << 30  # what the largest translation unit needs in the compiler
 
@@ -118,10 +126,10 @@ def ninja_file(torch, library):
     gencode, architectures = cuda_architectures()
     include = [f"-I{ROOT / 'csrc'}", f"-isystem{torch / 'include'}", f"-isystem{sysconfig.get_paths()['include']}"]
     cuda = ["-DARFAST_WITH_CUDA", f'-DARFAST_CUDA_ARCHITECTURES="{",".join(architectures)}"'] if nvcc else []
-    link = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-Wl,-z,relro,-z,now", *(cuda_link_flags(nvcc) if nvcc else [])]
+    link = [f"-L{torch / 'lib'}", "-ltorch_cpu", *LINK_FLAGS, *(cuda_link_flags(nvcc) if nvcc else [])]
     cxx = shlex.split(os.environ.get("CXX", "c++"))
     commands = {
-        "cxx": quote(*cxx, *CXX_FLAGS, *cuda, *include) + " $flags -MMD -MF $out.d -c $in -o $out",
+        "cxx": quote(*cxx, *CXX_FLAGS, *HARDENING_FLAGS, *cuda, *include) + " $flags -MMD -MF $out.d -c $in -o $out",
         "nvcc": quote(nvcc or "nvcc", *NVCC_FLAGS, include[0], *gencode) + " -MMD -MF $out.d -c $in -o $out",
         "link": quote(*cxx, "-shared") + " $in -o $out " + quote(*link),
     }
@@ -167,10 +175,31 @@ class NinjaBuild(build_ext):
         subprocess.run([ninja, "-C", str(build), "-j", jobs()], check=True)
 
 
+class ReproducibleSdist(sdist):
+    """With SOURCE_DATE_EPOCH the same files give the same bytes: reproducible-builds.org/specs/source-date-epoch."""
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        if epoch is None or format != "gztar":
+            return super().make_archive(base_name, format, root_dir, base_dir, owner, group)
+
+        def without_traces(member):
+            member.mtime, member.uid, member.gid, member.uname, member.gname = int(epoch), 0, 0, "", ""
+            member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+            return member
+
+        name = f"{base_name}.tar.gz"
+        with open(name, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=int(epoch)) as zipped:
+            with tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                for path in sorted([Path(base_dir), *Path(base_dir).rglob("*")]):
+                    tar.add(path, recursive=False, filter=without_traces)
+        return name
+
+
 if __name__ == "__main__":
     setup(
         ext_modules=[Extension("arfast._C", sources=[str(p) for p in sources()[0]], py_limited_api=True)],
-        cmdclass={"build_ext": NinjaBuild},
+        cmdclass={"build_ext": NinjaBuild, "sdist": ReproducibleSdist},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
         # A build front end asks what to install first. The stable ABI fits whichever torch is used later.
         setup_requires=[] if "egg_info" not in sys.argv or find_torch() else ["torch>={}.{}".format(*TORCH_MINIMUM)],

@@ -17,6 +17,7 @@ from arfast.nn import BranchedKVCache
 from arfast.ops.beam_step import CAN_CHANGE, GO_ON, NOT_FINITE
 
 GOES_ON = CAN_CHANGE | GO_ON
+STEPS_AT_ONCE = 8  # of a model that does not come back to Python for each, where the user may interrupt it
 
 
 class BeamSearch:
@@ -80,17 +81,16 @@ class BeamSearch:
         return state
 
     @property
-    def takes_tile_sums(self) -> bool:
+    def is_plain(self) -> bool:
+        """Whether beams are chosen by the model's log-probabilities alone."""
         plain = self.num_groups == 1 and not self.processors and self._banned is None and self.generator_state is None
         return plain and self.options.min_new_tokens == 0
 
-    def step(self, logits: Tensor, tile_sums: Tensor | None = None) -> None:
-        """Logits [B * K, V], or [B, V] after the prompts, where an item has no beams yet; tile_sums: see
-        `ops.beam_step`, only if the search takes them."""
+    def step(self, logits: Tensor) -> None:
+        """Logits [B * K, V], or [B, V] after the prompts, where an item has no beams yet."""
         if self.num_groups > 1 or self.processors:
             return self._step_in_turn(logits)
-        options = dict(banned=self._banned, generator_state=self.generator_state, tile_sums=tile_sums)
-        ops.beam_step(logits, self.states[0], **options)
+        ops.beam_step(logits, self.states[0], banned=self._banned, generator_state=self.generator_state)
 
     def _step_in_turn(self, logits: Tensor) -> None:
         """Group after group, after what changes their scores."""
@@ -169,16 +169,14 @@ def beam_search(
     state = generator_state_of([(seed, 0) for seed in seeds], logits.device) if options.do_sample else None
     search = BeamSearch(batch, options, logits.device, input_ids, processors, cache, state)
     search.step(logits)
-    decode = DecodeStep(
-        model,
-        cache,
-        None if processors else lambda logits: search.step(logits, decode.tile_sums),
-        with_tile_sums=search.takes_tile_sums,
-    )
-    for step in range(options.max_new_tokens):
-        if looks_up(step, options.max_new_tokens, logits) and search.is_done():
-            break
+    decode = DecodeStep(model, cache, None if processors else search.step)
+    dense, step = decode.dense if search.is_plain else None, 0
+    while not (looks_up(step, options.max_new_tokens, logits) and search.is_done()):
+        if dense is not None:
+            step += dense.search(search.states[0], min(STEPS_AT_ONCE, options.max_new_tokens - 1 - step))
+            continue
         logits = decode(search.tokens)
         if processors:
             search.step(logits)
+        step += 1
     return search.hypotheses()

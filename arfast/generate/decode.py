@@ -39,10 +39,6 @@ class DecodeStep:
         cache: the sequences to continue, at least one token each.
         then: called with the logits of every step, and replayed with it: a choice of the next tokens, say. It must do
             all it does on the device and in memory that stays.
-        with_tile_sums: whether `tile_sums` are wanted.
-
-    Attributes:
-        tile_sums: of the last step's logits, see `ops.decode_step`; None where a step is not one such op.
 
     Example:
         >>> model = CausalLM(CausalLMConfig.preset("tiny"))
@@ -56,14 +52,8 @@ class DecodeStep:
         [13]
     """
 
-    def __init__(
-        self,
-        model: Any,
-        cache: KVCache,
-        then: Callable[[Tensor], None] | None = None,
-        with_tile_sums: bool = False,
-    ):
-        self.model, self.cache, self.then, self.with_tile_sums = model, cache, then, with_tile_sums
+    def __init__(self, model: Any, cache: KVCache, then: Callable[[Tensor], None] | None = None):
+        self.model, self.cache, self.then = model, cache, then
         self.tokens = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.k.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None  # the graph's
@@ -106,12 +96,12 @@ class DecodeStep:
 
     @functools.cached_property
     def _dense(self) -> DenseStep | None:
-        serves = DenseStep.serves(self.model, self.cache)
-        return DenseStep(self.model, self.cache, self.with_tile_sums) if serves else None
+        return DenseStep(self.model, self.cache) if DenseStep.serves(self.model, self.cache) else None
 
     @property
-    def tile_sums(self) -> Tensor | None:
-        return self._dense.tile_sums if self._is_dense else None
+    def dense(self) -> DenseStep | None:
+        """What makes a step one op, where that can be."""
+        return self._dense if self._is_dense else None
 
     def _step(self, tokens: Tensor) -> Tensor:
         logits = self._dense(tokens) if self._is_dense else decode_one_token(self.model, tokens, self.cache)

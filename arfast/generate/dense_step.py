@@ -1,5 +1,7 @@
 """A decode step of a dense CausalLM on the CPU as one op."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,19 +22,12 @@ def has_hooks(model: nn.Module) -> bool:
 
 
 class DenseStep:
-    """`ops.decode_step` with the weights and the cache of a model.
+    """`ops.decode_step` with the weights and the cache of a model."""
 
-    Attributes:
-        tile_sums: those of the last logits, if they are wanted.
-    """
-
-    def __init__(self, model: CausalLM, cache: KVCache, with_tile_sums: bool = False):
+    def __init__(self, model: CausalLM, cache: KVCache):
         self.model, self.cache, config = model, cache, model.config
         self.rotary = model.model.rotary(None, cache.max_length)
-        self.tile_sums: Tensor | None = None
         self.options = {
-            "advance": True,
-            "with_tile_sums": with_tile_sums,
             "num_heads": config.num_attention_heads,
             "eps": config.rms_norm_eps,
             "windows": [config.window(layer) for layer in range(config.num_hidden_layers)],
@@ -74,16 +69,24 @@ class DenseStep:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Store tokens, int64 [B] or [B, T]; the logits [B, V] or [B, T, V] that follow."""
-        cache = self.cache
         num_tokens = tokens.shape[1] if tokens.dim() > 1 else 1
+        step = functools.partial(ops.decode_step, tokens, beam_slots=self.cache.slots, advance=True)
+        return self._call(step, num_tokens)
+
+    def search(self, state: ops.BeamState, steps: int) -> int:
+        """Up to `steps` steps of a beam search in this cache, whose slots are the state's; how many there were."""
+        done = self._call(functools.partial(ops.decode_beams, state, steps=steps), steps)
+        if done < steps:
+            self.cache.set_lengths(self.cache.lengths)
+        return done
+
+    def _call(self, op: Callable, num_tokens: int) -> Any:
+        """An op that stores as many tokens, which the host counts before."""
+        cache = self.cache
         cache.advance(num_tokens)
         weights = [parameters[name] for parameters, name in self.places]
-        state = (*self.rotary, cache.k, cache.v, cache.lengths)
         try:
-            logits = ops.decode_step(tokens, weights, *state, beam_slots=cache.slots, **self.options)
+            return op(weights, *self.rotary, cache.k, cache.v, cache.lengths, **self.options)
         except Exception:
             cache.set_lengths(cache.lengths)  # the host has counted tokens that are not stored
             raise
-        if self.options["with_tile_sums"]:
-            logits, self.tile_sums = logits
-        return logits

@@ -6,6 +6,7 @@ from arfast.ops.beam_hypotheses import beam_hypotheses, beam_hypotheses_referenc
 from arfast.ops.beam_prune import beam_prune, beam_prune_reference
 from arfast.ops.beam_step import BeamState, beam_step, beam_step_reference
 from arfast.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from arfast.ops.decode_beams import decode_beams, decode_beams_reference
 from arfast.ops.decode_step import decode_step, decode_step_reference
 from arfast.ops.grouped_mm import grouped_mm, grouped_mm_reference
 from arfast.ops.kv_append import kv_append, kv_append_reference
@@ -41,6 +42,8 @@ __all__ = [
     "beam_step_reference",
     "cross_entropy",
     "cross_entropy_reference",
+    "decode_beams",
+    "decode_beams_reference",
     "decode_step",
     "decode_step_reference",
     "grouped_mm",

@@ -17,7 +17,7 @@ _ops = torch.ops.arfast
 
 NO_HYPOTHESIS = -1e9  # the score of one that does not exist, as in transformers
 CAN_CHANGE, GO_ON, NOT_FINITE = 1, 2, 4  # the bits of BeamState.status
-_EARLY_STOPPING = {False: 0, True: 1, "never": 2}
+EARLY_STOPPING = {False: 0, True: 1, "never": 2}
 
 
 @dataclass
@@ -138,7 +138,7 @@ def beam_step(
             among the K drawn first become hypotheses, the K best by score of the others the beams: transformers'
             `do_sample`. The call adds 1 to the step, on the device. The draw does not depend on the batch or the number
             of threads; nor on the device, but for the last bit of lse, which `log_probs` makes exact.
-        tile_sums: float32 [2, B*K, tiles], those of `decode_step` for these logits, of which then only the few tiles
+        tile_sums: float32 [2, tiles, B*K], those of `decode_step` for these logits, of which then only the few tiles
             are read that can hold a candidate. On the CPU, without banned, log_probs, generator_state and a minimum
             length.
 
@@ -154,13 +154,13 @@ def beam_step(
         >>> state.lengths, state.next_tokens.shape
         (tensor([2, 2], dtype=torch.int32), torch.Size([8]))
     """
-    if state.early_stopping not in _EARLY_STOPPING:
+    if state.early_stopping not in EARLY_STOPPING:
         raise RuntimeError(f"beam_step: early_stopping must be True, False or 'never', got {state.early_stopping!r}")
     if needs_grad(logits):
         logits = logits.detach()
     s = state
     _ops.beam_step(
-        logits, banned, log_probs, s.ends, s.length_powers, _EARLY_STOPPING[s.early_stopping],
+        logits, banned, log_probs, s.ends, s.length_powers, EARLY_STOPPING[s.early_stopping],
         s.longest_counts, s.min_length, s.lengths, s.running, s.parents, s.tokens, s.log_probs, s.scores, s.endings,
         s.ending_log_probs, s.improvable, s.status, s.next_tokens, s.rows, s.slots, s.prompt_lengths, s.own_slots,
         generator_state, tile_sums,

@@ -61,7 +61,7 @@ def decode_step(
 
     Returns:
         logits [B, V] or [B, T, V] in the dtype of the weights. With with_tile_sums a tuple of them and float32
-        [2, B, tiles] or [2, B, T, tiles]: in every tile of 256 columns, the last one shorter, the maximum and the sum
+        [2, tiles, B] or [2, tiles, B, T]: in every tile of 256 columns, the last one shorter, the maximum and the sum
         of exp(logit - maximum).
 
     Raises:
@@ -138,8 +138,8 @@ def decode_step_reference(
 def tile_sums_reference(logits):
     """The maximum and the sum of exp(logit - maximum) in every tile of 256 columns."""
     tiles = logits.to(torch.promote_types(logits.dtype, torch.float32)).split(256, dim=-1)
-    maxima = torch.stack([tile.amax(-1) for tile in tiles], dim=-1)
-    sums = torch.stack([(tile - tile.amax(-1, keepdim=True)).exp().sum(-1) for tile in tiles], dim=-1)
+    maxima = torch.stack([tile.amax(-1) for tile in tiles])
+    sums = torch.stack([(tile - tile.amax(-1, keepdim=True)).exp().sum(-1) for tile in tiles])
     return torch.stack([maxima, sums])
 
 
@@ -149,5 +149,5 @@ def _(
     qk_norm, advance=False, with_tile_sums=False,
 ):  # fmt: skip
     vocab_size = weights[0].shape[0]
-    shape = (2, *tokens.shape, (vocab_size + 255) // 256) if with_tile_sums else (0,)
+    shape = (2, (vocab_size + 255) // 256, *tokens.shape) if with_tile_sums else (0,)
     return weights[0].new_empty(*tokens.shape, vocab_size), weights[0].new_empty(shape, dtype=torch.float32)

@@ -14,8 +14,12 @@ from arfast.ops._library import in_autocast, needs_grad, register_fake
 from arfast.ops.cross_entropy import _REDUCTIONS, check_options, cross_entropy_reference, scaled_gradient
 
 _ops = torch.ops.arfast
-# Small blocks make small products. A GPU has more memory, and needs larger products to be busy.
-_DEFAULT_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+
+
+def default_chunk_bytes(device_type: str) -> int:
+    """Bound on a block of logits, in bytes. Small blocks make small products; a GPU has more memory, and needs larger
+    products to be busy."""
+    return 128 << 20 if device_type == "cpu" else 1 << 30
 
 
 def linear_cross_entropy(
@@ -68,7 +72,7 @@ def linear_cross_entropy(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
-    chunk_bytes = chunk_bytes or _DEFAULT_CHUNK_BYTES.get(hidden.device.type, 1 << 30)
+    chunk_bytes = chunk_bytes or default_chunk_bytes(hidden.device.type)
     wants = [t is not None and needs_grad(t) for t in (hidden, weight, bias)]
     if not any(wants):
         arguments = (*options, _REDUCTIONS[reduction], num_items, chunk_bytes)

@@ -3,10 +3,9 @@
 
 #include <algorithm>
 #include <limits>
-#include <tuple>
 #include <type_traits>
 
-#include "binding/tensor.h"
+#include "binding/decoding.h"
 
 namespace arfast {
 namespace {
@@ -126,6 +125,8 @@ T* state_data(const char* name, const Tensor& tensor, const char* shape, std::in
   return static_cast<T*>(tensor.data_ptr());
 }
 
+}  // namespace
+
 void beam_step(Tensor logits, std::optional<Tensor> banned, bool log_probs, Tensor ends, Tensor length_powers,
                int64_t early_stopping, bool longest_counts, int64_t min_length, Tensor lengths, Tensor running,
                Tensor parents, Tensor tokens, Tensor token_log_probs, Tensor scores, Tensor endings,
@@ -197,12 +198,10 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, bool log_probs, Tens
     }
     const int64_t tiles = num_logits_tiles(logits.size(1));
     pruning.tile_sums =
-        state_data<float>("tile_sums", *tile_sums, "[2, B*K, tiles]", {2, logits.size(0), tiles}, logits);
+        state_data<float>("tile_sums", *tile_sums, "[2, tiles, B*K]", {2, tiles, logits.size(0)}, logits);
   }
   pruning.run(state);
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
   m.def(

@@ -30,7 +30,7 @@ struct BeamPruneParams {
   int32_t* tokens;           // [B, M], dense
   float* lse;                // [B, K], dense
   int64_t* generator_state;  // [B, 3], dense, or nullptr: candidates are drawn without replacement, in this order
-  // [2, B * K, tiles], dense, or nullptr: see core/logits_tiles.h. On the CPU, without bans, noise and log_probs.
+  // [2, tiles, B * K], dense, or nullptr: see core/logits_tiles.h. On the CPU, without bans, noise and log_probs.
   const float* tile_sums;
   // Of the CUDA implementation: a row is scanned in num_parts parts of part_vectors 16-byte vectors.
   int64_t num_parts;

@@ -188,28 +188,38 @@ void merge_group(const BeamPruneParams& params, int64_t group, const Workspace& 
   write_group<T>(params, group, beams, best);
 }
 
-// The maxima and sums of a row's tiles.
+// The maxima and sums of the tiles of a group's beams, [K, tiles] each.
 struct TileSums {
-  const float *maxima, *sums;
-  int64_t count;
-
-  TileSums(const BeamPruneParams& params, int64_t row) : count(num_logits_tiles(params.vocab_size)) {
-    maxima = params.tile_sums + row * count;
-    sums = maxima + params.num_groups * params.num_beams * count;
+  TileSums(const BeamPruneParams& params, int64_t group)
+      : count(num_logits_tiles(params.vocab_size)), maxima(new float[2 * params.num_beams * count]) {
+    const int64_t beams = params.num_beams, rows = params.num_groups * beams;
+    sums = maxima.get() + beams * count;
+    for (int64_t i = 0; i < count; ++i) {
+      const float* tile = params.tile_sums + i * rows + group * beams;
+      for (int64_t k = 0; k < beams; ++k) {
+        maxima[k * count + i] = tile[k];
+        sums[k * count + i] = tile[count * rows + k];
+      }
+    }
   }
 
-  float lse() const {
+  float lse(int64_t beam) const {
+    const float *my_maxima = maxima.get() + beam * count, *my_sums = sums + beam * count;
     float largest = -kInfinity<float>;
-    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, maxima[i]);
+    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, my_maxima[i]);
     VecF total{};
     const float base = std::isfinite(largest) ? largest : 0.0f;
     for_each_vector<float>(count, [&](int64_t i, int lanes) {
-      const VecF weight = exp_nonpositive(-max(base - load_lanes(maxima + i, lanes), VecF{}));
-      total += weight * load_lanes(sums + i, lanes);
+      const VecF weight = exp_term(-max(base - load_lanes(my_maxima + i, lanes), VecF{}));
+      total += weight * load_lanes(my_sums + i, lanes);
     });
     const float sum = reduce_add(total);
     return std::isfinite(largest) || std::isnan(sum) ? largest + std::log(sum) : largest;
   }
+
+  int64_t count;
+  std::unique_ptr<float[]> maxima;
+  float* sums;
 };
 
 // Pushes the tokens of a tile that score above the threshold. Tokens ascend, so an equal one comes too late.
@@ -228,33 +238,41 @@ void push_tile(const BeamPruneParams& params, const Beam& beam, int64_t row, int
   }
 }
 
+template <typename T>
+void prefetch_tile(const BeamPruneParams& params, int64_t row, int64_t first) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const T* logits = row_logits<T>(params, row) + first;
+  const int64_t count = std::min<int64_t>(kTile, params.vocab_size - first);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(logits + i);
+}
+
 // merge_group without a scan: the M-th largest of the tiles' best scores is a bound from below, and the few tiles with
 // a better one hold all candidates.
 template <typename T>
 void select_from_tiles(const BeamPruneParams& params, int64_t group) {
-  const int64_t num_tiles = num_logits_tiles(params.vocab_size), first_row = group * params.num_beams;
+  const TileSums tiles(params, group);
+  const int64_t first_row = group * params.num_beams, num_scores = params.num_beams * tiles.count;
   std::vector<Beam> beams;
   beams.reserve(params.num_beams);
-  const int64_t num_scores = params.num_beams * num_tiles;
   std::unique_ptr<float[]> scores(new float[num_scores]), bounds(new float[num_scores]);
   for (int64_t k = 0; k < params.num_beams; ++k) {
-    const TileSums tiles(params, first_row + k);
-    const float lse = params.lse[first_row + k] = tiles.lse();
+    const float lse = params.lse[first_row + k] = tiles.lse(k);
     const Beam& beam =
         beams.emplace_back(Beam{params, group, lse, params.scores[first_row + k], k * params.vocab_size, TopList(1)});
-    for (int64_t i = 0; i < num_tiles; ++i) {
+    for (int64_t i = k * tiles.count; i < (k + 1) * tiles.count; ++i) {
       const float score = beam.score(tiles.maxima[i]);
-      scores[k * num_tiles + i] = bounds[k * num_tiles + i] = std::isnan(score) ? -kInfinity<float> : score;
+      scores[i] = bounds[i] = std::isnan(score) ? -kInfinity<float> : score;
     }
   }
   TopList best(std::min(params.num_candidates, params.num_beams * params.vocab_size));
   best.raise_threshold(bounds.get(), num_scores);
-  for (int64_t k = 0; k < params.num_beams; ++k) {
-    for (int64_t i = 0; i < num_tiles; ++i) {
-      if (scores[k * num_tiles + i] <= best.threshold()) continue;
-      push_tile<T>(params, beams[k], first_row + k, i * kTile, best);
+  const auto for_each_better = [&](const auto& visit) {
+    for (int64_t i = 0; i < num_scores; ++i) {
+      if (scores[i] > best.threshold()) visit(i / tiles.count, i % tiles.count * kTile);
     }
-  }
+  };
+  for_each_better([&](int64_t k, int64_t first) { prefetch_tile<T>(params, first_row + k, first); });
+  for_each_better([&](int64_t k, int64_t first) { push_tile<T>(params, beams[k], first_row + k, first, best); });
   best.sort();
   write_group<T>(params, group, beams, best);
 }

@@ -1,5 +1,6 @@
 // What a decode step can leave of its logits while they are in the cache, for a beam step to read instead of them: of
-// every tile of a row the maximum and the sum of exp(x - maximum).
+// every tile of a row the maximum and the sum of exp(x - maximum), those of a tile side by side: threads that are at
+// work on neighbouring tiles then write to different cache lines.
 #pragma once
 
 #include <cstdint>

@@ -42,9 +42,9 @@ inline V interleave_high(V a, V b, std::index_sequence<kLane...>) {
   return __builtin_shuffle(a, b, decltype(V{} < V{}){(kL / 2 + kLane / 2 + kLane % 2 * kL)...});
 }
 
-// The vector whose lane i is the sum over the lanes of rows[i]: the rounds of a transposition, added up.
-template <typename V, size_t kCount>
-inline V add_transposed(const V (&rows)[kCount]) {
+// The vector whose lane i is rows[i] reduced over its lanes by f: the rounds of a transposition.
+template <typename V, size_t kCount, typename F>
+inline V reduce_transposed(const V (&rows)[kCount], const F& f) {
   if constexpr (kCount == 1) {
     return rows[0];
   } else {
@@ -53,10 +53,14 @@ inline V add_transposed(const V (&rows)[kCount]) {
 #pragma GCC unroll 8
     for (size_t i = 0; i < kCount / 2; ++i) {
       const V a = rows[i], b = rows[i + kCount / 2];
-      next[i] = interleave_low(a, b, kLane) + interleave_high(a, b, kLane);
+      next[i] = f(interleave_low(a, b, kLane), interleave_high(a, b, kLane));
     }
-    return add_transposed(next);
+    return reduce_transposed(next, f);
   }
+}
+template <typename V, size_t kCount>
+inline V add_transposed(const V (&rows)[kCount]) {
+  return reduce_transposed(rows, [](const V& a, const V& b) { return a + b; });
 }
 
 }  // namespace arfast::ARFAST_CPU_TARGET

@@ -3,10 +3,8 @@
 
 #include <algorithm>
 #include <limits>
-#include <tuple>
-#include <vector>
 
-#include "binding/tensor.h"
+#include "binding/decoding.h"
 
 namespace arfast {
 namespace {
@@ -200,7 +198,8 @@ std::vector<int32_t> checked_seqlens(const Tensor& seqlens, bool advance, const 
   return counts;
 }
 
-// -> (logits [B, V], or [B, T, V] for tokens [B, T]; tile_sums [2, ..., tiles], or [0] if they are not wanted)
+}  // namespace
+
 std::tuple<Tensor, Tensor> decode_step(Tensor tokens, std::vector<Tensor> list, Tensor cos, Tensor sin, Tensor k_cache,
                                        Tensor v_cache, Tensor seqlens, std::optional<Tensor> beam_slots,
                                        std::vector<int64_t> windows, int64_t num_heads, double eps, bool qkv_bias,
@@ -240,15 +239,13 @@ std::tuple<Tensor, Tensor> decode_step(Tensor tokens, std::vector<Tensor> list, 
   const int64_t num_tiles = num_logits_tiles(params.vocab_size);
   Tensor tile_sums = !with_tile_sums ? new_empty(embedding, {0}, ScalarType::Float)
                      : tokens.dim() == 2
-                         ? new_empty(embedding, {2, params.batch, params.num_tokens, num_tiles}, ScalarType::Float)
-                         : new_empty(embedding, {2, params.batch, num_tiles}, ScalarType::Float);
+                         ? new_empty(embedding, {2, num_tiles, params.batch, params.num_tokens}, ScalarType::Float)
+                         : new_empty(embedding, {2, num_tiles, params.batch}, ScalarType::Float);
   params.tile_sums = with_tile_sums ? static_cast<float*>(tile_sums.data_ptr()) : nullptr;
   if (logits.numel() > 0) decode_step_cpu(params);
   if (advance) std::copy(counts.begin(), counts.end(), static_cast<int32_t*>(seqlens.data_ptr()));
   return {logits, tile_sums};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {
   m.def(

@@ -64,7 +64,7 @@ struct DecodeStepParams {
   const int32_t* beam_slots;  // [B, S]: position p of sequence b is at [beam_slots[b, p], p]; nullptr: at [b, p]
   int64_t slots_stride;       // of a row of beam_slots
   void* logits;               // [B, T, V], dense
-  float* tile_sums;           // [2, B, T, tiles]: see core/logits_tiles.h; nullptr: not wanted
+  float* tile_sums;           // [2, tiles, B, T]: see core/logits_tiles.h; nullptr: not wanted
 };
 
 ARFAST_CPU_FUNCTION(decode_step, DecodeStepParams)

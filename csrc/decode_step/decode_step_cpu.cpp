@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kTaskBytes = 32 << 10;  // of weights: few enough that no thread waits long for the last task
 constexpr int64_t kNormRows = 8;
+constexpr int64_t kManyRows = 8;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -185,19 +186,14 @@ class DecodeStep {
     });
   }
 
+  // Of many rows a task computes whole tiles of columns: the fewer cache lines of the logits are two tasks'.
   void project_logits(Phases& phases) {
-    const RowTasks<T> rows(params_.vocab_size, size_);
-    if (params_.tile_sums == nullptr) {
-      phases.run(rows.tasks(), [&](int64_t task) { project_logits(rows.begin(task), rows.end(task)); });
-      return;
-    }
-    const int64_t num_tiles = num_logits_tiles(params_.vocab_size);
-    phases.run(num_tiles, [&](int64_t tile) {
-      const int64_t tile_end = std::min((tile + 1) * kTile, params_.vocab_size);
-      for (int64_t begin = tile * kTile; begin < tile_end; begin += rows.rows) {
-        project_logits(begin, std::min(begin + rows.rows, tile_end));
-      }
-      sum_tiles(tile * kTile, tile_end, params_.tile_sums + tile, num_tiles);
+    const int64_t block = RowTasks<T>(params_.vocab_size, size_).rows;
+    const int64_t columns = num_rows_ >= kManyRows || params_.tile_sums != nullptr ? kTile : block;
+    phases.run(divide_up(params_.vocab_size, columns), [&](int64_t task) {
+      const int64_t begin = task * columns, end = std::min(begin + columns, params_.vocab_size);
+      for (int64_t i = begin; i < end; i += block) project_logits(i, std::min(i + block, end));
+      if (params_.tile_sums != nullptr) sum_columns(begin, end - begin);
     });
   }
 
@@ -217,12 +213,13 @@ class DecodeStep {
   }
 
   // The maxima and sums of a tile of every row.
-  void sum_tiles(int64_t begin, int64_t end, float* out, int64_t num_tiles) const {
-    const T* logits = static_cast<const T*>(params_.logits);
-    for (int64_t b = 0; b < num_rows_; ++b) {
-      const PartialSum sum = sum_tile(logits + b * params_.vocab_size + begin, end - begin);
-      out[b * num_tiles] = sum.max;
-      out[(num_rows_ + b) * num_tiles] = sum.sum;
+  void sum_columns(int64_t begin, int64_t count) const {
+    float* maxima = params_.tile_sums + begin / kTile * num_rows_;
+    float* sums = maxima + num_logits_tiles(params_.vocab_size) * num_rows_;
+    for (int64_t b = 0; b < num_rows_; b += kFloatLanes) {
+      const T* logits = static_cast<const T*>(params_.logits) + b * params_.vocab_size + begin;
+      const int rows = static_cast<int>(std::min<int64_t>(kFloatLanes, num_rows_ - b));
+      sum_tiles(logits, params_.vocab_size, rows, count, maxima + b, sums + b);
     }
   }
 
