@@ -3,6 +3,7 @@ validation and test. Also from token ids of nanoGPT and llm.c, and to see what p
 
 Examples:
   arfast tokenize --data corpus.jsonl --output-dir data/corpus --vocab-size 16000
+  arfast tokenize --data corpus.jsonl --output-dir data/words --tokenizer-type word
   arfast tokenize --data more.parquet --column content --output-dir data/more --tokenizer data/corpus
   arfast tokenize --data fineweb10B --output-dir data/fineweb --tokenizer gpt2     # *.bin
   arfast tokenize --statistics data/corpus --seqlen 1024
@@ -25,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokenizer", help="directory with a tokenizer.json to use instead of learning one")
     parser.add_argument("--vocab-size", type=int, help="of the tokenizer that is learned (default: 4096)")
+    parser.add_argument(
+        "--tokenizer-type", choices=("bpe", "word", "character"), help="of the tokenizer that is learned (default: bpe)"
+    )
     parser.add_argument("--validation-fraction", type=float, default=0.05, help="of the documents (default: 0.05)")
     parser.add_argument("--test-fraction", type=float, default=0.05, help="of the documents (default: 0.05)")
     parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
@@ -58,7 +62,7 @@ def run(arguments: argparse.Namespace) -> dict:
         manifest = import_tokens(arguments.data, arguments.output_dir, tokenizer, **options)
     else:
         options = common | ({} if arguments.vocab_size is None else dict(vocab_size=arguments.vocab_size))
-        options |= dict(column=arguments.column, progress=True)
+        options |= dict(column=arguments.column, tokenizer_kind=arguments.tokenizer_type or "bpe", progress=True)
         manifest = prepare_dataset(arguments.data, arguments.output_dir, tokenizer, **options)
     counts = {}
     for name, split in manifest.splits.items():
@@ -85,8 +89,9 @@ def _tokenizer(arguments, is_tokens):
         if (value := getattr(arguments, name)) and ids_alone != is_tokens:
             kind = "text" if ids_alone else "token ids"
             raise ValueError(f"tokenize: {name} must be left out with {kind}, got {value!r}")
-    if arguments.tokenizer is not None and arguments.vocab_size is not None:
-        raise ValueError(f"tokenize: vocab_size must be left out with a tokenizer, got {arguments.vocab_size}")
+    for name in ("vocab_size", "tokenizer_type"):
+        if arguments.tokenizer is not None and (value := getattr(arguments, name)) is not None:
+            raise ValueError(f"tokenize: {name} must be left out with a tokenizer, got {value}")
     return None if arguments.tokenizer is None else Tokenizer.load(arguments.tokenizer)
 
 

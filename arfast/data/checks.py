@@ -17,6 +17,11 @@ def check_integer(name: str, value: object, minimum: int, maximum: int | None = 
     return number
 
 
+def one_line(error: object) -> str:
+    """The text of an error that quotes a file, without its line ends and cut off: for the end of another's sentence."""
+    return f"{' '.join(str(error).split()):.200}"
+
+
 def check_text(name: str, text: object) -> None:
     """TypeError when ``text`` is no str, ValueError when it has no UTF-8 form. ``name`` reads "owner: argument"."""
     if not isinstance(text, str):

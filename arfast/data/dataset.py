@@ -48,12 +48,25 @@ class Batch:
     num_tokens: int
 
 
-def check_out(tensor: torch.Tensor, shape: tuple[int, int]) -> None:
-    on_cpu = tensor.device.type == "cpu"
-    if tensor.shape != shape or tensor.dtype != torch.int64 or not (on_cpu and tensor.is_contiguous()):
-        rule = f"hold contiguous int64 tensors {list(shape)} on the CPU"
-        actual = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-        raise ValueError(f"PackedDataset.batch: out must {rule}, got {actual}")
+def batch_memory(shape: tuple[int, int], out: Batch | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tensors for the input_ids and labels of a batch, those of ``out`` where it is given."""
+    if out is None:
+        return torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64)
+    for tensor in (out.input_ids, out.labels):
+        on_cpu = tensor.device.type == "cpu"
+        if tensor.shape != shape or tensor.dtype != torch.int64 or not (on_cpu and tensor.is_contiguous()):
+            rule = f"hold contiguous int64 tensors {list(shape)} on the CPU"
+            actual = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"PackedDataset.batch: out must {rule}, got {actual}")
+    return out.input_ids, out.labels
+
+
+def checked_seqlen(where: str, seqlen: int | None, row: int) -> int:
+    """The length of samples that rows of ``row`` tokens are cut into; None: that length."""
+    seqlen = row if seqlen is None else check_integer(f"{where}: seqlen", seqlen, 2)
+    if row % seqlen:
+        raise ValueError(f"{where}: seqlen must divide the rows' {row} tokens, got {seqlen}")
+    return seqlen
 
 
 def _cut(segments: list[tuple[int, int]], first: int, length: int) -> Iterator[tuple[int, int]]:
@@ -171,7 +184,7 @@ class PackedDataset:
         """
         position = check_integer("PackedDataset.batch: position", position, 0)
         batch_size = check_integer("PackedDataset.batch: batch_size", batch_size, 1)
-        seqlen = self._checked_seqlen("PackedDataset.batch", seqlen)
+        seqlen = checked_seqlen("PackedDataset.batch", seqlen, self.seqlen)
         size = f"the {self.split} split has {self.num_tokens} tokens"
         if self.packing == "contiguous" and self.num_tokens < self.seqlen:
             raise ValueError(f"PackedDataset.batch: seqlen must be at most the corpus, got {self.seqlen}: {size}")
@@ -183,12 +196,6 @@ class PackedDataset:
         rows = self._rows_in_order(first, (position + batch_size - 1) // pieces + 1 - first)
         samples = [(rows[p // pieces - first], p % pieces) for p in range(position, position + batch_size)]
         return self._make_batch(self._rows, samples, seqlen, out)
-
-    def _checked_seqlen(self, where: str, seqlen: int | None) -> int:
-        seqlen = self.seqlen if seqlen is None else check_integer(f"{where}: seqlen", seqlen, 2)
-        if self.seqlen % seqlen:
-            raise ValueError(f"{where}: seqlen must divide the rows' {self.seqlen} tokens, got {seqlen}")
-        return seqlen
 
     def _rows_in_order(self, first: int, count: int) -> list[int]:
         """Rows at the places ``first`` to ``first + count - 1`` of the endless order, at most num_samples + 1."""
@@ -212,7 +219,7 @@ class PackedDataset:
         batch_size = check_integer("PackedDataset.evaluation_batches: batch_size", batch_size, 1)
         num_rows = self._evaluation_rows.statistics.num_samples
         batches = (range(first, min(first + batch_size, num_rows)) for first in range(0, num_rows, batch_size))
-        seqlen = self._checked_seqlen("PackedDataset.evaluation_batches", seqlen)
+        seqlen = checked_seqlen("PackedDataset.evaluation_batches", seqlen, self.seqlen)
         pieces = range(self.seqlen // seqlen)
         samples = ([(row, piece) for row in batch for piece in pieces] for batch in batches)
         return (self._make_batch(self._evaluation_rows, batch, seqlen, None) for batch in samples)
@@ -220,12 +227,7 @@ class PackedDataset:
     def _make_batch(self, rows: Rows, samples: Sequence[tuple[int, int]], seqlen: int, out: Batch | None) -> Batch:
         """The batch of samples (row, piece of the row), each of ``seqlen`` tokens."""
         shape = (1, len(samples) * seqlen) if rows.isolated else (len(samples), seqlen)
-        if out is None:
-            input_ids, labels = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64)
-        else:
-            input_ids, labels = out.input_ids, out.labels
-            for tensor in (input_ids, labels):
-                check_out(tensor, shape)
+        input_ids, labels = batch_memory(shape, out)
         ids, targets = input_ids.numpy().reshape(-1), labels.numpy().reshape(-1)
         place, boundaries = 0, [0]
         for row, piece in samples:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from arfast.data.checks import one_line
 from arfast.data.files import read_file
 from arfast.data.records import RECORD_SUFFIXES, Document, read_records
 
@@ -68,9 +69,9 @@ def _hugging_face_files(folder: Path) -> list[Path]:
         ]
         files = [folder / Path(name).name for name in names]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise ValueError(f"{rule}, got: {type(error).__name__} {error}") from None
-    if missing := [path for path in files if not path.is_file()]:
-        raise ValueError(f"{rule}, got {missing[0].name!r}, which is absent")
+        raise ValueError(f"{rule}, got: {type(error).__name__} {one_line(error)}") from None
+    if missing := [path for path in files if not os.path.isfile(path)]:
+        raise ValueError(f"{rule}, got {missing[0].name!r:.200}, which is absent")
     return files
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from arfast.data.checks import MAX_SEED, check_integer
 from arfast.data.files import new_directory, open_regular
 from arfast.data.manifest import DatasetManifest, SplitInfo, describe_tokenizer
-from arfast.data.prepare import SplitWriter, frame_tokens, make_or_reuse
+from arfast.data.prepare import make_or_reuse
 from arfast.data.shards import SHARD_MAGIC
 from arfast.data.split import SPLITS, assign_splits, check_fractions
+from arfast.data.split_writer import SplitWriter, frame_tokens, in_batches
 from arfast.data.tokenizer import Tokenizer
 
 _HEADER_INTEGERS = 256
@@ -174,20 +175,15 @@ def _write(source: _Source, splits: np.ndarray, recipe: dict, directory: Path) -
     with ExitStack() as stack:
         writers = [stack.enter_context(SplitWriter(directory, split, source.tokenizer)) for split in SPLITS]
 
-        def flush(batch: list[tuple[int, np.ndarray]]) -> None:
+        def planned() -> Iterator[tuple[tuple[int, np.ndarray], int]]:
+            for split, (name, tokens) in zip(splits.tolist(), source.documents(), strict=False):
+                digests.add(name, tokens)
+                yield (split, tokens), len(tokens)
+
+        for batch in in_batches(planned(), _BATCH_TOKENS):
             texts = source.tokenizer.decode_batch([tokens.tolist() for _, tokens in batch])
             for (split, tokens), text in zip(batch, texts, strict=True):
                 writers[split].add(np.concatenate([[start], tokens, [end]]), len(text.encode()))
-
-        batch, size = [], 0
-        for split, (name, tokens) in zip(splits.tolist(), source.documents(), strict=False):
-            digests.add(name, tokens)
-            batch.append((split, tokens))
-            size += len(tokens)
-            if size >= _BATCH_TOKENS:
-                flush(batch)
-                batch, size = [], 0
-        flush(batch)
         if digests.hexdigest() != recipe["corpus_sha256"]:
             raise ValueError("import_tokens: path must not change while it is read, got other tokens")
         return {split: writer.close() for split, writer in zip(SPLITS, writers, strict=True)}

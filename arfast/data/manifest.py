@@ -7,15 +7,17 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from arfast.data.checks import check_integer, one_line
 from arfast.data.files import read_file, write_file
 from arfast.data.shards import Shard
 from arfast.data.split import SPLITS
-from arfast.data.tokenizer import MAX_FILE_BYTES, Tokenizer
+from arfast.data.tokenizer import MAX_FILE_BYTES, MAX_VOCAB_SIZE, Tokenizer
 
 MANIFEST_NAME = "dataset.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _FORMAT = "arfast-dataset-1"
 _MAX_BYTES = 64 << 20
+_SHA256 = re.compile("[0-9a-f]{64}")
 _SHARD_NAME = re.compile(r"(train|validation|test)-\d{5}\.bin")
 
 
@@ -39,8 +41,8 @@ class SplitInfo:
     shards: dict[str, str]
 
     def __post_init__(self) -> None:
-        if not all(isinstance(count, int) for count in (self.num_documents, self.num_tokens, self.num_bytes)):
-            raise TypeError("counts that are not integers")
+        for name in ("num_documents", "num_tokens", "num_bytes"):
+            check_integer(name, getattr(self, name), 0, 2**63 - 1)
         if not (isinstance(self.shards, dict) and all(map(_SHARD_NAME.fullmatch, self.shards))):
             raise TypeError("shards with names unlike train-00000.bin")
 
@@ -77,8 +79,8 @@ class DatasetManifest:
             ValueError: it is damaged, or of another version.
         """
         path = Path(path)
-        if not (path / MANIFEST_NAME).exists():
-            raise FileNotFoundError(f"dataset: path must hold a {MANIFEST_NAME}, got {str(path)!r}")
+        if not os.path.exists(path / MANIFEST_NAME):
+            raise FileNotFoundError(f"dataset: path must hold a {MANIFEST_NAME}, got {str(path)!r:.500}")
         name = repr(str(path / MANIFEST_NAME))
         try:
             record = json.loads(read_file(path / MANIFEST_NAME, _MAX_BYTES))
@@ -87,9 +89,10 @@ class DatasetManifest:
             if record["format"] != _FORMAT:
                 raise ValueError(f"format {record['format']!r} instead of {_FORMAT!r}")
             splits = {split: SplitInfo(**record["splits"][split]) for split in SPLITS}
+            _check_record(record)
             return cls(path, record["recipe"], record["source"], record["tokenizer"], splits)
         except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"dataset: {name} must be an intact manifest, got: {error}") from None
+            raise ValueError(f"dataset: {name} must be an intact manifest, got: {one_line(error)}") from None
 
     def open_split(self, split: str) -> list[Shard]:
         """The verified shards of a split.
@@ -103,10 +106,17 @@ class DatasetManifest:
             expected, found = self.tokenizer["fingerprint"], shard.header.tokenizer_fingerprint
             if found != expected:
                 raise ValueError(f"dataset: {name} must be made with the tokenizer {expected}, got {found}")
+            if shard.header.vocab_size != self.tokenizer["vocab_size"]:
+                rule = f"have the tokenizer's vocab_size={self.tokenizer['vocab_size']}"
+                raise ValueError(f"dataset: {name} must {rule}, got {shard.header.vocab_size}")
             if shard.header.content_sha256 != content_sha256:
                 raise ValueError(f"dataset: {name} must be the shard that was prepared, got another one")
             shard.verify()
             shards.append(shard)
+        for name in ("num_documents", "num_tokens", "num_bytes"):
+            expected, found = getattr(self.splits[split], name), sum(getattr(shard.header, name) for shard in shards)
+            if found != expected:
+                raise ValueError(f"dataset: the shards of {split} must have {name}={expected}, got {found}")
         return shards
 
     def verify_tokenizer(self) -> None:
@@ -120,6 +130,20 @@ class DatasetManifest:
         self.verify_tokenizer()
         for split in SPLITS:
             self.open_split(split)
+
+
+def _check_record(record: dict) -> None:
+    """What readers rely on; a checksum does not say that who wrote it meant well."""
+    tokenizer = record["tokenizer"]
+    vocab_size = check_integer("vocab_size", tokenizer["vocab_size"], 1, MAX_VOCAB_SIZE)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if tokenizer[name] is not None or name == "eos_token_id":
+            check_integer(name, tokenizer[name], 0, vocab_size - 1)
+    texts = [tokenizer["fingerprint"], *(tokenizer["files"][name] for name in TOKENIZER_FILES)]
+    if not (isinstance(record["recipe"], dict) and isinstance(record["source"], dict)):
+        raise TypeError("a recipe or a source that is no object")
+    if not all(isinstance(text, str) and _SHA256.fullmatch(text) for text in texts):
+        raise TypeError("hashes of the tokenizer that are none")
 
 
 def describe_tokenizer(tokenizer: Tokenizer, directory: Path) -> dict:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arfast.data.checks import check_integer
-from arfast.data.dataset import Batch, PackedDataset, check_out
+from arfast.data.checks import check_integer, one_line
+from arfast.data.dataset import Batch, PackedDataset, batch_memory, checked_seqlen
 from arfast.data.files import read_file
 from arfast.data.manifest import MANIFEST_NAME, DatasetManifest, canonical_hash
 from arfast.data.tokenizer import Tokenizer
@@ -65,12 +65,12 @@ def read_mixture(path: str | os.PathLike) -> list[MixtureSource]:
             raise ValueError("other keys than one list of sources")
         entries = [dict(entry) for entry in record["sources"]]
         for entry in entries:
-            if not isinstance(entry.get("data"), str):
+            if not isinstance(entry.get("data"), str) or b"\0" in os.fsencode(entry["data"]):
                 raise ValueError(f"a source with data {entry.get('data')!r}")
             entry["data"] = path.parent / entry["data"]
         return [MixtureSource(**entry) for entry in entries]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{rule}, got: {error}") from None
+        raise ValueError(f"{rule}, got: {one_line(error)}") from None
 
 
 def is_prepared(data: str | os.PathLike) -> bool:
@@ -205,9 +205,7 @@ class MixtureDataset:
         """
         position = check_integer("MixtureDataset.batch: position", position, 0)
         batch_size = check_integer("MixtureDataset.batch: batch_size", batch_size, 1)
-        seqlen = self.seqlen if seqlen is None else check_integer("MixtureDataset.batch: seqlen", seqlen, 2)
-        if self.seqlen % seqlen:
-            raise ValueError(f"MixtureDataset.batch: seqlen must divide the rows' {self.seqlen} tokens, got {seqlen}")
+        seqlen = checked_seqlen("MixtureDataset.batch", seqlen, self.seqlen)
         pieces = self.seqlen // seqlen
         self.check_length(-(-(position + batch_size) // pieces))
         rows, piece = np.divmod(np.arange(position, position + batch_size), pieces)
@@ -314,12 +312,7 @@ def _interleave(
 ) -> Batch:
     """One batch from batches of single sources, each with the places [n] of its samples."""
     shape = (1, batch_size * seqlen) if isolated else (batch_size, seqlen)
-    if out is None:
-        input_ids, labels = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64)
-    else:
-        input_ids, labels = out.input_ids, out.labels
-        for tensor in (input_ids, labels):
-            check_out(tensor, shape)
+    input_ids, labels = batch_memory(shape, out)
     ids, targets = (tensor.numpy().reshape(batch_size, seqlen) for tensor in (input_ids, labels))
     lengths, order = [], []
     for places, batch in parts:

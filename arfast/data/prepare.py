@@ -5,8 +5,7 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +16,16 @@ from arfast.data.builtin import builtin
 from arfast.data.checks import MAX_SEED, check_integer, check_text
 from arfast.data.documents import Document, read_documents
 from arfast.data.files import locked_directory, new_directory
-from arfast.data.manifest import MANIFEST_NAME, DatasetManifest, SplitInfo, describe_tokenizer
-from arfast.data.shards import ShardHeader, ShardWriter
+from arfast.data.manifest import MANIFEST_NAME, DatasetManifest, describe_tokenizer
 from arfast.data.split import SPLITS, assign_splits, check_fractions, document_digest
-from arfast.data.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, Tokenizer
+from arfast.data.split_writer import write_splits
+from arfast.data.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZES, Tokenizer
 
 BUILTIN_PREFIX = "builtin:"
 DEFAULT_VOCAB_SIZE = 4096
 # The memory of BPE training grows with its text (tokenizers issues 994 and 1681).
 _MAX_TRAINING_BYTES = 1 << 30
-_BATCH_BYTES = 4 << 20
-_MAX_SHARD_TOKENS = 1 << 28
+_BATCH_CHARACTERS = 4 << 20
 _COPY = len(SPLITS)
 
 
@@ -105,7 +103,7 @@ def _planned_documents(corpus: _Corpus, plan: _Plan, seed: int) -> Iterator[tupl
         raise ValueError(f"prepare_dataset: source must not change while it is read, got other text in {corpus.name!r}")
 
 
-def _train_tokenizer(corpus: _Corpus, plan: _Plan, seed: int, vocab_size: int, progress: bool) -> Tokenizer:
+def _train_tokenizer(corpus: _Corpus, plan: _Plan, seed: int, settings: dict, progress: bool) -> Tokenizer:
     """Learns a tokenizer from the training split, thinned out evenly to about _MAX_TRAINING_BYTES."""
     total = int(plan.num_bytes[plan.splits == 0].sum())
     share = min(1.0, _MAX_TRAINING_BYTES / total)
@@ -121,96 +119,11 @@ def _train_tokenizer(corpus: _Corpus, plan: _Plan, seed: int, vocab_size: int, p
                     yield document.text
 
     with _progress_bar("learn tokenizer", total, progress) as bar:
-        return Tokenizer.train(texts(), vocab_size)
+        return Tokenizer.train(texts(), **settings)
 
 
 def _progress_bar(title: str, num_bytes: int, progress: bool) -> tqdm:
     return tqdm(total=num_bytes, unit="B", unit_scale=True, desc=title, disable=not progress)
-
-
-class SplitWriter:
-    """Writes the shards of one split, a new one whenever the last is full."""
-
-    def __init__(self, directory: Path, split: str, tokenizer: Tokenizer):
-        self._directory, self._split, self._tokenizer = directory, split, tokenizer
-        self._headers: dict[str, ShardHeader] = {}
-        self._start_shard()
-
-    def _start_shard(self) -> None:
-        self._name = f"{self._split}-{len(self._headers):05d}.bin"
-        path = self._directory / self._name
-        self._writer = ShardWriter(path, self._tokenizer.vocab_size, self._tokenizer.fingerprint)
-
-    def add(self, tokens: Sequence[int] | np.ndarray, num_bytes: int, targets: np.ndarray | None = None) -> None:
-        """As ``ShardWriter.add``."""
-        if self._writer.num_tokens and self._writer.num_tokens + len(tokens) > _MAX_SHARD_TOKENS:
-            self._headers[self._name] = self._writer.close()
-            self._start_shard()
-        self._writer.add(tokens, num_bytes, targets)
-
-    def close(self) -> SplitInfo:
-        self._headers[self._name] = self._writer.close()
-        headers = self._headers.values()
-        totals = (
-            sum(getattr(header, key) for header in headers) for key in ("num_documents", "num_tokens", "num_bytes")
-        )
-        return SplitInfo(*totals, {name: header.content_sha256 for name, header in self._headers.items()})
-
-    def __enter__(self) -> "SplitWriter":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._writer.__exit__(*exception)
-
-
-def frame_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The tokens that open and close a document. Some models (Qwen) have no start token: there the end token opens a
-    document, as in their training."""
-    end = tokenizer.eos_token_id
-    return end if tokenizer.bos_token_id is None else tokenizer.bos_token_id, end
-
-
-def _encode(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int, np.ndarray | None]]:
-    """(tokens, bytes of target text, targets) of each document, as ``ShardWriter.add`` wants them.
-
-    Each part of the text that is a target is closed by an end token, which is a target too.
-    """
-    start, end = frame_tokens(tokenizer)
-    pieces = [[(d.text, True)] if d.targets is None else d.pieces() for d in documents]
-    encoded = iter(tokenizer.encode_batch([text for some in pieces for text, _ in some], add_special_tokens=False))
-    for document, some in zip(documents, pieces, strict=True):
-        tokens, targets = [start], [False]
-        for _, is_target in some:
-            tokens += next(encoded) + [end] * is_target
-            targets += [is_target] * (len(tokens) - len(targets))
-        if not (some and some[-1][1]):
-            tokens.append(end)
-            targets.append(False)
-        num_bytes = sum(len(text.encode()) for text, is_target in some if is_target)
-        yield tokens, num_bytes, None if document.targets is None else np.array(targets)
-
-
-def _write_shards(
-    documents: Iterator[tuple[int, Document]], tokenizer: Tokenizer, directory: Path, bar: tqdm
-) -> dict[str, SplitInfo]:
-    with ExitStack() as stack:
-        writers = [stack.enter_context(SplitWriter(directory, split, tokenizer)) for split in SPLITS]
-
-        def flush(batch: list[tuple[int, Document]]) -> None:
-            encoded = _encode([document for _, document in batch], tokenizer)
-            for (split, document), arguments in zip(batch, encoded, strict=True):
-                writers[split].add(*arguments)
-                bar.update(len(document.text.encode()))
-
-        batch, size = [], 0
-        for split, document in documents:
-            batch.append((split, document))
-            size += len(document.text)
-            if size >= _BATCH_BYTES:
-                flush(batch)
-                batch, size = [], 0
-        flush(batch)
-        return {split: writer.close() for split, writer in zip(SPLITS, writers, strict=True)}
 
 
 def _build(
@@ -220,11 +133,12 @@ def _build(
     seed = recipe["seed"]
     with new_directory(out_dir) as directory:
         if tokenizer is None:
-            tokenizer = _train_tokenizer(corpus, plan, seed, recipe["tokenizer"]["vocab_size"], progress)
+            tokenizer = _train_tokenizer(corpus, plan, seed, recipe["tokenizer"], progress)
         tokenizer.save(directory)
         is_copy = plan.splits == _COPY
         with _progress_bar("tokenize", int(plan.num_bytes[~is_copy].sum()), progress) as bar:
-            splits = _write_shards(_planned_documents(corpus, plan, seed), tokenizer, directory, bar)
+            documents = _planned_documents(corpus, plan, seed)
+            splits = write_splits(directory, documents, tokenizer, bar.update, batch_characters=_BATCH_CHARACTERS)
         source = {
             "name": corpus.name,
             "python": platform.python_version(),
@@ -283,6 +197,7 @@ def prepare_dataset(
     vocab_size: int = DEFAULT_VOCAB_SIZE,
     seed: int = 0,
     *,
+    tokenizer_kind: str = "bpe",
     column: str | None = None,
     validation_fraction: float = 0.05,
     test_fraction: float = 0.05,
@@ -303,6 +218,7 @@ def prepare_dataset(
         out_dir: directory to make; absent, empty, or the same data set.
         tokenizer: to encode with; None learns one from the training split.
         vocab_size: of the tokenizer to learn.
+        tokenizer_kind: of the tokenizer to learn, see ``Tokenizer.train``.
         seed: of the split (see ``assign_splits``), in [0, 2**64).
         column: of records, see ``read_documents``.
         validation_fraction, test_fraction: expected shares of the documents.
@@ -322,13 +238,19 @@ def prepare_dataset(
     out_dir = Path(out_dir).resolve()
     _check_arguments(source, out_dir, tokenizer)
     check_fractions(validation_fraction, test_fraction)
-    vocab_size = check_integer("prepare_dataset: vocab_size", vocab_size, MIN_VOCAB_SIZE, MAX_VOCAB_SIZE)
+    if tokenizer_kind not in MIN_VOCAB_SIZES:
+        kinds = ", ".join(MIN_VOCAB_SIZES)
+        raise ValueError(f"prepare_dataset: tokenizer_kind must be one of {kinds}, got {tokenizer_kind!r}")
+    low = MIN_VOCAB_SIZES[tokenizer_kind]
+    settings = {"vocab_size": check_integer("prepare_dataset: vocab_size", vocab_size, low, MAX_VOCAB_SIZE)}
+    if tokenizer_kind != "bpe":
+        settings["kind"] = tokenizer_kind
     seed = check_integer("prepare_dataset: seed", seed, 0, MAX_SEED)
     corpus = _Corpus.open(source, column)
     plan = _make_plan(corpus, seed, validation_fraction, test_fraction)
     recipe = {
         "corpus_sha256": plan.corpus_sha256,
-        "tokenizer": tokenizer.fingerprint if tokenizer else {"vocab_size": vocab_size},
+        "tokenizer": tokenizer.fingerprint if tokenizer else settings,
         "seed": seed,
         "validation_fraction": float(validation_fraction),
         "test_fraction": float(test_fraction),

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from arfast.data.checks import one_line
+
 MAX_LINE_BYTES = 64 << 20
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 _COMPRESSIONS = ("", ".gz", ".zst")
@@ -129,7 +131,9 @@ def _lines(path: Path) -> Iterator[bytes]:
         except (OSError, EOFError, zlib.error) as error:
             if path.suffix in JSON_SUFFIXES:
                 raise
-            raise ValueError(f"read_documents: {str(path)!r} must be an intact archive, got: {error}") from None
+            raise ValueError(
+                f"read_documents: {str(path)!r} must be an intact archive, got: {one_line(error)}"
+            ) from None
 
 
 def read_json_lines(path: Path, column: str | None) -> Iterator[Document]:
@@ -147,7 +151,7 @@ def read_json_lines(path: Path, column: str | None) -> Iterator[Document]:
                 raise ValueError(type(record).__name__)
             content = _content(record, column)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{rule} be a JSON object with {wanted}, got: {error}") from None
+            raise ValueError(f"{rule} be a JSON object with {wanted}, got: {one_line(error)}") from None
         yield Document(content.text, f"{path}:{number}", content.targets)
 
 
@@ -198,10 +202,12 @@ def read_table(path: Path, column: str | None) -> Iterator[Document]:
     while True:
         try:
             batch = next(batches, None)
+            if batch is not None:
+                batch.validate(full=True)  # its buffers are used as they are: an offset could point anywhere
             records = [] if batch is None else batch.to_pylist()
-        except (pyarrow.ArrowException, OSError, EOFError) as error:
-            actual = " ".join(str(error).split())
-            raise ValueError(f"read_documents: {str(path)!r} must be an intact {kind} file, got: {actual}") from None
+        except (pyarrow.ArrowException, UnicodeDecodeError, OSError, EOFError) as error:
+            rule = f"read_documents: {str(path)!r} must be an intact {kind} file"
+            raise ValueError(f"{rule}, got: {one_line(error) or type(error).__name__}") from None
         if batch is None:
             return
         for record in records:
@@ -210,7 +216,7 @@ def read_table(path: Path, column: str | None) -> Iterator[Document]:
                 content = _content(record, column)
             except ValueError as error:
                 rule = f"read_documents: row {number} of {str(path)!r} must hold text"
-                raise ValueError(f"{rule}, got: {error}") from None
+                raise ValueError(f"{rule}, got: {one_line(error)}") from None
             yield Document(content.text, f"{path}:{number}", content.targets)
 
 

@@ -14,7 +14,7 @@ import hashlib
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,6 +203,11 @@ class Shard:
         if header.num_spans is not None:
             self.spans = np.frombuffer(self._map, "<u8", 2 * header.num_spans, header.spans_start).reshape(-1, 2)
 
+    def documents(self) -> Iterator[np.ndarray]:
+        """The tokens of each document, with those that open and close it: views of ``tokens``."""
+        bounds = self.offsets.astype(np.int64)
+        return (self.tokens[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+
     def verify(self) -> None:
         """Reads the whole file and checks its hash, the order of the offsets and the range of the token ids.
 
@@ -212,8 +217,10 @@ class Shard:
         name, header = repr(str(self.path)), self.header
         if sha256(memoryview(self._map)[HEADER_BYTES:]) != header.content_sha256:
             raise ValueError(f"Shard: {name} must have the content that its header names, got other bytes")
+        # Compared before they become signed, where differences of hostile numbers would wrap round.
+        beyond = (self.offsets > header.num_tokens).any()
         lengths = np.diff(self.offsets.astype(np.int64))
-        if self.offsets[0] != 0 or self.offsets[-1] != header.num_tokens or (lengths < 2).any():
+        if beyond or self.offsets[0] != 0 or self.offsets[-1] != header.num_tokens or (lengths < 2).any():
             raise ValueError(f"Shard: {name} must have rising offsets from 0 to {header.num_tokens}, got others")
         if self.spans is not None and not _within_documents(self.spans, self.offsets):
             raise ValueError(f"Shard: {name} must have rising spans of targets within documents, got others")
@@ -224,10 +231,12 @@ class Shard:
 
 def _within_documents(spans: np.ndarray, offsets: np.ndarray) -> bool:
     """Whether spans rise, do not touch, and each lies in one document, behind its first token."""
+    if (spans > offsets[-1]).any():  # before they become signed
+        return False
     edges, offsets = spans.astype(np.int64).reshape(-1), offsets.astype(np.int64)
     if len(edges) == 0:
         return True
-    if edges[0] < 0 or edges[-1] > offsets[-1] or (np.diff(edges) <= 0).any():
+    if (np.diff(edges) <= 0).any():
         return False
     document = np.searchsorted(offsets, edges[::2], side="right") - 1
     return bool((edges[::2] > offsets[document]).all() and (edges[1::2] <= offsets[document + 1]).all())

@@ -1,9 +1,11 @@
-"""Byte-level byte-pair encoding by the `tokenizers` library: any UTF-8 text goes in and comes back unchanged.
+"""Tokenizers by the `tokenizers` library: byte-level byte-pair encoding, by which any UTF-8 text goes in and comes back
+unchanged, and for comparison words and characters.
 
 Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with Subword Units" (ACL 2016), on bytes as in
 Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.2.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,15 +15,21 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from arfast.data.checks import check_integer, check_text
+from arfast.data.checks import check_integer, check_text, one_line
 from arfast.data.files import read_file, write_file
 
 BOS_TOKEN, EOS_TOKEN, PAD_TOKEN = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 SPECIAL_TOKENS = [BOS_TOKEN, EOS_TOKEN, PAD_TOKEN]
+UNKNOWN_TOKEN = "<|unknown|>"
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+# By kind; of words and characters, the special tokens, the unknown one, and one of their own.
+MIN_VOCAB_SIZES = {"bpe": MIN_VOCAB_SIZE, "word": 5, "character": 5}
+# What is one token. A word takes the space before it along, as in GPT-2, so that tokens put together are the text.
+_PATTERNS = {"word": r" ?\w+| ?[^\w\s]|\s+(?=\s\S)|\s+", "character": r"[\s\S]"}
 MAX_VOCAB_SIZE = 2**31 - 1
 # The largest published tokenizer.json is about 35 MB; a file of gigabytes is not a tokenizer.
 MAX_FILE_BYTES = 256 << 20
+_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 def _checked_texts(texts: Iterable[str]) -> Iterator[str]:
@@ -42,14 +50,48 @@ def _token_name(config: dict, key: str) -> str | None:
     return value
 
 
+@contextlib.contextmanager
+def _sound(rule: str) -> Iterator[None]:
+    """Turns what the library makes of a bad file into a ValueError: it raises bare Exception, and its panics become
+    what is not even that."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) and type(error) is not Exception or isinstance(error, _ENDS):
+            raise
+        raise ValueError(f"Tokenizer: content must {rule}, got: {one_line(error)}") from None
+
+
+def _byte_pairs(kind: str, vocab_size: int) -> tuple[tokenizers.Tokenizer, trainers.Trainer]:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend, trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+
+def _whole_pieces(kind: str, vocab_size: int) -> tuple[tokenizers.Tokenizer, trainers.Trainer]:
+    backend = tokenizers.Tokenizer(models.WordLevel({UNKNOWN_TOKEN: 0}, unk_token=UNKNOWN_TOKEN))
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(_PATTERNS[kind]), "isolated")
+    backend.decoder = decoders.Fuse()
+    special = [*SPECIAL_TOKENS, UNKNOWN_TOKEN]
+    return backend, trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+
+
 class Tokenizer:
     """A tokenizer with a start, an end and a padding token (each may be None in a tokenizer made by others).
 
-    Text never yields a special token: the characters ``<|pad|>`` in a text are encoded as ordinary bytes.
+    Text never yields one of them: the characters ``<|pad|>`` in a text are encoded as ordinary bytes.
 
     Attributes:
         vocab_size: largest token id plus one.
         bos_token_id, eos_token_id, pad_token_id: int or None.
+        unk_token_id: what stands for a word or character that is not in the vocabulary; None: there is no such thing.
         fingerprint: SHA-256, in hex, of the canonical JSON (sorted keys, no spaces) of ``tokenizer.json``.
 
     >>> tokenizer = Tokenizer.train(["to be or not to be"], vocab_size=260)
@@ -60,13 +102,12 @@ class Tokenizer:
 
     def __init__(self, content: str, bos_token: str | None, eos_token: str | None, pad_token: str | None):
         """Args: content: the text of a tokenizer.json; the names of the special tokens, or None."""
-        try:
+        with _sound("be a valid tokenizer.json"):
             self._backend = tokenizers.Tokenizer.from_str(content)
+        try:
             canonical = json.dumps(json.loads(content), sort_keys=True, separators=(",", ":"))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises bare Exception, and what its panics become is not even that
-            raise ValueError(f"Tokenizer: content must be a valid tokenizer.json, got: {error!s:.300}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"Tokenizer: content must be a valid tokenizer.json, got: {one_line(error)}") from None
         self._content = content
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
@@ -80,31 +121,31 @@ class Tokenizer:
             if name is not None and name not in vocab:
                 raise ValueError(f"Tokenizer: {key} must be in the vocabulary, got {name!r:.100}")
         self.bos_token_id, self.eos_token_id, self.pad_token_id = map(vocab.get, self.special_tokens.values())
+        self.unk_token_id = vocab.get(getattr(self._backend.model, "unk_token", None))
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learns merges from texts; the result depends on the texts alone, not on threads or on their order.
+    def train(cls, texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> "Tokenizer":
+        """Learns merges, words or characters from texts; the result depends on the texts alone, not on threads or on
+        their order.
 
         Args:
             texts: documents; the whole iterable is counted, so give a sample of a very large corpus.
-            vocab_size: at least 259 (256 bytes and 3 special tokens). A small corpus may give fewer tokens: only pairs
-                that occur twice are merged.
+            vocab_size: at least 259 with "bpe" (256 bytes and 3 special tokens), 5 with the others. A small corpus may
+                give fewer tokens: only pairs that occur twice are merged.
+            kind: "bpe", "word" or "character". A word is a run of letters, marks, digits and underscores, or another
+                visible character, each with one space before it if there is one; the rest of white space, run by run,
+                are words too. Of words and characters the most frequent are kept; each of the others becomes the
+                unknown token, which `decode` leaves out as it does all special tokens. Text without such comes back
+                unchanged.
 
         Raises:
-            ValueError: ``vocab_size`` is too small, or a text is not valid Unicode.
+            ValueError: ``vocab_size`` is too small, a text is not valid Unicode, or there is no such kind.
         """
-        vocab_size = check_integer("Tokenizer.train: vocab_size", vocab_size, MIN_VOCAB_SIZE, MAX_VOCAB_SIZE)
-        backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            special_tokens=SPECIAL_TOKENS,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
+        if kind not in MIN_VOCAB_SIZES:
+            raise ValueError(f"Tokenizer.train: kind must be one of {', '.join(MIN_VOCAB_SIZES)}, got {kind!r}")
+        vocab_size = check_integer("Tokenizer.train: vocab_size", vocab_size, MIN_VOCAB_SIZES[kind], MAX_VOCAB_SIZE)
+        backend, trainer = (_byte_pairs if kind == "bpe" else _whole_pieces)(kind, vocab_size)
         backend.train_from_iterator(_checked_texts(texts), trainer)
         backend.post_processor = processors.TemplateProcessing(
             single=f"{BOS_TOKEN} $A",
@@ -141,6 +182,7 @@ class Tokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **self.special_tokens,
+            **({} if self.unk_token_id is None else {"unk_token": self._backend.model.unk_token}),
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,
         }
@@ -156,12 +198,14 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, after the start token unless ``add_special_tokens`` is False."""
         check_text("Tokenizer: text", text)
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with _sound("encode any text"):
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Iterable[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """As ``encode`` for each text, on all cores (``TOKENIZERS_PARALLELISM``, ``RAYON_NUM_THREADS``)."""
         checked = list(_checked_texts(texts))
-        encodings = self._backend.encode_batch_fast(checked, add_special_tokens=add_special_tokens)
+        with _sound("encode any text"):
+            encodings = self._backend.encode_batch_fast(checked, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -170,8 +214,10 @@ class Tokenizer:
         for token in ids:
             if not (isinstance(token, int) and 0 <= token < self.vocab_size):
                 raise ValueError(f"Tokenizer.decode: ids must be integers in [0, {self.vocab_size}), got {token!r}")
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        with _sound("decode its ids"):
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
         """As ``decode`` for each list of token ids, on all cores."""
-        return self._backend.decode_batch(batch, skip_special_tokens=True)
+        with _sound("decode its ids"):
+            return self._backend.decode_batch(batch, skip_special_tokens=True)

@@ -6,12 +6,13 @@ Every key that a recipe may hold is a field below; any other is refused by name.
 import dataclasses
 import json
 import os
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arfast.data.checks import MAX_SEED, check_integer
+from arfast.data.checks import MAX_SEED, check_integer, one_line
 from arfast.data.files import read_file
 from arfast.data.split import check_fractions
 from arfast.data.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE
@@ -26,7 +27,7 @@ _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123
 
 def _check(condition: bool, name: str, rule: str, actual: object) -> None:
     if not condition:
-        raise ValueError(f"prepare: {name} must {rule}, got {actual!r}")
+        raise ValueError(f"prepare: {name} must {rule}, got {actual!r:.200}")
 
 
 def _check_shares(section: object, prefix: str) -> None:
@@ -299,7 +300,7 @@ class Recipe:
         try:
             value = json.loads(read_file(Path(path).resolve(), _MAX_BYTES))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"prepare: config {str(path)!r} must be JSON, got: {error}") from None
+            raise ValueError(f"prepare: config {str(path)!r} must be JSON, got: {one_line(error)}") from None
         return cls.from_json(value)
 
     def to_json(self) -> dict:
@@ -318,6 +319,7 @@ def _from_json(kind: typing.Any, value: object, name: str) -> typing.Any:
     if not dataclasses.is_dataclass(kind):
         accepted = (int, float) if kind is float else kind
         right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+        right = right and (kind is not float or abs(value) <= sys.float_info.max)
         _check(right, name, f"be of type {kind.__name__}", value)
         return kind(value)
     _check(isinstance(value, dict), name or "recipe", "be an object", value)
@@ -325,7 +327,7 @@ def _from_json(kind: typing.Any, value: object, name: str) -> typing.Any:
     prefix = f"{name}." if name else ""
     for key in value:
         if key not in hints:
-            raise ValueError(f"prepare: {name or 'recipe'} must hold only known keys, got {key!r}")
+            raise ValueError(f"prepare: {name or 'recipe'} must hold only known keys, got {key!r:.100}")
     required = (item for item in dataclasses.fields(kind) if item.default is item.default_factory)
     for item in required:
         _check(item.name in value, prefix + item.name, "be given", None)

@@ -11,6 +11,8 @@ from arfast.data.pipeline.record import Dropped
 from arfast.data.pipeline.words import UNSPACED, comparison_words
 
 _MAX_BYTES = 1 << 30
+# RFC 9110, section 4.1. Host and first folders stand in front; long hosts take the square of their length.
+_MAX_URL_CHARACTERS = 8000
 
 
 def read_list(name: str, path: str) -> list[str]:
@@ -73,6 +75,9 @@ class UrlList:
 
     def __init__(self, entries: list[str]):
         self._entries = {self._normal(entry) for entry in entries}
+        # No address is searched beyond the longest of them.
+        self._most_labels = max((entry.partition("/")[0].count(".") for entry in self._entries), default=0) + 1
+        self._most_folders = max((entry.count("/") for entry in self._entries), default=0)
 
     @staticmethod
     def _normal(url: str) -> str:
@@ -85,10 +90,11 @@ class UrlList:
 
     def find(self, url: str) -> str | None:
         try:
-            host, _, path = self._normal(url).partition("/")
+            host, _, path = self._normal(url[:_MAX_URL_CHARACTERS]).partition("/")
         except ValueError:
             return None
-        labels, folders = host.split("."), path.split("/")
+        labels = host.rsplit(".", self._most_labels)[-self._most_labels :]
+        folders = path.split("/", self._most_folders)[: self._most_folders]
         for first in range(len(labels)):
             name = ".".join(labels[first:])
             for last in range(len(folders) + 1):

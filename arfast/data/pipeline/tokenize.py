@@ -2,18 +2,17 @@
 
 import hashlib
 import platform
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from arfast.data.documents import Document
 from arfast.data.manifest import DatasetManifest, SplitInfo, describe_tokenizer
 from arfast.data.pipeline.parts import Parts
 from arfast.data.pipeline.recipe import Recipe
-from arfast.data.pipeline.record import text_bytes
-from arfast.data.shards import Shard, ShardHeader, ShardWriter
 from arfast.data.split import SPLITS, assign_splits, splits_by_digest
+from arfast.data.split_writer import write_splits
 from arfast.data.tokenizer import Tokenizer
 
 DROPPED = len(SPLITS)
@@ -68,96 +67,13 @@ def documents_of(parts: Parts, splits: np.ndarray, wanted: Iterable[int]) -> Ite
                 yield split, record.text
 
 
-class _SplitShards:
-    """The shards of one split in a directory: those that are whole already, and those that are added."""
-
-    def __init__(self, directory: Path, split: str, tokenizer: Tokenizer):
-        self._directory, self._split, self._tokenizer = directory, split, tokenizer
-        self._headers: dict[str, ShardHeader] = {}
-        self._writer: ShardWriter | None = None
-        while self._resume():
-            pass
-        self.num_skipped = sum(header.num_documents for header in self._headers.values())
-
-    def _name(self) -> str:
-        return f"{self._split}-{len(self._headers):05d}.bin"
-
-    def _resume(self) -> bool:
-        """Takes the next shard if it is whole, else removes it."""
-        path = self._directory / self._name()
-        try:
-            shard = Shard(path)
-            shard.verify()
-        except FileNotFoundError:
-            return False
-        except ValueError:
-            path.unlink()
-            return False
-        self._headers[path.name] = shard.header
-        return True
-
-    def _start(self) -> ShardWriter:
-        path = self._directory / self._name()
-        return ShardWriter(path, self._tokenizer.vocab_size, self._tokenizer.fingerprint)
-
-    def add(self, tokens: list[int], num_bytes: int) -> None:
-        if self._writer and self._writer.num_tokens + len(tokens) > _MAX_SHARD_TOKENS:
-            self._finish()
-        self._writer = self._writer or self._start()
-        self._writer.add(tokens, num_bytes)
-
-    def _finish(self) -> None:
-        name = self._name()
-        self._headers[name] = self._writer.close()
-        self._writer = None
-
-    def close(self) -> SplitInfo:
-        if self._writer is None and not self._headers:
-            self._writer = self._start()
-        if self._writer:
-            self._finish()
-        headers = self._headers.values()
-        totals = [
-            sum(getattr(header, key) for header in headers) for key in ("num_documents", "num_tokens", "num_bytes")
-        ]
-        return SplitInfo(*totals, {name: header.content_sha256 for name, header in self._headers.items()})
-
-    def __enter__(self) -> "_SplitShards":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._writer:
-            self._writer.__exit__(*exception)
-
-
 def write_data_set(
-    directory: Path, texts: Iterable[tuple[int, str]], tokenizer: Tokenizer, progress
+    directory: Path, texts: Iterable[tuple[int, str]], tokenizer: Tokenizer, progress: Callable[[int], object]
 ) -> dict[str, SplitInfo]:
-    """Encodes (split, text) into shards, each document between start and end token; ``progress(bytes)`` is called."""
-    end = tokenizer.eos_token_id
-    start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    with ExitStack() as stack:
-        shards = [stack.enter_context(_SplitShards(directory, split, tokenizer)) for split in SPLITS]
-        skip = [split.num_skipped for split in shards]
-
-        def flush(batch: list[tuple[int, str]]) -> None:
-            encoded = tokenizer.encode_batch([text for _, text in batch], add_special_tokens=False)
-            for (split, text), ids in zip(batch, encoded, strict=True):
-                shards[split].add([start, *ids, end], text_bytes(text))
-            progress(sum(text_bytes(text) for _, text in batch))
-
-        batch, size = [], 0
-        for split, text in texts:
-            if skip[split]:
-                skip[split] -= 1
-                continue
-            batch.append((split, text))
-            size += len(text)
-            if size >= _BATCH_CHARACTERS:
-                flush(batch)
-                batch, size = [], 0
-        flush(batch)
-        return {split: writer.close() for split, writer in zip(SPLITS, shards, strict=True)}
+    """Encodes (split, text) into shards: see ``write_splits``."""
+    documents = ((split, Document(text, source="")) for split, text in texts)
+    limits = dict(batch_characters=_BATCH_CHARACTERS, max_shard_tokens=_MAX_SHARD_TOKENS)
+    return write_splits(directory, documents, tokenizer, progress, **limits)
 
 
 def describe_data_set(
