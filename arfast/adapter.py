@@ -231,7 +231,7 @@ def _settings(raw: dict[str, Any]) -> dict[str, Any]:
 
     def require(condition: bool, key: str, rule: str) -> None:
         if not condition:
-            raise ValueError(f"load_adapter: {CONFIG}: {key} must {rule}, got {raw.get(key)!r:.100}")
+            raise ValueError(f"load_adapter: {CONFIG}: {key:.100} must {rule}, got {raw.get(key)!r:.100}")
 
     require(raw.get("peft_type") == "LORA", "peft_type", "be 'LORA'")
     initial = raw.get("init_lora_weights", True)

@@ -12,7 +12,7 @@ from .data.files import locked_directory, new_directory, write_file
 from .finetune import PretrainedTokenizer, check_tokenizer
 from .hub import from_pretrained, save_pretrained
 from .models.causal_lm import CausalLM
-from .models.families import ARCHITECTURES, choose_family
+from .models.families import ARCHITECTURES, OWN, choose_family
 from .train.manifest import MANIFEST, verify
 
 _GENERATION = "generation_config.json"
@@ -73,7 +73,7 @@ def export(
     tokenizer = PretrainedTokenizer.load(source) if (source / "tokenizer.json").exists() else None
     model = load_model(source, dtype, "cpu", base=base)
     family = model.family or choose_family(model.config)
-    if family == "arfast":
+    if family in OWN:
         raise ValueError("export: checkpoint must have a configuration that transformers knows, got one of our own")
     if tokenizer is not None:
         check_tokenizer(model.config, tokenizer)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .models.causal_lm import CausalLM
 from .models.families import ARCHITECTURES, choose_family, config_from_json, config_to_json, stored_tensors
+from .models.linear_lm import LinearLM, LinearLMConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
@@ -57,8 +58,8 @@ def from_pretrained(
     with ExitStack() as stack:
         opened = open_pretrained(path, stack)
         model, stored = opened.model, opened.stored
-        embedding = stored["model.embed_tokens.weight"]
-        model.to(dtype or _DTYPES[embedding.get_slice("model.embed_tokens.weight").get_dtype()])
+        _, embedding, _ = opened.layout[0]
+        model.to(dtype or _DTYPES[stored[embedding].get_slice(embedding).get_dtype()])
         if dtype is None:
             _check_allocation(model, [stored[name].get_slice(name) for _, name, _ in opened.layout])
         model.to_empty(device=torch.get_default_device() if device is None else device)
@@ -88,12 +89,13 @@ def open_pretrained(path: str | os.PathLike, stack: ExitStack) -> OpenedModel:
     raw = _read_json(directory, "config.json", _MAX_CONFIG_BYTES)
     config = config_from_json(raw)
     stored = _open_shards(directory, stack)
-    if _MIN_TENSORS_PER_LAYER * config.num_hidden_layers > len(stored):
+    linear = isinstance(config, LinearLMConfig)
+    if (1 if linear else _MIN_TENSORS_PER_LAYER) * config.num_hidden_layers > len(stored):
         raise ValueError(
             f"from_pretrained: config.json: num_hidden_layers must fit the {len(stored)} stored tensors, "
             f"got {config.num_hidden_layers}"
         )
-    model = CausalLM(config, device="meta")
+    model = (LinearLM.from_config if linear else CausalLM)(config, device="meta")
     model.family = raw["model_type"]
     return OpenedModel(model, _match(raw["model_type"], model, stored), stored)
 
@@ -139,7 +141,7 @@ def _open_shards(directory: Path, stack: ExitStack) -> dict[str, safe_open]:
     else:
         weight_map = _read_json(directory, INDEX, _MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError(f"from_pretrained: {INDEX} must map tensor names to file names in weight_map")
+            raise ValueError(f"from_pretrained: {INDEX} must map tensor names to file names in weight_map, got others")
         files = sorted(set(weight_map.values()))
     for name in files:
         if not _SHARD_NAME.fullmatch(name):

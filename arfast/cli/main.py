@@ -17,7 +17,9 @@ VERBS = {
     "eval": "measure loss, perplexity and bits per byte on text, or run tasks of lm-evaluation-harness",
     "tokenize": "turn text into a data set of token shards",
     "prepare": "clean, filter and deduplicate raw documents, and turn them into data sets",
+    "scale": "scaling laws: plan a sweep, run it, fit, predict",
     "export": "write a checkpoint as a Hugging Face directory",
+    "lab": "studies of autoregressive models, on real data",
     "info": "versions, what the library was built for, devices, threads",
     "doctor": "check the installation: ops, leaks, accumulation, checkpoints",
 }

@@ -7,9 +7,11 @@ Examples:
   arfast train
   arfast train --data corpus.jsonl --preset tiny --output-dir runs/mine --max-tokens 20000000 --save-every 500
   arfast train --init-from runs/default --data notes.txt --output-dir runs/notes --max-steps 100 --lora-rank 8
-  arfast train --recipe small --max-tokens 1228800 --batch-ramp 0:4 204800:8 614400:16 --seqlen-ramp 0:256 409600:512
+  arfast train --model linear --linear-window 4 --linear-ngram --output-dir runs/ngram
+  arfast train --recipe small --max-tokens 1228800 --batch-ramp 0:4 614400:8 --seqlen-ramp 0:256 409600:512
   arfast train --recipe llama3-8b --print-config > llama3.json
   torchrun --nproc_per_node=2 -m arfast train --output-dir runs/two
+  torchrun --nproc_per_node=4 -m arfast train --output-dir runs/split --tensor-parallel 2 --context-parallel 2
 """
 
 import argparse
@@ -48,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data sets, or builtin:python",
     )
     parser.add_argument("--preset", choices=CausalLMConfig.presets(), metavar="NAME", help="model size (default: tiny)")
+    kinds = "transformer, or linear: the mean of the tokens' embeddings, and the output head (default: transformer)"
+    parser.add_argument("--model", choices=("transformer", "linear"), help=kinds)
+    parser.add_argument("--linear-size", type=int, metavar="N", help="of its embeddings (default: 256)")
+    parser.add_argument("--linear-window", type=int, metavar="N", help="how many last tokens count (default: all)")
+    parser.add_argument(
+        "--linear-ngram", action="store_true", default=None, help="an embedding for each place in the window, summed"
+    )
     parser.add_argument("--init-from", metavar="DIR", help="start from this model directory, with its tokenizer")
     parser.add_argument("--lora-rank", type=int, help="freeze the model and train adapters of this rank beside it")
     parser.add_argument("--lora-alpha", type=float, help="their output is multiplied by alpha / rank (default: 16)")
@@ -62,6 +71,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", choices=TrainConfig.recipes(), metavar="NAME", help=recipes)
     parser.add_argument("--config", metavar="FILE", help="JSON object of settings, over those of the recipe")
     parser.add_argument("--print-config", action="store_true", help="print all settings as JSON, and end")
+    for name, shared in (
+        ("tensor", "heads, channels and vocabulary"),
+        ("context", "every sequence"),
+        ("expert", "the experts, of those that have other data or context"),
+    ):
+        parser.add_argument(
+            f"--{name}-parallel", type=int, default=1, metavar="RANKS", help=f"ranks that share {shared} (default: 1)"
+        )
+    between = "split what is between the layers over the tensor ranks too"
+    parser.add_argument("--sequence-parallel", action="store_true", help=between)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     dtype = "of the arithmetic; auto: bfloat16 where the CPU has instructions for it, or on a GPU (default: auto)"
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=dtype)
@@ -109,51 +128,60 @@ def run(arguments: argparse.Namespace) -> dict | None:
     config = TrainConfig.from_dict(_settings(arguments, TrainConfig))
     if arguments.print_config:
         return config.to_dict()
-    with _strategy(config) as strategy:
+    with _strategy(arguments, config) as strategy:
         return _train(arguments, config, strategy)
 
 
 @contextlib.contextmanager
-def _strategy(config):
+def _strategy(arguments, config):
     """One process, or the ranks that torchrun has started."""
     import torch
 
-    from arfast.distributed import DataParallel, Launch, process_group
+    from arfast.distributed import Launch, Parallel, ParallelConfig, process_group
     from arfast.train.strategy import OneProcess
 
     launch = Launch.from_environment()
+    sizes = {name: getattr(arguments, f"{name}_parallel") for name in ("context", "tensor", "expert")}
     if launch is None:
+        for name, size in sizes.items():
+            if size != 1:
+                raise ValueError(f"train: {name}_parallel must be 1 in one process (start with torchrun), got {size}")
         yield OneProcess(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
+    parallel = ParallelConfig.for_ranks(launch.world_size, **sizes)
     with process_group(launch, launch.device):
-        yield DataParallel(device=launch.device, dtype=config.dtype)
+        options = dict(device=launch.device, dtype=config.dtype, sequence_parallel=arguments.sequence_parallel)
+        yield Parallel(parallel, **options)
 
 
 def _train(arguments, config, strategy):
-    from arfast.data import DatasetManifest, MixtureDataset, dataset_directories, prepare_dataset
-    from arfast.models import CausalLMConfig
-    from arfast.nn.lora import count_parameters
+    from arfast.data import MixtureDataset, prepare_dataset
+    from arfast.models import CausalLMConfig, LinearLM
     from arfast.train import Trainer
 
     def prepare():
         print(f"arfast train: preparing {arguments.data} in {directory}", file=sys.stderr)
         prepare_dataset(arguments.data, directory, tokenizer, vocab_size=vocab_size, progress=config.progress)
 
-    pretrained, tokenizer = _pretrained(arguments, config, strategy)
+    linear = _linear_settings(arguments, strategy)
     preset = CausalLMConfig.preset(arguments.preset or "tiny")
     vocab_size = preset.vocab_size if arguments.vocab_size is None else arguments.vocab_size
     directory = _dataset_directory(arguments.data, config.output_dir)
+    expected_size = _tokenizer_of(directory)["vocab_size"] if directory == arguments.data else vocab_size
+    strategy.check_settings(config, None if arguments.init_from else preset.replace(vocab_size=expected_size))
+    pretrained, tokenizer = _pretrained(arguments, config, strategy)
     if directory != arguments.data:
         strategy.from_main(prepare)
     if pretrained is None:
-        special = DatasetManifest.load(dataset_directories(directory)[0]).tokenizer
-        model_config = preset.replace(
-            vocab_size=special["vocab_size"],
-            max_position_embeddings=max(preset.max_position_embeddings, config.seqlen),
-            **{name: special[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-        )
-    model = pretrained or strategy.build_model(model_config, seed=config.seed)
-    trainable, total = count_parameters(model)
+        special = _tokenizer_of(directory)
+        special = {name: special[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+        context = max(preset.max_position_embeddings, config.seqlen)
+        model_config = preset.replace(**special, max_position_embeddings=context)
+    if linear is not None:
+        model = LinearLM(**special, **linear, seed=config.seed, device=strategy.device)
+    else:
+        model = pretrained or strategy.build_model(model_config, seed=config.seed)
+    trainable, total = strategy.count_parameters(model)
     if strategy.is_main:
         share = "" if trainable == total else f", {trainable:,} of them ({trainable / total:.2%}) trained"
         print(f"arfast train: {total:,} parameters{share}, {config.dtype}, on {strategy.describe()}", file=sys.stderr)
@@ -164,6 +192,13 @@ def _train(arguments, config, strategy):
         return None
     summary = _summary(result) | dict(parameters=total, trainable_parameters=trainable)
     return summary if sources is None else summary | dict(sources=sources)
+
+
+def _tokenizer_of(data):
+    """What a data set, or the first of a mixture, says of its tokenizer."""
+    from arfast.data import DatasetManifest, dataset_directories
+
+    return DatasetManifest.load(dataset_directories(data)[0]).tokenizer
 
 
 def _summary(result):
@@ -200,11 +235,32 @@ def _report_sources(trainer):
     return report
 
 
+def _linear_settings(arguments, strategy):
+    """Sizes of the LinearLM that is asked for, or None."""
+    from arfast.models import LinearLMConfig
+    from arfast.train.strategy import OneProcess
+
+    given = {name: getattr(arguments, f"linear_{name}") for name in ("size", "window", "ngram")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.model != "linear":
+        if given:
+            raise ValueError(f"train: model must be linear with linear_{next(iter(given))}, got {arguments.model}")
+        return None
+    for name in ("preset", "init_from", "lora_rank"):
+        if (value := getattr(arguments, name)) is not None:
+            raise ValueError(f"train: {name} must be left out with a linear model, got {value!r}")
+    if type(strategy) is not OneProcess:
+        raise ValueError("train: model must be transformer on several ranks, got linear")
+    settings = {"hidden_size": given.pop("size", 256), **given}
+    LinearLMConfig(vocab_size=1, **settings)  # refuses what is wrong before the data are prepared
+    return settings
+
+
 def _pretrained(arguments, config, strategy):
     """(model, tokenizer) of --init-from; None for each without it."""
     import torch
 
-    from arfast.finetune import load_pretrained
+    from arfast.finetune import PretrainedTokenizer, check_tokenizer, load_pretrained
     from arfast.nn.lora import LoraConfig
     from arfast.train.strategy import OneProcess
 
@@ -219,15 +275,20 @@ def _pretrained(arguments, config, strategy):
     for name in ("preset", "vocab_size"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"train: {name} must be left out with init_from, got {getattr(arguments, name)!r}")
-    if type(strategy) is not OneProcess:
-        raise ValueError(f"train: init_from must be left out on several ranks, got {arguments.init_from!r}")
     lora = LoraConfig(**given) if given else None
+    if type(strategy) is not OneProcess:
+        if lora is not None:
+            raise ValueError(f"train: lora_rank must be left out on several ranks, got {lora.rank}")
+        tokenizer, model = PretrainedTokenizer.load(arguments.init_from), strategy.load_model(arguments.init_from)
+        check_tokenizer(model.config, tokenizer)
+        return model, tokenizer
     options = dict(dtype=getattr(torch, config.dtype), device=strategy.device, seed=config.seed)
     return load_pretrained(arguments.init_from, lora=lora, **options)
 
 
 def _settings(arguments, config_class):
     """What the user said, over a file, over a recipe or the defaults of the command, as fields of TrainConfig."""
+    from arfast.train.performance import best_dtype
     from arfast.train.recipes import RECIPES
 
     given = {f.name: getattr(arguments, f.name, None) for f in dataclasses.fields(config_class)}
@@ -242,26 +303,18 @@ def _settings(arguments, config_class):
     settings = base | given
     if arguments.dtype != "auto":
         settings["dtype"] = arguments.dtype
-    return {"dtype": _best_dtype()} | settings
+    return {"dtype": best_dtype()} | settings
 
 
 def _read_config(path):
     try:
         with open(path, "rb") as file:
             values = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"train: config must be a JSON file, got {path!r} ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"train: config must be a JSON file, got {path!r} ({error!s:.200})") from None
     if not isinstance(values, dict):
         raise ValueError(f"train: config must hold a JSON object, got {type(values).__name__} in {path!r}")
     return values
-
-
-def _best_dtype():
-    import torch
-
-    instructions = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = torch.cuda.is_available() or any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return "bfloat16" if fast else "float32"
 
 
 def _dataset_directory(data, output_dir):

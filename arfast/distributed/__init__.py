@@ -1,14 +1,14 @@
-"""Training on several ranks by torch.distributed, gloo on CPUs, NCCL on GPUs: parameters and batches spread over the
-ranks (FSDP2), and models that are split by tensors, experts or context."""
+"""Training on several ranks by torch.distributed, gloo on CPUs, NCCL on GPUs: models split by tensors, experts or
+context, and what that leaves a rank spread, with the batches, over the others (FSDP2)."""
 
-from .data_parallel import DataParallel
 from .launch import Launch, process_group
 from .mesh import ParallelConfig, init_mesh
 from .parallel_model import full_state_dict, gradient_norm, load_full_state_dict, parallelize, reduce_gradients
+from .strategy import Parallel
 
 __all__ = [
-    "DataParallel",
     "Launch",
+    "Parallel",
     "ParallelConfig",
     "full_state_dict",
     "gradient_norm",

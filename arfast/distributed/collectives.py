@@ -80,7 +80,7 @@ def copy_to(x: Tensor, group: Group) -> Tensor:
 
 def reduce_from(x: Tensor, group: Group) -> Tensor:
     """The sum of the ranks' x, which all then hold alike: the gradient, the same on every rank, is passed on."""
-    return x if group.size == 1 else _ReduceFrom.apply(x, group)
+    return x if group.size == 1 else _AllReduce.apply(x, group, True)
 
 
 def share_gradient(x: Tensor, group: Group) -> Tensor:
@@ -90,7 +90,7 @@ def share_gradient(x: Tensor, group: Group) -> Tensor:
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """The sum of the ranks' x, which every rank uses in its own way: the gradient is the sum of theirs."""
-    return x if group.size == 1 else _AllReduce.apply(x, group)
+    return x if group.size == 1 else _AllReduce.apply(x, group, False)
 
 
 def gather_rows(x: Tensor, group: Group) -> Tensor:
@@ -124,16 +124,6 @@ class _CopyTo(torch.autograd.Function):
         return ctx.group.sum_(dout.clone(memory_format=torch.contiguous_format)), None
 
 
-class _ReduceFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        return group.sum_(x.clone(memory_format=torch.contiguous_format))
-
-    @staticmethod
-    def backward(ctx, dout):
-        return dout, None
-
-
 class _ShareGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
@@ -147,13 +137,13 @@ class _ShareGradient(torch.autograd.Function):
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
+    def forward(ctx, x, group, whole):
+        ctx.group, ctx.whole = group, whole
         return group.sum_(x.clone(memory_format=torch.contiguous_format))
 
     @staticmethod
     def backward(ctx, dout):
-        return ctx.group.sum_(dout.clone(memory_format=torch.contiguous_format)), None
+        return dout if ctx.whole else ctx.group.sum_(dout.clone(memory_format=torch.contiguous_format)), None, None
 
 
 class _GatherRows(torch.autograd.Function):

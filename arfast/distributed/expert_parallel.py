@@ -4,9 +4,9 @@ Lepikhin et al. 2020, arXiv 2006.16668, section 3.2, without a capacity: every c
 sorts the choices of its own tokens by expert, which is by rank; the counts and then the rows are exchanged all-to-all,
 computed there, sent back, and weighed and summed where they came from.
 
-The auxiliary losses are those of the global batch: with S_e the sum over the tokens of all data and context ranks of
-the router's probability of expert e, C_e the number of their choices of e, Z the sum of their squared log-sum-exp, and
-N their number, all summed over the ranks before anything is multiplied or divided,
+The auxiliary losses are those of the global batch (or of each data rank's own): with S_e the sum over the tokens of all
+data and context ranks of the router's probability of expert e, C_e the number of their choices of e, Z the sum of their
+squared log-sum-exp, and N their number, all summed over the ranks before anything is multiplied or divided,
 
     balance = E sum_e (C_e / N) (S_e / N),    z = Z / N,
 
@@ -21,17 +21,30 @@ from torch import Tensor
 
 from arfast import ops
 from arfast.nn import MoE
+from arfast.nn.moe import Experts
 
 from .collectives import Group, all_reduce, copy_to, exchange_rows, reduce_from
-from .mesh import Groups
 from .tensor_parallel import TensorRegion
 
 
+class ParallelExperts(Experts):
+    """This rank's experts [E / R, ...], for the tokens that all ranks send to them."""
+
+    group: Group
+
+    def forward(self, hidden: Tensor, routing: ops.Routing) -> Tensor:
+        return expert_parallel(hidden, routing, self.gate_up_proj, self.down_proj, self.group)
+
+
 class ParallelMoE(MoE):
-    """MoE of this rank's tokens with this rank's experts [E / R, ...], and of those this rank's channels."""
+    """MoE of this rank's tokens with ParallelExperts, and of those this rank's channels.
+
+    context, data: the ranks whose tokens the auxiliary losses are of.
+    """
 
     region: TensorRegion
-    groups: Groups
+    context: Group
+    data: Group
 
     def forward(self, hidden: Tensor, with_aux_loss: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
         tensor = self.region.group
@@ -41,8 +54,7 @@ class ParallelMoE(MoE):
         routing = ops.moe_route(router_logits, self.top_k, **options)
         # Each rank has a part of the channels, hence of the gradients of what it is given.
         shared = routing._replace(expert_weights=copy_to(routing.expert_weights, tensor))
-        weights = (self.experts.gate_up_proj, self.experts.down_proj)
-        out = self.region.leave(expert_parallel(copy_to(tokens, tensor), shared, *weights, self.groups.expert))
+        out = self.region.leave(self.experts(copy_to(tokens, tensor), shared))
         if self.shared_experts is not None:
             out = out + self.shared_experts(hidden)
         aux_loss = self._aux_loss(router_logits, routing) if with_aux_loss else None
@@ -52,7 +64,7 @@ class ParallelMoE(MoE):
         loss = routing.lse.new_zeros((), dtype=torch.float32)
         if not (self.balance_coef or self.z_loss_coef):
             return loss
-        balance, z = global_router_losses(router_logits, routing, self.groups)
+        balance, z = global_router_losses(router_logits, routing, self.context, self.data)
         return loss + self.balance_coef * balance + self.z_loss_coef * z
 
 
@@ -99,7 +111,9 @@ def _arrived(incoming: Tensor, num_ranks: int, num_rows: int, routing: ops.Routi
     return ops.Routing(expert_ids[:, None], ones, per_expert, offsets, order, position, ones[:, 0])
 
 
-def global_router_losses(router_logits: Tensor, routing: ops.Routing, groups: Groups) -> tuple[Tensor, Tensor]:
+def global_router_losses(
+    router_logits: Tensor, routing: ops.Routing, context: Group, data: Group
+) -> tuple[Tensor, Tensor]:
     """`load_balancing_loss` with normalize="hf" and `router_z_loss` of the tokens of all data and context ranks.
 
     Args:
@@ -109,9 +123,9 @@ def global_router_losses(router_logits: Tensor, routing: ops.Routing, groups: Gr
     lse = routing.lse
     probabilities = router_logits.to(lse.dtype).softmax(-1).sum(0)  # [E]
     differentiable = torch.cat([probabilities, lse.square().sum()[None]])
-    sums = all_reduce(reduce_from(differentiable, groups.context), groups.data)
+    sums = all_reduce(reduce_from(differentiable, context), data)
     counts = torch.cat([routing.tokens_per_expert, routing.tokens_per_expert.new_tensor([len(lse)])]).to(torch.int64)
-    counts = groups.data.sum_(groups.context.sum_(counts)).to(sums.dtype)
+    counts = data.sum_(context.sum_(counts)).to(sums.dtype)
     num_experts, num_tokens = router_logits.shape[1], counts[-1]
     balance = num_experts * (counts[:-1] / num_tokens * sums[:-1]).sum() / num_tokens
     return balance, sums[-1] / num_tokens

@@ -50,9 +50,35 @@ class ParallelConfig:
             shared % self.expert == 0, "ParallelConfig", "expert", f"divide data * context = {shared}", self.expert
         )
 
+    @classmethod
+    def for_ranks(cls, num_ranks: int, *, context: int = 1, tensor: int = 1, expert: int = 1) -> ParallelConfig:
+        """The configuration of so many ranks: what context and tensor do not need is for "data".
+
+        >>> ParallelConfig.for_ranks(8, tensor=2)
+        ParallelConfig(data=4, context=1, tensor=2, expert=1)
+        """
+        cls(data=expert, context=context, tensor=tensor, expert=expert)  # each of them is positive
+        rule = f"be a multiple of context * tensor = {context} * {tensor} = {context * tensor}"
+        _require(num_ranks % (context * tensor) == 0, "ParallelConfig", "world size", rule, num_ranks)
+        return cls(data=num_ranks // (context * tensor), context=context, tensor=tensor, expert=expert)
+
     @property
     def num_ranks(self) -> int:
         return self.data * self.context * self.tensor
+
+    @property
+    def splits_model(self) -> bool:
+        """Whether a rank has less than the model, before FSDP."""
+        return max(self.context, self.tensor, self.expert) > 1
+
+    def describe(self) -> str:
+        """The sizes that are not 1, for people.
+
+        >>> ParallelConfig(data=2, tensor=2).describe()
+        'data 2, tensor 2'
+        """
+        sizes = {name: getattr(self, name) for name in (*DIMENSIONS, "expert")}
+        return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
 
     def check_model(self, config: CausalLMConfig) -> None:
         """Raise ValueError unless every size that is split is a multiple of the ranks that share it."""

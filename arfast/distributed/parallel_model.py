@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from arfast import ops
 from arfast.models import CausalLM, CausalLMOutput
 from arfast.models.causal_lm import IGNORE_INDEX, shift_labels
 from arfast.nn import MoE
 
-from .collectives import gather_rows_whole, reduce_from, share_gradient
+from .collectives import Group, gather_rows_whole, reduce_from, share_gradient
 from .context_parallel import ContextParallelDecoder, ContextPlan, ParallelAttention
-from .expert_parallel import ParallelMoE
+from .expert_parallel import ParallelExperts, ParallelMoE
 from .mesh import Groups
-from .splits import Split, cut_parameters, initialise, is_expert, parameter_splits
+from .parts import Part, initialize, parts
+from .splits import Split, cut_parameters, is_expert, parameter_splits
 from .tensor_parallel import (
     RowParallelLinear,
     SharedRMSNorm,
@@ -31,8 +33,12 @@ from .tensor_parallel import (
 from .vocab_parallel import vocab_parallel_cross_entropy
 
 
-def parallelize(model: CausalLM, mesh: DeviceMesh, *, sequence_parallel: bool = False) -> CausalLM:
+def parallelize(
+    model: CausalLM, mesh: DeviceMesh, *, sequence_parallel: bool = False, joint_aux_loss: bool = True
+) -> CausalLM:
     """Split a model over the "context", "tensor" and expert ranks of a mesh, in place; returns it.
+
+    For a training loop of your own; the Trainer takes `arfast.distributed.Parallel`, which calls this.
 
     The same call then gives the same result: the ranks of one batch (those that differ in "context" and "tensor") call
     `model(input_ids, labels, cu_seqlens, ...)` with the same whole tensors, and each gets the loss, or the logits, of
@@ -50,6 +56,8 @@ def parallelize(model: CausalLM, mesh: DeviceMesh, *, sequence_parallel: bool = 
         mesh: from `init_mesh`, or another DeviceMesh with some of the dimensions "data", "context", "tensor".
         sequence_parallel: split the activations between the layers over "tensor" too; every batch must then have a
             number of tokens that is a multiple of context * tensor.
+        joint_aux_loss: the auxiliary losses of the experts are of the tokens of all data ranks together; False: of each
+            data rank's own, as of that many micro-batches in one process.
 
     Raises:
         TypeError, ValueError: `parallelize: <argument> must <rule>, got <actual>`, or of `ParallelConfig` when
@@ -93,14 +101,14 @@ def parallelize(model: CausalLM, mesh: DeviceMesh, *, sequence_parallel: bool = 
     if region.sequence_parallel:
         become(decoder.norm, SharedRMSNorm, region=region)
     for layer in decoder.layers:
-        _split_layer(layer, region, groups)
+        _split_layer(layer, region, groups, groups.data if joint_aux_loss else Group())
     if groups.context.size > 1:
         become(decoder, ContextParallelDecoder)
     become(model, ParallelCausalLM, groups=groups, region=region, splits=splits)
     return model
 
 
-def _split_layer(layer: nn.Module, region: TensorRegion, groups: Groups) -> None:
+def _split_layer(layer: nn.Module, region: TensorRegion, groups: Groups, aux_data: Group) -> None:
     attention = layer.self_attn
     become(attention, ParallelAttention, region=region)
     attention.num_heads //= region.group.size
@@ -116,7 +124,8 @@ def _split_layer(layer: nn.Module, region: TensorRegion, groups: Groups) -> None
     if not isinstance(layer.mlp, MoE):
         split_mlp(layer.mlp, region)
         return
-    become(layer.mlp, ParallelMoE, region=region, groups=groups)
+    become(layer.mlp, ParallelMoE, region=region, context=groups.context, data=aux_data)
+    become(layer.mlp.experts, ParallelExperts, group=groups.expert)
     if layer.mlp.shared_experts is not None:
         split_mlp(layer.mlp.shared_experts, region)
 
@@ -134,8 +143,11 @@ class ParallelCausalLM(CausalLM):
 
     def init_parameters(self, seed: int = 0) -> None:
         """Set this rank's parts to what they would be, cut from a whole model of this seed."""
-        for name, parameter in self.named_parameters():
-            initialise(self.config, name, parameter.data, self.splits.get(name, ()), seed)
+        initialize(self, seed)
+
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        return sum(math.prod(part.shape) for part in parts(self).values())
 
     def forward(
         self,
@@ -152,11 +164,9 @@ class ParallelCausalLM(CausalLM):
         logits_to_keep: int | Tensor = 0,
     ) -> CausalLMOutput:
         """As `CausalLM.forward`: whole tensors in, whole results out, the same on every rank of the batch."""
-        self._check(input_ids, labels, cu_seqlens, position_ids, None, logits_to_keep)
+        self._check(input_ids, labels, cu_seqlens, position_ids, None, num_items, logits_to_keep)
         if cache is not None:
             raise ValueError("CausalLM: cache must be None for a model that is split over ranks, got a cache")
-        if isinstance(num_items, Tensor) and num_items.dim() > 0:
-            raise ValueError(f"CausalLM: num_items must be a number or a scalar, got shape {tuple(num_items.shape)}")
         plan, documents, ids = None, cu_seqlens, input_ids
         if self.groups.context.size > 1:
             plan = ContextPlan(*ids.shape, self.groups.context, cu_seqlens, position_ids, ids.device)
@@ -247,7 +257,7 @@ def reduce_gradients(model: CausalLM) -> None:
 
     To be called once per optimizer step, after the backward passes of all micro-batches and before clipping. Every rank
     must have gone through the same ones. Parameters that FSDP has sharded are left to it: it must sum (a
-    gradient_divide_factor of 1), and not be given the experts' parameters where those are split over ranks.
+    gradient_divide_factor of 1), and experts that are split over ranks only over those that have the same ones.
     """
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or isinstance(parameter, DTensor):
@@ -259,23 +269,22 @@ def reduce_gradients(model: CausalLM) -> None:
 
 
 @torch.no_grad()
-def gradient_norm(model: CausalLM) -> Tensor:
-    """Euclidean norm of all gradients of a parallelized model, after `reduce_gradients`: float32 scalar, the same on
-    every rank."""
-    squares: dict[tuple, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            shared_by = tuple(dict.fromkeys(split.group for split in model.splits.get(name, ())))
-            square = parameter.grad.float().square().sum()
-            if isinstance(square, DTensor):
-                square = square.full_tensor()
-            squares[shared_by] = squares.get(shared_by, 0) + square
-    total = torch.zeros(())
-    for groups, square in squares.items():
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Euclidean norm of all gradients of a model, split, sharded, both or neither: float32 scalar, the same on every
+    rank. Gradients that FSDP does not sum are summed before: see `reduce_gradients`."""
+    alike: dict[tuple, list[Tensor]] = {}
+    for part in parts(model).values():
+        if part.tensor.grad is not None:
+            shared_by = tuple(dict.fromkeys(split.group for split in part.splits))
+            spread_over = getattr(part.tensor, "device_mesh", None)
+            alike.setdefault((spread_over, shared_by), []).append(part.tensor.grad.float())
+    norms = []
+    for (_, groups), gradients in alike.items():
+        norm = Part(nn.utils.get_total_norm(gradients)).whole()
         for group in groups:
-            group.sum_(square)
-        total = total.to(square.device) + square
-    return total.sqrt()
+            norm = group.sum_(norm.square()).sqrt()
+        norms.append(norm)
+    return norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
 
 
 @torch.no_grad()
@@ -286,12 +295,8 @@ def full_state_dict(model: CausalLM, *, first_rank_only: bool = False) -> dict[s
     saves the memory of the model on each.
     """
     state = {}
-    for name, parameter in model.named_parameters():
-        whole = parameter.detach()
-        if isinstance(whole, DTensor):  # of FSDP, over the ranks that have the same part
-            whole = whole.full_tensor()
-        for split in reversed(model.splits.get(name, ())):
-            whole = split.gather(whole)
+    for name, part in parts(model).items():
+        whole = part.whole()
         if not first_rank_only or dist.get_rank() == 0:
             state[name] = whole.cpu() if whole.device.type != "cpu" else whole.clone()
     return state
@@ -304,26 +309,16 @@ def load_full_state_dict(model: CausalLM, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: `load_full_state_dict: state must <rule>, got <actual>`. Nothing has changed then.
     """
-    parameters = dict(model.named_parameters())
-    if set(state) != set(parameters):
-        different = ", ".join(sorted(set(state) ^ set(parameters)))
+    own = parts(model)
+    if set(state) != set(own):
+        different = ", ".join(sorted(set(state) ^ set(own)))
         raise ValueError(
             f"load_full_state_dict: state must hold the model's parameters, got a difference in {different}"
         )
-    parts = {}
-    for name, parameter in parameters.items():
-        shape = list(parameter.shape)
-        for split in model.splits.get(name, ()):
-            shape[split.dim] *= split.group.size
-        if list(state[name].shape) != shape:
+    for name, part in own.items():
+        if state[name].shape != part.shape:
             got = f"{list(state[name].shape)} for {name}"
-            raise ValueError(f"load_full_state_dict: state must hold shape {shape}, got {got}")
-        part = state[name]
-        for split in model.splits.get(name, ()):
-            part = split.cut(part)
-        parts[name] = part
-    for name, parameter in parameters.items():
-        part = parts[name].to(parameter.device, parameter.dtype)
-        if isinstance(parameter.data, DTensor):
-            part = distribute_tensor(part, parameter.data.device_mesh, parameter.data.placements)
-        parameter.data.copy_(part)
+            raise ValueError(f"load_full_state_dict: state must hold shape {list(part.shape)}, got {got}")
+    for name, part in own.items():
+        for box, memory in part.boxes():
+            memory.copy_(state[name][box.slices])

@@ -18,7 +18,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from arfast import hub
 from arfast.models import CausalLM, CausalLMConfig
@@ -38,7 +37,7 @@ from arfast.train.state import (
     state_content,
 )
 
-from .sharding import local_box, local_part, whole
+from .parts import Part, parts
 
 _MAX_FILE_BYTES = 5 * 10**9
 
@@ -80,19 +79,22 @@ def take_snapshot(engine: Engine, identity: dict[str, Any], rank: int, num_ranks
         identity: what must be equal for a run to continue from here, ready for JSON.
     """
     model = engine.model
-    parameters = dict(model.named_parameters())
-    layout = [(s, parameters[n], i) for n, s, i in stored_tensors(choose_family(model.config), _shapes(model))]
+    own = parts(model)
+    layout = [(s, own[n], i) for n, s, i in stored_tensors(model.family or choose_family(model.config), _shapes(model))]
     state = [
-        (f"{kind}.{name}", value, ())
-        for name, parameter in parameters.items()
-        for kind, value in engine.optimizer.state.get(parameter, {}).items()
+        (f"{kind}.{name}", Part(value, part.splits if value.ndim else ()), ())
+        for name, part in own.items()
+        for kind, value in engine.optimizer.state.get(part.tensor, {}).items()
     ]
     weights, weight_map, weight_bytes = _distribute("model", layout, rank, num_ranks)
     optimizer, _, optimizer_bytes = _distribute(OPTIMIZER, state, rank, num_ranks)
     own_states = {file_names(RNG, num_ranks)[rank]: random_states(engine.device)}
     texts: dict[str, Any] = {}
     if rank == 0:
-        texts = {"config.json": config_to_json(model.config, "float32"), STATE_FILE: state_content(engine, identity)}
+        texts = {
+            "config.json": config_to_json(model.config, "float32", model.family),
+            STATE_FILE: state_content(engine, identity),
+        }
         if len(set(weight_map.values())) > 1:
             texts[hub.INDEX] = {"metadata": {"total_size": weight_bytes}, "weight_map": weight_map}
     return ShardedSnapshot({**weights, **optimizer, **own_states}, texts, weight_bytes + optimizer_bytes)
@@ -103,23 +105,24 @@ def _shapes(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def _distribute(
-    stem: str, entries: Sequence[tuple[str, Tensor, tuple]], rank: int, num_ranks: int
+    stem: str, entries: Sequence[tuple[str, Part, tuple]], rank: int, num_ranks: int
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], int]:
-    """The tensors ``value[index]`` of this rank's files, the file name of each, and the bytes of all of them.
+    """What stands at ``index`` in the whole of each part: the tensors of this rank's files, the file name of each, and
+    the bytes of all of them.
 
-    Entries of one value follow one another, so that each value is put together once.
+    Entries of one part follow one another, so that each is put together once.
     """
-    metas = [torch.empty(value.shape, dtype=value.dtype, device="meta")[index] for _, value, index in entries]
+    metas = [torch.empty(part.shape, dtype=part.tensor.dtype, device="meta")[index] for _, part, index in entries]
     numbers = assign_files([meta.nbytes for meta in metas], num_ranks)
     names = file_names(stem, max(numbers, default=0) + 1)
     files: dict[str, dict[str, Tensor]] = {}
     source, tensor = None, None
-    for (key, value, index), number in zip(entries, numbers):
-        if value is not source:
-            source, tensor = value, whole(value)
+    for (key, part, index), number in zip(entries, numbers):
+        if part is not source:
+            source, tensor = part, part.whole()
         if number % num_ranks == rank:
-            part = tensor[index]
-            files.setdefault(names[number], {})[key] = torch.empty(part.shape, dtype=part.dtype).copy_(part)
+            value = tensor[index]
+            files.setdefault(names[number], {})[key] = torch.empty(value.shape, dtype=value.dtype).copy_(value)
     placed = {key: names[number] for (key, _, _), number in zip(entries, numbers)}
     return files, placed, sum(meta.nbytes for meta in metas)
 
@@ -144,10 +147,11 @@ def assign_files(sizes: Sequence[int], num_ranks: int, max_bytes: int = _MAX_FIL
     return [numbers[file] for file in files]
 
 
-def read_config(directory: Path) -> CausalLMConfig:
-    """The configuration of a Hugging Face directory, once its tensors have been found to fit it."""
+def read_config(directory: Path) -> tuple[CausalLMConfig, str | None]:
+    """Configuration and family of a Hugging Face directory, once its tensors have been found to fit them."""
     with ExitStack() as stack:
-        return hub.open_pretrained(directory, stack).model.config
+        model = hub.open_pretrained(directory, stack).model
+        return model.config, model.family
 
 
 @torch.no_grad()
@@ -159,8 +163,8 @@ def load_weights(model: CausalLM, directory: Path) -> None:
     """
     with ExitStack() as stack:
         opened = hub.open_pretrained(directory, stack)
-        parameters = dict(model.named_parameters())
-        wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        own = parts(model)
+        wanted = {name: part.shape for name, part in own.items()}
         found = {name: tuple(parameter.shape) for name, parameter in opened.model.named_parameters()}
         if wanted != found:
             name = next(name for name in [*wanted, *found] if wanted.get(name) != found.get(name))
@@ -168,11 +172,11 @@ def load_weights(model: CausalLM, directory: Path) -> None:
                 f"load_weights: {directory} must hold {name} of shape {wanted.get(name)}, got {found.get(name)}"
             )
         for name, stored_name, index in opened.layout:
-            parameter = parameters[name]
-            if met := local_box(parameter).intersect(index, parameter.shape):
-                there, here = met
-                part = opened.stored[stored_name].get_slice(stored_name)
-                local_part(parameter)[here].copy_(part[there])
+            stored = opened.stored[stored_name].get_slice(stored_name)
+            for box, memory in own[name].boxes():
+                if met := box.intersect(index, own[name].shape):
+                    there, here = met
+                    memory[here].copy_(stored[there])
 
 
 def load_engine(engine: Engine, directory: Path, rank: int, num_ranks: int) -> None:
@@ -201,34 +205,20 @@ def load_engine(engine: Engine, directory: Path, rank: int, num_ranks: int) -> N
 
 def _local_state(engine: Engine, directory: Path) -> Iterator[tuple[str, Tensor]]:
     """This rank's part of the optimizer's tensors, by the names ``<kind>.<parameter>``."""
-    parameters = dict(engine.model.named_parameters())
+    own = parts(engine.model)
     for path in sorted(directory.glob(f"{OPTIMIZER}*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
-                parameter = parameters.get(key.partition(".")[2])
+                part = own.get(key.partition(".")[2])
                 stored = file.get_slice(key)
-                if parameter is None or not isinstance(parameter, DTensor) or not stored.get_shape():
+                if part is None or not stored.get_shape():
                     yield key, file.get_tensor(key)
                     continue
-                if stored.get_shape() != list(parameter.shape):
+                if stored.get_shape() != list(part.shape):
                     raise CheckpointError(
-                        f"checkpoint: {path} must have shape {tuple(parameter.shape)} for {key}, "
-                        f"got {tuple(stored.get_shape())}"
+                        f"checkpoint: {path} must have shape {part.shape} for {key}, got {tuple(stored.get_shape())}"
                     )
-                yield key, _spread(stored, parameter)
-
-
-def _spread(stored: Any, parameter: DTensor) -> DTensor:
-    """A tensor of a file, placed as a parameter is."""
-    box = local_box(parameter)
-    part = torch.empty(box.shape, dtype=torch.float32)
-    if met := box.intersect((), parameter.shape):
-        part.copy_(stored[met[0]])
-    return DTensor.from_local(
-        part.to(parameter.device),
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+                value = torch.zeros_like(part.tensor, dtype=torch.float32, requires_grad=False)
+                for box, memory in Part(value, part.splits).boxes():
+                    memory.copy_(stored[box.slices])
+                yield key, value

@@ -1,17 +1,14 @@
-"""Which part of every parameter a rank has: cut from the whole, put together again, initialised as if cut."""
+"""Which part of every parameter a tensor or expert rank has: cut from the whole, and put together again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
-from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from arfast.models import CausalLMConfig
-from arfast.models.causal_lm import init_parameter
 
 from .collectives import Group
 from .mesh import Groups
@@ -85,31 +82,3 @@ def cut_parameters(model: nn.Module, splits: Splits) -> None:
             part = split.cut(part)
         part = part.detach().clone(memory_format=torch.contiguous_format)
         modules[owner]._parameters[leaf] = nn.Parameter(part, requires_grad=whole.requires_grad)
-
-
-def initialise(config: CausalLMConfig, name: str, part: Tensor, rule: tuple[Split, ...], seed: int) -> None:
-    """Fill this rank's part of a parameter with the elements that it would cut from the whole."""
-    sizes = list(part.shape)
-    for split in rule:
-        sizes[split.dim] *= split.group.size
-    flat, done = part.view(-1), 0
-    for start, length in _runs(sizes, rule):
-        init_parameter(config, name, flat[done : done + length], seed, start)
-        done += length
-
-
-def _runs(sizes: list[int], rule: tuple[Split, ...]) -> Iterator[tuple[int, int]]:
-    """(start, length) in the flat whole of every run of neighbours that a rank's part holds, in its order."""
-    if not rule:
-        yield 0, prod(sizes)
-        return
-    ranges = [[range(size)] for size in sizes]
-    for split in rule:
-        ranges[split.dim] = split.ranges(sizes[split.dim])
-    last = max(split.dim for split in rule)
-    strides = [prod(sizes[dim + 1 :]) for dim in range(len(sizes))]
-    outer = [[index for indices in dim for index in indices] for dim in ranges[:last]]
-    for indices in product(*outer):
-        base = sum(index * stride for index, stride in zip(indices, strides, strict=False))
-        for run in ranges[last]:
-            yield base + run.start * strides[last], len(run) * strides[last]

@@ -19,11 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arfast.ops.cross_entropy import check_options, scaled_gradient
+from arfast.ops.linear_cross_entropy import default_chunk_bytes
 
 from .collectives import Group
-
-# As linear_cross_entropy, which reads them from one rank: small blocks make small products.
-_DEFAULT_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 
 
 def vocab_parallel_embedding(ids: Tensor, weight: Tensor, group: Group) -> Tensor:
@@ -83,7 +81,7 @@ def vocab_parallel_cross_entropy(
     if reduction == "mean":
         count = scale.sum() if num_items is None else num_items
         scale, nothing = torch.where(kept, scale / count, 0), 0 / count  # NaN, as torch's mean of nothing
-    plan = _Plan(group, label_smoothing, z_loss, softcap, chunk_bytes or _DEFAULT_CHUNK_BYTES.get(device_type, 1 << 30))
+    plan = _Plan(group, label_smoothing, z_loss, softcap, chunk_bytes or default_chunk_bytes(device_type))
     if reduction == "none":
         return _PerRow.apply(hidden, weight, targets, scale, plan)
     return _Summed.apply(hidden, weight, targets, scale, plan) + nothing

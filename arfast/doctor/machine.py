@@ -1,17 +1,16 @@
 """What this machine reaches, beside what the model FLOPs utilisation (MFU) of a run was divided by."""
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from arfast.peaks import copy_bandwidth, matmul_rate
 from arfast.train.checkpoint import list_checkpoints
 
 from .finding import Check, Outcome
 
-_BLOCK_SECONDS, _BLOCKS = 0.03, 5
 # A peak that is assumed below this share of what is reached makes the MFU too high. The slack is for a busy machine.
 _LOWEST_SHARE = 0.8
 
@@ -21,32 +20,6 @@ def machine_checks(device: str, run: str | None = None) -> Iterator[Check]:
     for dtype in (torch.float32, torch.bfloat16):
         label = str(dtype).removeprefix("torch.")
         yield f"matrix product, {label}", lambda dtype=dtype: _product(device, dtype, run)
-
-
-def copy_bandwidth(device: str, size: int = 1 << 28) -> float:
-    """Bytes read plus bytes written per second by a copy of `size` bytes."""
-    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * size / _best_seconds(lambda: target.copy_(source), device)
-
-
-def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product by torch."""
-    size = 8192 if device == "cuda" else 1024
-    a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
-    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b, out=out), device)
-
-
-def _best_seconds(function: Callable, device: str) -> float:
-    best = float("inf")
-    for _ in range(_BLOCKS):
-        start, calls = time.perf_counter(), 0
-        while calls < 3 or time.perf_counter() - start < _BLOCK_SECONDS:
-            function()
-            calls += 1
-            if device == "cuda":
-                torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() - start) / calls)
-    return best
 
 
 def _bandwidth(device: str) -> Outcome:

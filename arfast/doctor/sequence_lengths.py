@@ -112,7 +112,7 @@ def _measure_here(case: dict) -> dict:
     one_pass(small, torch.ones_like(small[0]))  # loads what is loaded once
     tensors = inputs(case["seqlen"])
     dout = torch.randn_like(tensors[0])
-    memory = _GpuMemory() if device == "cuda" else _ProcessMemory()
+    memory = _GpuMemory() if device == "cuda" else ProcessMemory()
     if device == "cpu":
         limit = int(_MEMORY_SHARE * _free_bytes())
         used = int(_status("VmSize")) * 1024
@@ -138,7 +138,7 @@ def _timed(function, device: str) -> float:
     return statistics.median(durations[1:] or durations)
 
 
-class _ProcessMemory:
+class ProcessMemory:
     """How far the resident set of this process rises, by the kernel's own high-water mark."""
 
     def __init__(self) -> None:

@@ -26,6 +26,7 @@ from .manifest import MANIFEST, STEP_NAME, CheckpointError, regular_file_size, s
 __all__ = [
     "MANIFEST",
     "CheckpointError",
+    "discard",
     "latest_checkpoint",
     "list_checkpoints",
     "lock_directory",
@@ -157,13 +158,20 @@ def prune(root: str | os.PathLike[str], keep_last: int) -> None:
     if keep_last < 0:
         raise CheckpointError(f"checkpoint: keep_last must be >= 0, got {keep_last}")
     for path in list_checkpoints(root)[:-keep_last] if keep_last else []:
-        # Renamed first: a kill in the middle must leave a temporary, never a checkpoint with files missing.
-        doomed = _temporary(path)
-        try:
-            os.rename(path, doomed)
-        except OSError as error:
-            raise CheckpointError(f"checkpoint: {root} must be writable to remove {path.name}, got {error}") from error
-        shutil.rmtree(doomed, ignore_errors=True)
+        discard(path)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint."""
+    # Renamed first: a kill in the middle must leave a temporary, never a checkpoint with files missing.
+    doomed = _temporary(path)
+    try:
+        os.rename(path, doomed)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint: {path.parent} must be writable to remove {path.name}, got {error}"
+        ) from error
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def publish(checkpoint: Path, root: str | os.PathLike[str], names: Iterable[str]) -> None:

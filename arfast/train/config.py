@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +137,7 @@ class TrainConfig:
         """Build from plain values (a JSON file); unknown names are refused."""
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - names):
-            raise ValueError(f"TrainConfig: field must be one of {', '.join(sorted(names))}, got {unknown[0]!r}")
+            raise ValueError(f"TrainConfig: field must be one of {', '.join(sorted(names))}, got {unknown[0]!r:.100}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -187,13 +187,15 @@ class TrainConfig:
             elif kind.startswith("tuple"):
                 ok, kind = isinstance(value, tuple) and all(isinstance(item, str) for item in value), "a list of str"
             elif kind == "float":
-                ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+                ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+                ok = ok and abs(value) <= sys.float_info.max  # False for NaN, and takes an int of any size
                 kind = "a finite float"
             else:
                 # bool is a subclass of int: compared by exact type so that batch_size=True is an error.
                 ok = type(value).__name__ == kind
+                ok, kind = (ok and abs(value) < 2**63, "int below 2**63") if kind == "int" else (ok, kind)
             if not ok:
-                raise ValueError(f"TrainConfig: {field.name} must be {kind}, got {value!r}")
+                raise ValueError(f"TrainConfig: {field.name} must be {kind}, got {value!r:.200}")
 
     def _check_values(self) -> None:
         if self.max_tokens is None and self.max_steps is None:
@@ -251,7 +253,7 @@ class TrainConfig:
 
     def _require(self, name: str, ok: bool, rule: str) -> None:
         if not ok:
-            raise ValueError(f"TrainConfig: {name} must be {rule}, got {getattr(self, name)!r}")
+            raise ValueError(f"TrainConfig: {name} must be {rule}, got {getattr(self, name)!r:.200}")
 
 
 def _as_tuple(value: Any) -> Any:

@@ -167,7 +167,7 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         losses = self._losses(batches, max(1, num_items))
         # The one wait for the device in a step: here the optimizer has not touched anything yet.
-        grad_norm, losses, load = self._read(self.strategy.gradient_norm(self.parameters), losses)
+        grad_norm, losses, load = self._read(self.strategy.gradient_norm(self.model), losses)
         finite = all(map(math.isfinite, (grad_norm, *losses)))
         if finite:
             self._update(grad_norm, lr)
@@ -195,7 +195,7 @@ class Engine:
         """Those of the step on all ranks; gradients are left in the parameters, counts of experts in the engine."""
         if self.config.recheck_every and (self.state.step + 1) % self.config.recheck_every == 0:
             compute = lambda: self._accumulate_gradients(batches, num_items)
-            losses = repeated(compute, self.parameters, self.state.step + 1)
+            losses = repeated(compute, self.parameters, self.state.step + 1, self.strategy)
         else:
             losses = self._accumulate_gradients(batches, num_items)
         if self._expert_counts is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arfast.data.files import write_file
+from arfast.figures import save_figure
 
 from .manifest import CheckpointError
 
@@ -124,29 +124,24 @@ def _parse(content: bytes) -> list[dict[str, Any]]:
 
 def plot_loss(rows: list[dict[str, Any]], path: Path) -> bool:
     """Draw training loss (as it is, and smoothed) and validation loss over tokens; False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     train = [(row["tokens"], row["loss"]) for row in rows if row.get("loss") is not None]
     validation = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    if train:
-        tokens, losses = zip(*train)
-        axes.plot(tokens, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(tokens, _smoothed(losses), color="tab:blue", label="train (smoothed)")
-    if validation:
-        axes.plot(*zip(*validation), color="tab:orange", marker="o", markersize=3, label="validation")
-    if train or validation:
-        axes.legend()
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_file(path, image.getvalue())
-    return True
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        if train:
+            tokens, losses = zip(*train)
+            axes.plot(tokens, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+            axes.plot(tokens, _smoothed(losses), color="tab:blue", label="train (smoothed)")
+        if validation:
+            axes.plot(*zip(*validation), color="tab:orange", marker="o", markersize=3, label="validation")
+        if train or validation:
+            axes.legend()
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("loss (nats per token)")
+        axes.grid(alpha=0.3)
+
+    return save_figure(path, draw)
 
 
 def _smoothed(values: tuple[float, ...], decay: float = 0.95) -> list[float]:

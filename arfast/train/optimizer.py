@@ -186,10 +186,14 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 @torch.no_grad()
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Multiply every gradient by ``factor``."""
+    """Multiply every gradient by ``factor``, to the bits of AdamW's own pass: see `clipped_step`."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_div_(gradients, float(_divisor(factor)))
+
+
+def _divisor(factor: float) -> Tensor:
+    return torch.tensor(1.0 / factor, dtype=torch.float32)
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], factor: float) -> None:
@@ -204,7 +208,7 @@ def clipped_step(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Param
     elif fused and all(type(parameter) is nn.Parameter for parameter in parameters):
         device = optimizer.param_groups[0]["params"][0].device
         # What torch.amp.GradScaler sets: the kernel divides by it, and leaves the quotient as the gradient.
-        optimizer.grad_scale = torch.tensor(1.0 / factor, device=device)
+        optimizer.grad_scale = _divisor(factor).to(device)
         optimizer.found_inf = torch.zeros((), device=device)
         try:
             optimizer.step()

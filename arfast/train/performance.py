@@ -9,7 +9,6 @@ The peak is what a large matrix product in the run's dtype reaches here, or what
 from __future__ import annotations
 
 import contextlib
-import functools
 import resource
 import sys
 import time
@@ -19,42 +18,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from arfast.peaks import matmul_rate
+
 from .config import TrainConfig
 from .engine import TrainState
 from .notices import notice
 
-_MIN_REPETITIONS, _MIN_SECONDS = 6, 0.25  # the first one warms up; enough of them to find a quiet moment
-_MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}
+
+def best_dtype() -> str:
+    """For the arithmetic here: "bfloat16" where a GPU or the CPU has instructions for it, else "float32"."""
+    instructions = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = torch.cuda.is_available() or any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if fast else "float32"
 
 
 def flops_per_token(model: nn.Module, seqlen: int) -> float | None:
     """Of forward and backward pass; None for a model whose configuration does not say."""
     count = getattr(getattr(model, "config", None), "flops_per_token", None)
     return None if count is None else count(seqlen)
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of the best of some products of square matrices, measured once per process."""
-    return _measured_peak(device.type, device.index, dtype, torch.get_num_threads())
-
-
-@functools.cache
-def _measured_peak(kind: str, index: int | None, dtype: torch.dtype, num_threads: int) -> float:
-    device, size = torch.device(kind, index), _MATRIX_SIZES.get(kind, 2048)
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    seconds = []
-    while len(seconds) < _MIN_REPETITIONS or sum(seconds) < _MIN_SECONDS:
-        _wait(device)
-        start = time.perf_counter()
-        torch.mm(a, b)
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return 2.0 * size**3 / min(seconds[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -71,7 +52,7 @@ class Meter:
         self._model, self._config, self._device = model, config, device
         self.peak = None  # of all ranks
         if flops_per_token(model, config.seqlen) is not None:
-            of_one = config.peak_flops or peak_flops(device, getattr(torch, config.dtype))
+            of_one = config.peak_flops or matmul_rate(device, getattr(torch, config.dtype))
             self.peak = num_ranks * of_one
             given = "as given" if config.peak_flops else "as a matrix product reaches here"
             several = f"{num_ranks} times " if num_ranks > 1 else ""

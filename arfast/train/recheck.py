@@ -13,18 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from .notices import notice
+from .strategy import OneProcess
 
 
 class UnrepeatableError(RuntimeError):
     """Three passes over one step gave three results; weights and optimizer are as they were before the step."""
 
 
-def repeated(compute: Callable[[], list[Tensor]], parameters: Sequence[nn.Parameter], step: int) -> list[Tensor]:
+def repeated(
+    compute: Callable[[], list[Tensor]], parameters: Sequence[nn.Parameter], step: int, strategy: OneProcess
+) -> list[Tensor]:
     """What ``compute`` returns and leaves as gradients, all float32, once it has done so twice with the same bits.
+
+    Of several ranks all repeat what one of them could not: its gradients have gone into those of the others.
 
     Args:
         compute: sets the gradients of ``parameters``, from none, and returns losses.
         step: for the messages.
+        strategy: of the run.
 
     Raises:
         UnrepeatableError: no two of three passes agree.
@@ -40,9 +46,9 @@ def repeated(compute: Callable[[], list[Tensor]], parameters: Sequence[nn.Parame
         for parameter in parameters:
             parameter.grad = None
         losses = compute()
-        result = [None if t is None else t.detach().clone() for t in (*losses, *(p.grad for p in parameters))]
-        if any(_same_bits(result, other) for other in results):
-            if len(results) == 2:
+        result = [None if t is None else _local(t).clone() for t in (*losses, *(p.grad for p in parameters))]
+        if any(not strategy.on_any_rank(not _same_bits(result, other)) for other in results):
+            if len(results) == 2 and strategy.is_main:
                 notice(f"Trainer: step {step} gave other bits in one of three passes; two that agree were taken")
             return losses
         results.append(result)
@@ -50,6 +56,11 @@ def repeated(compute: Callable[[], list[Tensor]], parameters: Sequence[nn.Parame
         f"Trainer: step {step} must give the same bits twice, got three results in three passes "
         "(hardware that computes wrong, or an operation that is not deterministic); the step was not applied"
     )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """A tensor, or of one that is spread over ranks the memory of this one."""
+    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
 
 
 def _same_bits(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:

@@ -69,15 +69,17 @@ RECIPES: dict[str, dict[str, Any]] = {
     "llama3-70b": _llama3(1.5e-4),
     "llama3-405b": _llama3(8e-5),
     # The same shape for a model of some 10 M parameters on the standard library: shorter sequences and smaller batches
-    # first, a cosine to 1 % of the peak, a line to zero at the end.
+    # first, a cosine to 1 % of the peak, a line to zero at the end. Muon, which learns more from as many tokens there
+    # (benchmarks/results/training-sweep.md); its own work per step is why batches grow to 8.
     "small": dict(
         max_tokens=10_240_000,
         seqlen=512,
-        batch_size=16,
+        batch_size=8,
         micro_batch_size=4,
-        batch_ramp=[[0, 4], [1_024_000, 8], [4_096_000, 16]],
+        batch_ramp=[[0, 4], [4_096_000, 8]],
         seqlen_ramp=[[0, 256], [2_048_000, 512]],
-        learning_rate=3e-3,
+        optimizer="muon",
+        learning_rate=1e-3,
         warmup_tokens=204_800,
         final_lr_ratio=0.01,
         decay_tokens=409_600,

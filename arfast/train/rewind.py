@@ -8,13 +8,11 @@ are removed.
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from arfast.data.checks import check_integer
 from arfast.data.files import write_file
 
 from . import checkpoint as ckpt
@@ -59,8 +57,12 @@ class Journal:
                 content = json.loads(self._path.read_bytes())
                 version, entries = content["version"], content["rewinds"]
                 self.rewinds = [Rewind(**entry) for entry in entries] if version == _VERSION else []
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"Trainer: {self._path} must be a list of rewinds, got {error!r}") from None
+                for rewind in self.rewinds:
+                    check_integer("first", rewind.first, 0)
+                    check_integer("end", rewind.end, rewind.first + 1)
+                    check_integer("to_step", rewind.to_step, 0)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise CheckpointError(f"Trainer: {self._path} must be a list of rewinds, got {error!r:.200}") from None
             if version != _VERSION:
                 raise CheckpointError(f"Trainer: {self._path} must have version {_VERSION}, got {version!r:.100}")
 
@@ -123,12 +125,4 @@ def discard_newer(root: Path, good: Path) -> None:
     """Delete the checkpoints after ``good``, the newest first."""
     checkpoints = ckpt.list_checkpoints(root)
     for path in reversed(checkpoints[checkpoints.index(good) + 1 :]):
-        discard(path)
-
-
-def discard(path: Path) -> None:
-    """Delete a checkpoint."""
-    # Renamed first: a kill in the middle must leave a temporary, never a checkpoint with files missing.
-    doomed = path.with_name(f"{path.name}.tmp-{secrets.token_hex(8)}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+        ckpt.discard(path)

@@ -8,6 +8,7 @@ arXiv:2309.16039).
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,8 +112,8 @@ def _checked_ramp(name: str, ramp: Sequence[Sequence[Any]], field: str, last: in
     for entry in entries:
         theta = entry[2:]
         ok = len(entry) == 2 or (has_theta and len(entry) == 3)
-        ok = ok and all(type(value) is int and value >= (0, 1)[i] for i, value in enumerate(entry[:2]))
-        ok = ok and all(type(value) in (int, float) and 0 < value < math.inf for value in theta)
+        ok = ok and all(type(value) is int and (0, 1)[i] <= value < 2**63 for i, value in enumerate(entry[:2]))
+        ok = ok and all(type(value) in (int, float) and 0 < value <= sys.float_info.max for value in theta)
         shape = f"[from_tokens, {field}]" + (" or [from_tokens, seqlen, rope_theta]" if has_theta else "")
         _require(ok, name, f"hold {shape}", list(entry))
     starts = [entry[0] for entry in entries]
@@ -130,4 +131,4 @@ def _checked_ramp(name: str, ramp: Sequence[Sequence[Any]], field: str, last: in
 
 def _require(ok: bool, name: str, rule: str, actual: Any) -> None:
     if not ok:
-        raise ValueError(f"TrainConfig: {name} must {rule}, got {actual}")
+        raise ValueError(f"TrainConfig: {name} must {rule}, got {actual!s:.200}")

@@ -26,6 +26,7 @@ OPTIMIZER, RNG = "optimizer", "rng"  # see `file_names`
 STATE_FILE = "trainer_state.json"
 _VERSION = 2
 _MAX_BYTES = 1 << 24
+_MAX_RANGES = 10_000
 # What changes the last bits of a run on one machine; recorded so that a resume elsewhere does not surprise.
 _ENVIRONMENT_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -101,7 +102,7 @@ def state_content(engine: Engine, identity: dict[str, Any]) -> dict[str, Any]:
         "state": dataclasses.asdict(engine.state),
         "identity": identity,
         "config": engine.config.to_dict(),
-        "environment": environment(engine.device),
+        "environment": environment(engine.device, engine.strategy.arrangement),
     }
 
 
@@ -161,23 +162,39 @@ def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
         state = TrainState(**content["state"])
         for field in dataclasses.fields(state):
             value = getattr(state, field.name)
-            if field.type == "int" and not (type(value) is int and 0 <= value < 2**63):
+            if field.type == "int" and not _is_count(value):
                 raise ValueError(f"{field.name} that is no integer in [0, 2**63): {value!r:.50}")
+            if field.type == "list[float]" and not (isinstance(value, list) and all(type(x) is float for x in value)):
+                raise ValueError(f"{field.name} that is no list of floats: {value!r:.50}")
+        _check_ranges(state.left_out)
         return state, parts
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint: {path} must be a trainer state, got {error!r:.200}") from None
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What decides the last bits of a run besides its configuration."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    num_ranks = torch.distributed.get_world_size() if distributed else 1
-    ranks = f" on {num_ranks} ranks" if num_ranks > 1 else ""
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _check_ranges(ranges: Any) -> None:
+    """Of positions that are left out; a step looks for its place in all of them."""
+    pairs = isinstance(ranges, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in ranges)
+    if not (pairs and len(ranges) <= _MAX_RANGES and all(_is_count(a) and _is_count(b) and a < b for a, b in ranges)):
+        raise ValueError(f"left_out that is no list of at most {_MAX_RANGES} ranges: {ranges!r:.50}")
+
+
+def environment(device: torch.device, arrangement: str = "") -> dict[str, Any]:
+    """What decides the last bits of a run besides its configuration.
+
+    Args:
+        arrangement: of the ranks, "" for one.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "torch": torch.__version__,
         "num_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "device": (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type) + ranks,
+        "device": f"{name} on {arrangement}" if arrangement else name,
         "variables": {name: os.environ[name] for name in _ENVIRONMENT_VARIABLES if name in os.environ},
     }
 

@@ -1,6 +1,6 @@
 """How a run is spread over processes: what engine and trainer ask, answered here for one process.
 
-`arfast.distributed.DataParallel` answers for several ranks. Every method is called by all ranks alike, in the same
+`arfast.distributed.Parallel` answers for several ranks. Every method is called by all ranks alike, in the same
 order, since most of them communicate there.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from arfast.models import CausalLM, CausalLMConfig
+from arfast.nn.lora import count_parameters
 
 from . import checkpoint as ckpt
 from .config import TrainConfig
@@ -33,12 +34,14 @@ class OneProcess:
 
     Attributes:
         rank, num_ranks: of this process, and of all. is_main: whether it writes logs, samples and notices.
+        arrangement: of the ranks, for people; "" for one.
         casts_weights: whether the model itself computes in the dtype of the configuration.
     """
 
     rank = 0
     num_ranks = 1
     is_main = True
+    arrangement = ""
     casts_weights = False
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -52,8 +55,15 @@ class OneProcess:
         """A new model to be trained, or this rank's part of it."""
         return CausalLM(config, seed=seed, device=self.device)
 
+    def check_settings(self, config: TrainConfig, model: CausalLMConfig | None = None) -> None:
+        """Refuse settings, and sizes of a model, that this strategy cannot train, before anything is written."""
+
     def check(self, model: nn.Module, config: TrainConfig) -> None:
         """Refuse a model and settings that this strategy cannot train."""
+
+    def count_parameters(self, model: nn.Module) -> tuple[int, int]:
+        """(trainable parameters, all parameters) of the whole model."""
+        return count_parameters(model)
 
     def require_same(self, values: Mapping[str, Any]) -> None:
         """Refuse values, ready for JSON, that are not the same on all ranks."""
@@ -78,9 +88,9 @@ class OneProcess:
         """Sums of values that each rank has of its own batches, on the device; the host does not wait."""
         return losses
 
-    def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+    def gradient_norm(self, model: nn.Module) -> Tensor:
         """Euclidean norm of the whole gradient, scalar."""
-        return gradient_norm(parameters)
+        return gradient_norm(model.parameters())
 
     def micro_batches(self, first: int, batch_size: int, micro_batch_size: int | None) -> Iterator[tuple[int, int]]:
         """(first sample, number of samples) of this rank's micro-batches of a step on ``batch_size`` samples."""

@@ -28,7 +28,7 @@ from .log import RunLog
 from .manifest import MANIFEST, CheckpointError
 from .memory import keep_freed_memory
 from .notices import notice
-from .rewind import Journal, discard, discard_newer, plan_rewind
+from .rewind import Journal, Rewind, discard_newer, plan_rewind
 from .samples import continuations
 from .saving import Saver
 from .signals import StopRequest, TrainingInterrupted, Watchdog
@@ -67,7 +67,7 @@ class Trainer:
         data: a directory made by `arfast.data.prepare_dataset`, or data sets by split ("train", and "validation" if
             there is one).
         tokenizer: written beside the weights and used for samples; None: the one in the data directory.
-        strategy: how the run is spread over ranks, for example `arfast.distributed.DataParallel`; None: one process.
+        strategy: how the run is spread over ranks, for example `arfast.distributed.Parallel`; None: one process.
         generate: called as ``arfast.generate.generate``, the default, for samples.
 
     Raises:
@@ -192,7 +192,8 @@ class Trainer:
         self._notice(f"Trainer: continuing {path}")
         if changes := describe_changes(saved["config"], self.config.to_dict()):
             self._notice(f"Trainer: its settings were others ({changes})")
-        if changes := describe_changes(saved["environment"], environment(self.engine.device)):
+        present = environment(self.engine.device, self.strategy.arrangement)
+        if changes := describe_changes(saved["environment"], present):
             self._notice(f"Trainer: not bit-identical, since it was written under other conditions ({changes})")
         self._saver.step = self.state.step
 
@@ -231,13 +232,14 @@ class Trainer:
         path = self.strategy.latest_checkpoint(self._root, self._notice)
         while path is not None and self._journal.abandons(read_state(path)[0]):
             # Killed within a rewind.
-            self.strategy.from_main(functools.partial(discard, path))
+            self.strategy.from_main(functools.partial(ckpt.discard, path))
             path = self.strategy.latest_checkpoint(self._root, self._notice)
         if path is not None:
             self._load(path)
             self.strategy.from_main(lambda: ckpt.set_aside_damaged(self._root, path))
         elif self.state.step == 0:
             self.strategy.from_main(self._journal.clear)
+            self._journal = Journal(self._root)
             torch.manual_seed(self.config.seed + self.strategy.rank)
 
     def _refuse_checkpoints(self) -> None:
@@ -267,19 +269,28 @@ class Trainer:
                         self.engine.warm_up(list(batches.values()))
 
     def _reason_to_rewind(self, result: StepResult) -> str | None:
-        if not result.applied:
-            return "loss or gradient is not finite" if self.config.on_nonfinite == "rewind" else None
-        return result.spike if self.config.on_spike == "rewind" else None
+        if not self.config.rewinds:
+            return None
+        reason = result.spike if self.config.on_spike == "rewind" else None
+        if not result.applied and self.config.on_nonfinite == "rewind":
+            reason = "loss or gradient is not finite"
+        return self.strategy.from_main(lambda: reason)
 
     def _rewind(self, log: RunLog, reason: str) -> None:
         """Continue from an earlier checkpoint, without the samples that went before a bad step."""
         self._saver.wait()
+        name, decided = self.strategy.from_main(lambda: self._decide_rewind(reason))
+        if not self.strategy.is_main:
+            self._journal.rewinds.append(Rewind(**decided))
+        self._load(self._root / name)
+        log.cut_back(self.state)
+        log.record_rewinds(self.state, self._journal.rewinds)
+
+    def _decide_rewind(self, reason: str) -> tuple[str, dict[str, Any]]:
         path, rewind = plan_rewind(self._root, self._journal, self.config, self.state, reason, notice)
         self._journal.add(rewind)
         discard_newer(self._root, path)
-        self._load(path)
-        log.cut_back(self.state)
-        log.record_rewinds(self.state, self._journal.rewinds)
+        return path.name, dataclasses.asdict(rewind)
 
     def _work_between_steps(self, log: RunLog, stop: StopRequest) -> None:
         """Save, then evaluate, then sample: what is expensive to lose comes first.
