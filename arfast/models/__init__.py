@@ -2,5 +2,16 @@
 
 from .causal_lm import CausalLM, CausalLMOutput
 from .config import CausalLMConfig
+from .least_squares import LeastSquaresAR, OrderSelection, select_order
+from .linear_lm import LinearLM, LinearLMConfig
 
-__all__ = ["CausalLM", "CausalLMConfig", "CausalLMOutput"]
+__all__ = [
+    "CausalLM",
+    "CausalLMConfig",
+    "CausalLMOutput",
+    "LeastSquaresAR",
+    "LinearLM",
+    "LinearLMConfig",
+    "OrderSelection",
+    "select_order",
+]

@@ -57,6 +57,9 @@ class CausalLM(nn.Module):
         >>> model(ids, labels=ids).loss.backward()
     """
 
+    config_type: type = CausalLMConfig
+    trunk_type: type[nn.Module] = Decoder
+
     def __init__(
         self,
         config: CausalLMConfig,
@@ -66,13 +69,14 @@ class CausalLM(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        if not isinstance(config, CausalLMConfig):
-            raise TypeError(f"CausalLM: config must be a CausalLMConfig, got {type(config).__name__}")
+        if not isinstance(config, self.config_type):
+            expected, got = self.config_type.__name__, type(config).__name__
+            raise TypeError(f"{type(self).__name__}: config must be a {expected}, got {got}")
         self.config = config
         self.family: str | None = None  # of Hugging Face, that the model was read as
         self.lora: LoraConfig | None = None  # of the adapters, see `arfast.nn.lora.apply_lora`
         with torch.device("meta"):
-            self.model = Decoder(config)
+            self.model = self.trunk_type(config)
             head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.lm_head = head
         self.to(dtype or torch.get_default_dtype())
@@ -130,9 +134,7 @@ class CausalLM(nn.Module):
         Raises:
             ValueError, TypeError, IndexError: `CausalLM: <argument> must <rule>, got <actual>`.
         """
-        self._check(input_ids, labels, cu_seqlens, position_ids, cache, logits_to_keep)
-        if isinstance(num_items, Tensor) and num_items.dim() > 0:
-            raise ValueError(f"CausalLM: num_items must be a number or a scalar, got shape {tuple(num_items.shape)}")
+        self._check(input_ids, labels, cu_seqlens, position_ids, cache, num_items, logits_to_keep)
         with_aux_loss = labels is not None and self.config.num_experts > 0
         hidden, aux_losses, counts = self.model(input_ids, cu_seqlens, position_ids, cache, with_aux_loss)
         if cache is not None:
@@ -186,6 +188,7 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor | None,
         position_ids: Tensor | None,
         cache: KVCache | None,
+        num_items: float | Tensor | None,
         logits_to_keep: int | Tensor,
     ) -> None:
         device = self.head_weight.device
@@ -201,6 +204,8 @@ class CausalLM(nn.Module):
                 raise ValueError(f"CausalLM: {name} must have the shape of input_ids, {shapes}")
         if cu_seqlens is not None:
             _check_tensor("cu_seqlens", cu_seqlens, "[documents + 1]", 1, device, torch.int32)
+        if isinstance(num_items, Tensor) and num_items.dim() > 0:
+            raise ValueError(f"CausalLM: num_items must be a number or a scalar, got shape {tuple(num_items.shape)}")
         if isinstance(logits_to_keep, Tensor):
             _check_tensor("logits_to_keep", logits_to_keep, "[M]", 1, device, torch.int64, torch.int32)
         elif not isinstance(logits_to_keep, int) or logits_to_keep < 0:

@@ -6,12 +6,14 @@ A config.json is data: every key that is used is named here, checked by CausalLM
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from torch import Tensor
 
 from .config import FULL, SLIDING, CausalLMConfig
+from .linear_lm import FAMILY as LINEAR
+from .linear_lm import LinearLMConfig
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -21,7 +23,10 @@ ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "arfast": "ArfastForCausalLM",  # our own: every field of CausalLMConfig, for what no other family can express
+    LINEAR: "ArfastLinearLM",
 }
+# Their config.json has the fields of the configuration as they are.
+OWN = {"arfast": CausalLMConfig, LINEAR: LinearLMConfig}
 
 _SAME_NAME = (
     "vocab_size",
@@ -66,7 +71,7 @@ def _require(condition: bool, key: str, rule: str, actual: Any) -> None:
         raise ValueError(f"config.json: {key} must {rule}, got {actual!r:.100}")
 
 
-def config_from_json(raw: dict[str, Any]) -> CausalLMConfig:
+def config_from_json(raw: dict[str, Any]) -> CausalLMConfig | LinearLMConfig:
     """The configuration that a config.json describes.
 
     Raises:
@@ -75,12 +80,13 @@ def config_from_json(raw: dict[str, Any]) -> CausalLMConfig:
     family = raw.get("model_type")
     known = isinstance(family, str) and family in ARCHITECTURES
     _require(known, "model_type", f"be one of {', '.join(ARCHITECTURES)}", family)
-    for key in _REQUIRED:
+    own = OWN.get(family)
+    for key in (field.name for field in fields(own) if field.default is MISSING) if own else _REQUIRED:
         _require(raw.get(key) is not None, key, "be present", None)
-    if family == "arfast":
-        names = {field.name for field in fields(CausalLMConfig)}
+    if own:
+        names = {field.name for field in fields(own)}
         _warn_unused(set(raw) - names - {"model_type"} - _IRRELEVANT)
-        return CausalLMConfig(**{name: raw[name] for name in names if name in raw})
+        return own(**{name: raw[name] for name in names if name in raw})
     for key, allowed in _NEUTRAL.items():
         _require(raw.get(key, allowed[0]) in allowed, key, f"be {allowed[0]!r}", raw.get(key))
     moe = family in ("mixtral", "qwen3_moe")
@@ -183,14 +189,14 @@ def choose_family(config: CausalLMConfig) -> str:
     return "mistral" if uniform and no_bias else "arfast"
 
 
-def config_to_json(config: CausalLMConfig, dtype: str, family: str | None = None) -> dict[str, Any]:
+def config_to_json(config: CausalLMConfig | LinearLMConfig, dtype: str, family: str | None = None) -> dict[str, Any]:
     """The config.json of a family, None for the one that `choose_family` names, whose weights have this dtype.
 
     rope_theta and rope_scaling are written under their older names, which every version of transformers and vLLM reads.
     """
     family = family or choose_family(config)
     header = {"architectures": [ARCHITECTURES[family]], "model_type": family, "torch_dtype": dtype}
-    if family == "arfast":
+    if family in OWN:
         return header | asdict(config)
     raw = {key: getattr(config, key) for key in _SAME_NAME}
     raw |= {"rms_norm_eps": config.rms_norm_eps, "hidden_act": "silu", "use_cache": True, "attention_dropout": 0.0}
@@ -233,14 +239,14 @@ def stored_tensors(family: str, parameters: Iterable[tuple[str, Tensor]]) -> Ite
     """(parameter, name of a stored tensor, its place inside the parameter) for everything that a directory holds.
 
     The stacked experts are stored one by one, Mixtral's as w1 (gate), w3 (up), w2 (down) of a block_sparse_moe; our own
-    family stores parameters as they are.
+    families store parameters as they are.
     """
     mixtral = family == "mixtral"
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     for name, parameter in parameters:
         stored = re.sub(r"\.mlp\.(gate\.weight|experts\.)", r".block_sparse_moe.\1", name) if mixtral else name
         prefix, _, stacked = stored.rpartition(".")
-        if family == "arfast" or not prefix.endswith(".experts"):
+        if family in OWN or not prefix.endswith(".experts"):
             yield name, stored, ()
             continue
         half = parameter.shape[1] // 2
