@@ -1,0 +1,37 @@
+"""Studies of autoregressive models: each runs on real data in a few minutes, prints what it found, and draws it.
+
+Examples:
+  arfast lab least-squares
+  arfast train && arfast lab scoring
+  arfast lab linear-lm
+  arfast lab tokens --vocab-sizes 1024 4096
+  arfast lab least-squares --data temperatures.csv --column celsius --order 24
+"""
+
+import argparse
+import importlib
+
+STUDIES = {
+    "least-squares": "forecast a series from its last values, by least squares",
+    "scoring": "real and garbled text, right and wrong continuations, judged by a trained model",
+    "sequence-length": "what a longer context gives and costs",
+    "linear-lm": "language models without layers, beside a small transformer",
+    "tokens": "words, characters and byte pairs as tokens of the same text",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    studies = parser.add_subparsers(dest="study", metavar="STUDY", required=True)
+    for name, summary in STUDIES.items():
+        module = _module(name)
+        study = studies.add_parser(name, help=summary, description=module.__doc__)
+        study.add_argument("--output-dir", default=f"lab/{name}", metavar="DIR", help="(default: %(default)s)")
+        module.add_arguments(study)
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    return {"study": arguments.study, **_module(arguments.study).run(arguments)}
+
+
+def _module(name: str):
+    return importlib.import_module(f"arfast.lab.{name.replace('-', '_')}")
