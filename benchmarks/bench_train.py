@@ -39,7 +39,7 @@ def our_engine(config, device, **settings):
 
 def our_step(config, dtype, ids, cuda_graph=False):
     batch = SimpleNamespace(input_ids=ids, labels=ids, cu_seqlens=None, num_tokens=ids.numel() - len(ids))
-    engine = our_engine(config, ids.device.type, dtype=dtype, seqlen=ids.shape[1], cuda_graph=cuda_graph)
+    engine = our_engine(config, ids.device.type, dtype=dtype, cuda_graph=cuda_graph)
     return torch.tensor(engine.step([batch]).loss)
 
 

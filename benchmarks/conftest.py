@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 import report
 import torch
+from harness import TUNABLES
 from harness import compare as compare_case
 
-# Freed memory stays in the heap, and the heap asks for huge pages: a fresh 4 KiB page costs about 0.7 us.
-TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=34359738368"
 RESULTS = pytest.StashKey()
 FOLDER = Path(__file__).resolve().parent / "results"
 

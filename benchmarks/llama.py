@@ -1,5 +1,7 @@
 """The Llamas that training and decoding are measured with, and transformers' model of the same weights."""
 
+from dataclasses import dataclass
+
 import pytest
 
 from arfast.models import CausalLM, CausalLMConfig
@@ -28,6 +30,25 @@ LLAMA_1B = CausalLMConfig.preset(
     num_attention_heads=32,
     tie_word_embeddings=True,
 )
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model to train, as the case of a benchmark."""
+
+    name: str
+    config: CausalLMConfig
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def bytes(self) -> int:
+        """Of weights and moments, float32."""
+        return 12 * CausalLM(self.config, device="meta").num_parameters()
+
+
+SIZES = (Size("11M", LLAMA_11M), Size("50M", LLAMA_50M))
 
 
 def transformers_twin(model: CausalLM):

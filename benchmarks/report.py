@@ -1,5 +1,7 @@
 """The machine that a benchmark ran on, and its results as a table."""
 
+from __future__ import annotations
+
 import dataclasses
 import datetime
 import json
@@ -9,9 +11,12 @@ import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from harness import Result
+
+if TYPE_CHECKING:  # a script that only says where it ran needs no harness
+    from harness import Result
 
 HEAD = tuple("case,device,ours,spread,against,ratio,gate,GB/s,GFLOP/s,tokens/s,of peak,of nominal,rounds".split(","))
 
