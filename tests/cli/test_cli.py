@@ -28,14 +28,6 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(f"line {i} of a small corpus, and so on\n" * (20 + i))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
     """A finished run of 12 steps and what the command printed last."""
     directory = tmp_path_factory.mktemp("run") / "run"
@@ -119,7 +111,9 @@ def test_info_and_doctor():
     assert last_line(process)["failed"] == [] and "FAIL" not in process.stdout
 
 
-@pytest.mark.parametrize("verb", ["train", "generate", "score", "eval", "tokenize", "export", "info", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["train", "generate", "score", "eval", "tokenize", "scale", "export", "info", "doctor"]
+)
 def test_help_has_an_example(verb):
     process = arfast(verb, "--help")
     assert process.returncode == 0 and f"  arfast {verb}" in process.stdout

@@ -53,7 +53,7 @@ def numbered_dataset(tokenizer, tmp_path):
                 shards[name] = writer.close().content_sha256
         empty = SplitInfo(0, 0, 0, {})
         splits = {"train": SplitInfo(len(lengths), total, total, shards), "validation": empty, "test": empty}
-        description = describe_tokenizer(tokenizer, path)
+        description = describe_tokenizer(tokenizer, path) | {"vocab_size": max(total, 2**17)}
         DatasetManifest(path, {}, {}, description, splits).write(path)
         return path
 

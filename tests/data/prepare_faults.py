@@ -1,40 +1,19 @@
-"""Accidents while a data set is prepared; run by test_prepare.py as `prepare_faults.py SOURCE FOLDER`.
+"""Accidents while a data set is prepared; run by test_prepare.py as `prepare_faults.py SOURCE FOLDER`."""
 
-Children are forked, so that each accident costs milliseconds and not the import of torch.
-"""
-
-import errno
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
+from forks import die_at, fork, wait, with_full_disk
 from tqdm import tqdm
 
 from arfast.data import DatasetManifest, prepare_dataset
 
 VOCAB_SIZE = 320
-
-
-def fork(work):
-    """The process id of a child that runs ``work`` and ends with status 0, or 1 after an exception."""
-    if child := os.fork():
-        return child
-    status = 1
-    try:
-        work()
-        status = 0
-    finally:
-        os._exit(status)
-
-
-def wait(child):
-    """Exit status of a child; negative: the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def prepare(source, out_dir):
@@ -56,27 +35,6 @@ def assert_recovers(source, out_dir, expected):
     DatasetManifest.load(out_dir).verify()
     assert os.listdir(out_dir.parent) == [out_dir.name]
     shutil.rmtree(out_dir)
-
-
-def die_at(number, folder):
-    """Ends this process, without clean-up, just before its call ``number`` that changes the folder or waits for it."""
-    calls = 0
-
-    def count():
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            os._exit(9)
-
-    def audit(event, arguments):
-        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree") or (
-            event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT
-        )
-        if changes and str(folder) in str(arguments[0]):
-            count()
-
-    os.fsync = lambda descriptor: count()
-    sys.addaudithook(audit)
 
 
 def killed_at_each_call(source, out_dir, expected):
@@ -113,25 +71,14 @@ def killed_at_random(source, out_dir, expected):
     assert_recovers(source, out_dir, expected)
 
 
-def with_full_disk(source, out_dir, limit):
-    """A child's work under a limit on the size of files: it fails where a full disk does, and ends with status 7."""
-
-    def work():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            prepare(source, out_dir)()
-        except OSError as error:
-            assert error.errno == errno.EFBIG, error
-            assert "prepare_dataset: out_dir must have room for the data set, got 'File too large' with" in str(error)
-            os._exit(7)
-
-    return work
+def on_full_disk(source, out_dir, limit):
+    sentence = "prepare_dataset: out_dir must have room for the data set, got 'File too large' with"
+    return lambda: with_full_disk(prepare(source, out_dir), limit, sentence)
 
 
 def disk_full(source, out_dir, expected):
     for limit in (0, 1, 100, 1000, 5000, 10_000):
-        assert wait(fork(with_full_disk(source, out_dir, limit))) == 7, limit
+        assert wait(fork(on_full_disk(source, out_dir, limit))) == 7, limit
         assert not os.listdir(out_dir.parent), limit
     assert_recovers(source, out_dir, expected)
 
@@ -139,7 +86,7 @@ def disk_full(source, out_dir, expected):
 def together(source, out_dir, expected):
     """Several at once; the first ones die or fail while the others wait."""
     for first in ("live", "die", "fail"):
-        work = with_full_disk(source, out_dir, 1000) if first == "fail" else prepare(source, out_dir)
+        work = on_full_disk(source, out_dir, 1000) if first == "fail" else prepare(source, out_dir)
         children = [fork(work) for _ in range(2)]
         time.sleep(0.02)
         others = [fork(prepare(source, out_dir)) for _ in range(3)]

@@ -222,7 +222,7 @@ def test_shard_of_another_data_set(dataset_path, tmp_path, corpus, tokenizer):
         ({"shards": {"../train-00000.bin": "0"}}, "shards with names unlike train-00000.bin"),
         ({"shards": {"/etc/passwd": "0"}}, "shards with names unlike train-00000.bin"),
         ({"shards": ["train-00000.bin"]}, "shards with names unlike train-00000.bin"),
-        ({"num_tokens": "7"}, "counts that are not integers"),
+        ({"num_tokens": "7"}, "num_tokens must be an integer in"),
     ],
 )
 def test_hostile_manifest_with_a_valid_checksum(dataset_path, tmp_path, splits, message):

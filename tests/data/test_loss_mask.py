@@ -34,7 +34,8 @@ def make_dataset(path, tokenizer, masks, documents_per_shard):
             shards[name] = writer.close().content_sha256
     empty = SplitInfo(0, 0, 0, {})
     splits = {"train": SplitInfo(len(masks), first, first, shards), "validation": empty, "test": empty}
-    DatasetManifest(path, {}, {}, describe_tokenizer(tokenizer, path), splits).write(path)
+    description = describe_tokenizer(tokenizer, path) | {"vocab_size": vocab_size}
+    DatasetManifest(path, {}, {}, description, splits).write(path)
     return path
 
 

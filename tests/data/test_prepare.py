@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from arfast.data import DatasetManifest, Document, PackedDataset, Tokenizer, prepare, prepare_dataset
+from arfast.data import DatasetManifest, Document, PackedDataset, Tokenizer, prepare, prepare_dataset, split_writer
 from arfast.data.split import SPLITS
 
 
@@ -75,7 +75,7 @@ def test_large_corpus_is_thinned_out_for_training(corpus, tmp_path, monkeypatch)
     lengths = []
     train = Tokenizer.train
     monkeypatch.setattr(
-        Tokenizer, "train", lambda texts, size: train([lengths.append(len(t)) or t for t in texts], size)
+        Tokenizer, "train", lambda texts, **options: train([lengths.append(len(t)) or t for t in texts], **options)
     )
     prepare_dataset(corpus, tmp_path / "a", vocab_size=300)
     whole = DatasetManifest.load(tmp_path / "a").splits["train"].num_bytes
@@ -94,7 +94,7 @@ def test_copies_are_dropped(corpus, tokenizer, dataset_path, tmp_path):
 
 
 def test_several_shards_are_one_split(corpus, tokenizer, dataset_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_MAX_SHARD_TOKENS", 3000)
+    monkeypatch.setattr(split_writer, "MAX_SHARD_TOKENS", 3000)
     prepare_dataset(corpus, tmp_path / "a", tokenizer, validation_fraction=0.1, test_fraction=0.1)
     assert stored(tmp_path / "a") == stored(dataset_path)
     shards = DatasetManifest.load(tmp_path / "a").open_split("train")
@@ -113,7 +113,7 @@ def test_memory_is_bounded_by_the_batch(corpus, tokenizer, dataset_path, tmp_pat
         sizes.append(sum(map(len, texts)))
         return encode_batch(self, texts, **options)
 
-    monkeypatch.setattr(prepare, "_BATCH_BYTES", 10_000)
+    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 10_000)
     monkeypatch.setattr(Tokenizer, "encode_batch", spy)
     prepare_dataset(corpus, tmp_path / "a", tokenizer, validation_fraction=0.1, test_fraction=0.1)
     assert len(sizes) > 5 and max(sizes) < 10_000 + max(len(document.text) for document in corpus)

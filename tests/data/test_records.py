@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from arfast.data import Document, Tokenizer, prepare_dataset, read_documents
-from arfast.data.prepare import _encode
+from arfast.data.split_writer import _encode
 
 pyarrow = pytest.importorskip("pyarrow")
 ipc, parquet = pytest.importorskip("pyarrow.ipc"), pytest.importorskip("pyarrow.parquet")

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from arfast.data import Document, prepare_dataset
-from arfast.distributed import DataParallel
+from arfast.distributed import Parallel, ParallelConfig
 from arfast.models import CausalLM, CausalLMConfig
 from arfast.train import TrainConfig, Trainer, log
 
@@ -60,19 +60,21 @@ def prepare_sentences(path):
     return str(path)
 
 
-def make_trainer(data, model=DENSE, **config):
-    """A trainer for this process, or for this rank of the default process group."""
+def make_trainer(data, model=DENSE, parallel=None, **config):
+    """A trainer for this process, or for this rank of the default process group, arranged as ParallelConfig says."""
     config = TrainConfig(**CONFIG | config)
     if not dist.is_initialized():
         return Trainer(CausalLM(CausalLMConfig(**model)), config, data)
     log.plot_loss = lambda rows, path: True  # the import alone takes longer than the run
-    strategy = DataParallel(dtype=config.dtype)
+    parallel = dict(parallel or {})
+    options = dict(dtype=config.dtype, sequence_parallel=parallel.pop("sequence_parallel", False))
+    strategy = Parallel(ParallelConfig.for_ranks(dist.get_world_size(), **parallel), **options)
     return Trainer(strategy.build_model(CausalLMConfig(**model)), config, data, strategy=strategy)
 
 
-def train(data, output_dir, model=DENSE, stop_after=None, **config):
+def train(data, output_dir, model=DENSE, stop_after=None, parallel=None, **config):
     """Fit; what it consumed and logged. stop_after: (step, rank) at which that rank gets SIGTERM."""
-    trainer = make_trainer(data, model, output_dir=output_dir, **config)
+    trainer = make_trainer(data, model, parallel, output_dir=output_dir, **config)
     consumed, losses = record(trainer)
     status = 0
     if stop_after is not None:
@@ -140,6 +142,19 @@ def largest_difference(actual, expected):
     assert actual.keys() <= expected.keys()
     pairs = [(a, b) for step in actual for a, b in zip(actual[step], expected[step])]
     return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
+
+
+def assert_continued(ranks, consumed, undisturbed, expected, steps, same):
+    """What ranks that continued a run did, and consumed by step, against ranks that nobody disturbed: in these steps
+    the same samples, the same losses up to the order of additions, and in the same arrangement the same bits."""
+    assert list(consumed) == list(steps)
+    assert all(consumed[step] == expected[step] for step in consumed)
+    difference = largest_difference(ranks[0]["losses"], undisturbed[0]["losses"])
+    print(f"{len(undisturbed)} ranks continued on {len(ranks)}: largest relative difference {difference:.1e}")
+    if same:
+        assert [(r["local"], r["rng"]) for r in ranks] == [(r["local"], r["rng"]) for r in undisturbed]
+        assert difference == 0
+    assert difference < 1e-5
 
 
 def metrics(output_dir):

@@ -70,7 +70,7 @@ def _losses_of_uneven_batches(parallel):
     own = router_logits.split(counts[:ranks])[rank].clone().requires_grad_()
     router_logits.requires_grad_()
     expected = ops.router_losses(router_logits, ops.moe_route(router_logits, TOP_K))
-    losses = global_router_losses(own, ops.moe_route(own, TOP_K), groups)
+    losses = global_router_losses(own, ops.moe_route(own, TOP_K), groups.context, groups.data)
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
     assert all((groups.data.gather(loss) == loss).all() for loss in losses), "not the same value on every data rank"
     # The ranks of one batch count once; what the data ranks weigh it by adds up.

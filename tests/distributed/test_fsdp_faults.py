@@ -10,7 +10,7 @@ import torch.distributed as dist
 from fsdp_runs import DENSE, make_trainer, train
 from ranks import RanksFailed, run_ranks
 
-from arfast.distributed import DataParallel, Launch, process_group
+from arfast.distributed import Launch, Parallel, process_group
 from arfast.distributed.exchange import Exchange
 from arfast.distributed.sharded_checkpoint import ShardedSnapshot
 from arfast.models import CausalLM, CausalLMConfig
@@ -136,7 +136,7 @@ def test_a_full_disk_at_one_rank(data, tmp_path, rank):
 
 
 def _hang_in_step(data, output_dir):
-    strategy = DataParallel(timeout=3.0)
+    strategy = Parallel(timeout=3.0)
     if dist.get_rank() == 1:
         time.sleep(600)
     strategy.sum_over_ranks([1])
@@ -179,11 +179,11 @@ def _make(data, output_dir, config):
         ({"batch_size": 7, "micro_batch_size": None}, "batch_size must be a multiple of the 2 data ranks, got 7"),
         (
             {"batch_size": 12, "micro_batch_size": 4},
-            "micro_batch_size must divide the 6 sequences that each of 2 ranks has of a batch of 12, got 4",
+            "micro_batch_size must divide the 6 sequences that each of 2 data ranks has of a batch of 12, got 4",
         ),
         ({"cuda_graph": True}, "cuda_graph must be False on several ranks, got True"),
         ({"optimizer": "muon"}, "optimizer must be 'adamw' on several ranks, got 'muon'"),
-        ({"on_spike": "rewind", "rewind_steps": 1, "save_every": 1}, "on_spike must be 'report' on several ranks"),
+        ({"compile": True}, "compile must be False on several ranks, got True"),
         (
             {"batch_size": 8, "batch_ramp": [[0, 3], [96, 8]]},
             "batch_size must be a multiple of the 2 data ranks, got 3",
@@ -199,7 +199,7 @@ def test_settings_that_do_not_divide(data, tmp_path, config, text):
 
 def _make_unfit(data, output_dir):
     config = TrainConfig(output_dir=output_dir, max_steps=1)
-    strategy = DataParallel(dtype="bfloat16")
+    strategy = Parallel(dtype="bfloat16")
     model = CausalLMConfig(**DENSE)
     for candidate in (CausalLM(model), strategy.build_model(model)):
         try:
@@ -222,17 +222,6 @@ def test_a_directory_in_use_is_refused_on_all_ranks(data, tmp_path):
     with checkpoint.lock_directory(tmp_path), pytest.raises(RanksFailed) as raised:
         run_ranks(run, 2, data, str(tmp_path), {})
     assert all("must be used by one trainer at a time" in raised.value.errors[rank] for rank in range(2))
-
-
-def _wrong_mesh():
-    from torch.distributed.device_mesh import init_device_mesh
-
-    DataParallel(init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("rows",)))
-
-
-def test_a_mesh_without_data(data):
-    with pytest.raises(RanksFailed, match=r"mesh must have a dimension 'data' and the 2 ranks of the run, got"):
-        run_ranks(_wrong_mesh, 2)
 
 
 VARIABLES = {

@@ -24,7 +24,6 @@ from parallel_models import (
 )
 from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from arfast import CausalLM
 from arfast.distributed import (
@@ -35,42 +34,10 @@ from arfast.distributed import (
     load_full_state_dict,
     parallelize,
 )
-from arfast.distributed.collectives import Group
-from arfast.distributed.splits import Split, _runs, is_expert
 from arfast.train.optimizer import WorkingCopy
 
 TWO = dict(tensor=2)
 BIASES = dict(qkv_bias=True, o_bias=True, qk_norm=True)
-
-
-class _Ranks(Group):
-    """One of several ranks, for what needs no exchange."""
-
-    def __init__(self, size, rank):
-        super().__init__()
-        self.size, self.rank = size, rank
-
-
-@pytest.mark.parametrize(
-    "shape, rules",
-    [
-        ((6, 4), [(0, 3, 1)]),
-        ((4, 6), [(1, 2, 1)]),
-        ((4, 8, 3), [(0, 2, 1), (1, 2, 2)]),
-        ((4, 3, 6), [(0, 2, 1), (2, 3, 1)]),
-        ((12,), [(0, 4, 1)]),
-        ((2, 3), []),
-    ],
-)
-def test_runs_are_the_elements_that_are_cut(shape, rules):
-    whole = torch.arange(torch.Size(shape).numel()).view(shape)
-    for rank in range(max([size for _, size, _ in rules], default=1)):
-        rule = tuple(Split(dim, _Ranks(size, rank % size), sections) for dim, size, sections in rules)
-        part = whole
-        for split in rule:
-            part = split.cut(part)
-        runs = [element for start, length in _runs(list(shape), rule) for element in range(start, start + length)]
-        assert runs == part.flatten().tolist()
 
 
 def _step_cases(cases):
@@ -246,38 +213,6 @@ def test_one_step_of_compositions():
 
 def test_fifty_steps_of_a_composition():
     run_ranks(_curve, 4, COMPOSITIONS[:1])
-
-
-def _with_fsdp(base, expert):
-    """FSDP2 over "data" of what is split over "tensor"; split experts stay as they are."""
-    mesh = init_mesh(ParallelConfig(data=2, tensor=2, expert=expert), "cpu")
-    whole, split = (CausalLM(config(base), seed=3) for _ in range(2))
-    parallelize(split, mesh)
-    ignored = {p for name, p in split.named_parameters() if is_expert(name)} if expert > 1 else None
-    for module in (*split.model.layers, split):
-        fully_shard(module, mesh=mesh["data"], ignored_params=ignored)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (whole, split)]
-    for step in range(5):
-        losses = [backward(model, text_tokens(4, 32, step)) for model in (whole, split)]
-        assert abs(losses[1] - losses[0]) <= 1e-5 * losses[0]
-        expected = torch.nn.utils.get_total_norm([p.grad for p in whole.parameters()])
-        torch.testing.assert_close(gradient_norm(split), expected)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    full = full_state_dict(split)
-    for name, value in whole.state_dict().items():
-        torch.testing.assert_close(full[name], value, rtol=0, atol=1e-4, msg=name)
-    other = CausalLM(config(base), seed=4).state_dict()
-    load_full_state_dict(split, other)
-    assert all(torch.equal(value, other[name]) for name, value in full_state_dict(split).items())
-
-
-@pytest.mark.parametrize("base, expert", [(DENSE, 1), (MOE, 2)], ids=["dense", "experts"])
-def test_fsdp_of_a_split_model(base, expert):
-    run_ranks(_with_fsdp, 4, base, expert)
 
 
 @pytest.mark.slow

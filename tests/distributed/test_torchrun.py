@@ -59,10 +59,12 @@ def wait_for_steps(output_dir, count):
         time.sleep(0.05)
 
 
-def test_a_run_is_that_of_one_process(tmp_path, data):
+@pytest.mark.parametrize("flags", [[], ["--tensor-parallel", "2"], ["--context-parallel", "2"]], ids=str)
+def test_a_run_is_that_of_one_process(tmp_path, data, flags):
     results = []
-    for name, prefix in (("one", [sys.executable]), ("two", TORCHRUN)):
-        process = start([*prefix, *command(tmp_path / name, data)], tmp_path / f"{name}.log")
+    steady = ["--epsilon", "1e-5"] if flags else []  # see STEADY of test_parallel_trainer.py
+    for name, prefix, more in (("one", [sys.executable], []), ("two", TORCHRUN, flags)):
+        process = start([*prefix, *command(tmp_path / name, data, *steady, *more)], tmp_path / f"{name}.log")
         status, last, errors = finish(process, tmp_path / f"{name}.log")
         assert status == 0, errors
         results.append(json.loads(last[0]))

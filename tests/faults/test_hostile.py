@@ -4,15 +4,11 @@ outside, nothing large is allocated."""
 import contextlib
 import json
 import os
-import random
-import resource
 import shutil
-import sys
-import time
-import warnings
 
 import pytest
 import torch
+from hostile import REFUSALS, attempt, fuzz, mutate_json, watched
 from mutations import FILE_NAMES, VALUES, mutate_bytes, mutate_safetensors, mutate_value, to_json
 from train_doubles import make_trainer
 
@@ -24,57 +20,6 @@ from arfast.train.state import load_engine
 
 CONFIG = CausalLMConfig(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 EXPERTS = CONFIG.replace(num_experts=4, num_shared_experts=1, router_score="sigmoid", sliding_window=4)
-REFUSALS = (ValueError, FileNotFoundError, CheckpointError)
-LIMIT_SECONDS, LIMIT_BYTES = 1.0, 64 << 20
-# Events of sys.addaudithook that nothing in a file may bring about; "open" is looked at by path.
-FORBIDDEN = tuple(
-    "exec compile socket. subprocess. os.system os.exec os.fork os.posix_spawn pickle. marshal. ctypes.dlopen "
-    "os.putenv os.remove os.rename os.mkdir os.chmod urllib.".split()
-)
-
-_watched, _violations = [], []
-
-
-def _audit(event, arguments):
-    if not _watched:
-        return
-    if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
-        if not os.path.realpath(os.fspath(arguments[0])).startswith(_watched[-1]):
-            _violations.append((event, arguments))
-    elif event.startswith(FORBIDDEN) and "<frozen" not in str(arguments):
-        _violations.append((event, str(arguments)[:200]))
-
-
-sys.addaudithook(_audit)
-
-
-@contextlib.contextmanager
-def watched(directory):
-    """Nothing that is forbidden happens in here, and no file outside the directory is opened."""
-    _watched.append(os.path.realpath(directory))
-    try:
-        yield
-    finally:
-        _watched.pop()
-    assert not _violations, _violations
-
-
-def attempt(load, directory, describe):
-    """Load; 1 if it was refused. One line, within the time and the memory that the bars allow."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
-    try:
-        with watched(directory), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            load(directory)
-        refused = 0
-    except REFUSALS as error:
-        refused = 1
-        assert "\n" not in str(error) and len(str(error)) < 1500, (describe, str(error))
-    seconds = time.thread_time() - start
-    growth = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    assert seconds < LIMIT_SECONDS, (describe, seconds)
-    assert growth <= LIMIT_BYTES, (describe, growth)
-    return refused
 
 
 @pytest.fixture
@@ -89,28 +34,6 @@ def model_directories(memory_path):
     return paths
 
 
-def fuzz(directory, names, mutate, load, count, seed):
-    """Load variants of one file at a time; returns how many were refused."""
-    originals = {name: (directory / name).read_bytes() for name in names}
-    generator, refused = random.Random(seed), 0
-    for i in range(count):
-        name = generator.choice(names)
-        data = mutate(generator, originals[name])
-        (directory / name).write_bytes(data)
-        refused += attempt(load, directory, f"seed {seed}, input {i}, {name}")
-        (directory / name).write_bytes(originals[name])
-    return refused
-
-
-def mutate_json(generator, data):
-    if generator.random() < 0.3:
-        return mutate_bytes(generator, data)
-    value = json.loads(data)
-    for _ in range(generator.randint(1, 3)):
-        value = mutate_value(generator, value)
-    return to_json(generator, value)
-
-
 def mutate_index(generator, data):
     value = json.loads(data)
     if generator.random() < 0.7:
@@ -122,7 +45,7 @@ def mutate_index(generator, data):
 
 
 def test_safetensors_headers(model_directories, amount, record):
-    count, refused = amount(300, 40_000), 0
+    count, refused = amount(300, 100_000), 0
     for i, directory in enumerate(model_directories):
         names = [path.name for path in directory.glob("*.safetensors")]
         refused += fuzz(directory, names, mutate_safetensors, CausalLM.from_pretrained, count // 3, seed=i)
@@ -131,7 +54,7 @@ def test_safetensors_headers(model_directories, amount, record):
 
 
 def test_configurations(model_directories, amount, record):
-    count, refused = amount(200, 30_000), 0
+    count, refused = amount(200, 100_000), 0
     for i, directory in enumerate(model_directories):
         refused += fuzz(directory, ["config.json"], mutate_json, CausalLM.from_pretrained, count // 3, seed=10 + i)
     assert refused > 0.5 * count
@@ -139,7 +62,7 @@ def test_configurations(model_directories, amount, record):
 
 
 def test_indices(model_directories, amount, record):
-    count = amount(100, 10_000)
+    count = amount(100, 100_000)
     name = "model.safetensors.index.json"
     refused = fuzz(model_directories[1], [name], mutate_index, CausalLM.from_pretrained, count, seed=20)
     assert refused > 0.9 * count
@@ -183,7 +106,7 @@ def mutate_manifest(generator, data):
 
 def test_manifests(checkpoint, amount, record):
     trainer, path = checkpoint
-    count = amount(300, 20_000)
+    count = amount(300, 100_000)
     refused = fuzz(path, ["manifest.json"], mutate_manifest, verify, count, seed=30)
     assert refused > 0.8 * count
     record("C10", "hostile manifests, most with a right checksum", count, f"{refused} refused, the rest harmless")
@@ -192,7 +115,7 @@ def test_manifests(checkpoint, amount, record):
 def test_states_and_optimizers(checkpoint, amount, record):
     """As if the manifest were right: the state, the optimizer's tensors and the random states are mutated."""
     trainer, path = checkpoint
-    count = amount(200, 10_000)
+    count = amount(200, 100_000)
 
     def load(directory):
         before = [p.detach().clone() for p in trainer.model.parameters()], vars(trainer.state).copy()
@@ -201,6 +124,9 @@ def test_states_and_optimizers(checkpoint, amount, record):
         except CheckpointError:
             assert vars(trainer.state) == before[1] and all(map(torch.equal, trainer.model.parameters(), before[0]))
             raise
+        state = trainer.engine.state
+        assert type(state.next_position()) is int
+        assert all(type(value) is float for value in state.recent_losses + state.recent_grad_norms)
 
     def mutate(generator, data):
         return mutate_json(generator, data) if data.startswith(b"{") else mutate_safetensors(generator, data)
@@ -213,11 +139,20 @@ def test_states_and_optimizers(checkpoint, amount, record):
 
 
 def test_tokenizers(memory_path, amount, record):
-    count = amount(100, 10_000)
+    count = amount(300, 100_000)
     Tokenizer.train(["some text to learn from, some text"] * 5, vocab_size=270).save(memory_path)
     Tokenizer.load(memory_path)
     names = ["tokenizer.json", "tokenizer_config.json"]
-    refused = fuzz(memory_path, names, mutate_json, Tokenizer.load, count, seed=50)
+
+    def use(directory):
+        tokenizer = Tokenizer.load(directory)
+        for text in ("some text", "", "ü<|pad|>\n"):
+            ids = tokenizer.encode(text)
+            assert all(0 <= token < tokenizer.vocab_size for token in ids)
+            tokenizer.decode(ids)
+            tokenizer.decode_batch(tokenizer.encode_batch([text, text]))
+
+    refused = fuzz(memory_path, names, mutate_json, use, count, seed=50)
     assert refused > 0.3 * count
     record("S6", "hostile tokenizer.json and tokenizer_config.json", count, f"{refused} refused, the rest harmless")
 

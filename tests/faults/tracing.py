@@ -5,6 +5,7 @@ Unlike replaced functions of `os`, this sees every call of every thread, those o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -135,20 +136,19 @@ def follow(child: int, decide: Callable[[int, Call], Do | None]) -> int:
                 return os.waitstatus_to_exitcode(status)
             continue
         stop, delivered = os.WSTOPSIG(status), 0
-        if stop == signal.SIGTRAP | 0x80:
-            if thread not in under_way:
-                registers = _registers(thread)
-                under_way[thread] = do = decide(number, _call(registers, thread))
-                number += 1
-                _enter(child, thread, registers, do)
-            else:
-                _leave(child, thread, under_way.pop(thread))
-        elif stop not in (signal.SIGTRAP, signal.SIGSTOP):
-            delivered = stop
-        try:
+        # A thread that was stopped may be killed with its process before it is asked anything.
+        with contextlib.suppress(ProcessLookupError):
+            if stop == signal.SIGTRAP | 0x80:
+                if thread not in under_way:
+                    registers = _registers(thread)
+                    under_way[thread] = do = decide(number, _call(registers, thread))
+                    number += 1
+                    _enter(child, thread, registers, do)
+                else:
+                    _leave(child, thread, under_way.pop(thread))
+            elif stop not in (signal.SIGTRAP, signal.SIGSTOP):
+                delivered = stop
             _ptrace(_SYSCALL, thread, delivered)
-        except ProcessLookupError:  # killed
-            continue
 
 
 def _registers(thread: int) -> _Registers:

@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -67,6 +68,28 @@ def test_random_configurations(seed, tiny_pair, padded_prompts):
         expected = transformers_generate(theirs, input_ids, mask, **options)
         actual = generate(ours, input_ids, attention_mask=mask, eos_token_id=ends, pad_token_id=PAD, **options)
         assert torch.equal(actual, expected), (i, model, options, ends)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_configurations_of_fused_steps(seed, tiny_pair, padded_prompts):
+    """A CausalLM itself, of which a step is one op, with vocabularies of several tiles; end tokens by their weights."""
+    rng = random.Random(2000 + seed)
+    for i in range(6):
+        model, options = random_configuration(rng)
+        vocab_size = rng.choice([60, 256, 700, 1300])
+        ends = rng.sample(range(2, vocab_size), model["num_ends"])
+        if rng.random() < 0.7:  # beams are then chosen from the sums that a step leaves
+            options |= dict(repetition_penalty=1.0, min_new_tokens=0)
+        theirs, ours = tiny_pair(vocab_size, 100 * seed + i, model["scale"])
+        for head in (theirs.lm_head, ours.model.lm_head):
+            head.weight.data[ends] *= 1 + model["push"]
+        input_ids, mask = padded_prompts(model["batch"], 5, vocab_size)
+        theirs.generation_config.eos_token_id = ends or None
+        expected = transformers_generate(theirs, input_ids, mask, **options)
+        with mock.patch("arfast.generate.decode.decode_one_token", side_effect=AssertionError("a forward pass")):
+            options |= dict(attention_mask=mask, eos_token_id=ends, pad_token_id=PAD)
+            actual = generate(ours.model, input_ids, **options)
+        assert torch.equal(actual, expected), (i, model, options)
 
 
 class Diversity:

@@ -9,7 +9,7 @@ import torch
 from accuracy import assert_accurate
 
 from arfast.models import CausalLM, CausalLMConfig
-from arfast.models.families import ARCHITECTURES, choose_family
+from arfast.models.families import ARCHITECTURES, OWN, choose_family
 
 SIZES = dict(
     vocab_size=67,
@@ -66,7 +66,7 @@ CONFIGURATIONS = configurations()
 
 def test_the_sample_is_of_everything():
     configs = [parameter.values[0] for parameter in CONFIGURATIONS]
-    assert {choose_family(config) for config in configs} == ARCHITECTURES.keys() - {"arfast"}
+    assert {choose_family(config) for config in configs} == ARCHITECTURES.keys() - OWN.keys()
     for name in ("tie_word_embeddings", "qkv_bias", "o_bias", "qk_norm", "num_key_value_heads", "norm_topk_prob"):
         assert {getattr(config, name) for config in configs} == set(OPTIONS.get(name, (False, True))), name
     assert {str(config.rope_scaling) for config in configs} == set(map(str, OPTIONS["rope_scaling"]))

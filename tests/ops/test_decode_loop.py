@@ -1,17 +1,19 @@
 """What decode_step does for a loop: it counts the tokens, and leaves of its logits what beam_step can choose from."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
+from cpu_targets import run_on_target
 from test_beam_step import start, step_logits, tensors
 from test_decode_step import DTYPES, run
 from test_decode_step import make as make_step
 from threads import same_for_any_threads
 
-from arfast.ops import beam_step, beam_step_reference, decode_step
+from arfast.ops import beam_step, beam_step_reference, decode_beams, decode_beams_reference, decode_step
 from arfast.ops.decode_step import tile_sums_reference
 
 NAN, INF = math.nan, math.inf
@@ -56,7 +58,7 @@ def test_tile_sums(vocab, shape, dtype):
     same_for_any_threads(lambda: tile_sums(arguments))
     tokens, weights, cos, sin, *caches, seqlens = arguments
     _, alone = tile_sums([tokens[1:2], weights, cos, sin, *(cache[:, 1:2] for cache in caches), seqlens[1:2]])
-    assert_bitwise_equal(alone, sums[:, 1:2])
+    assert_bitwise_equal(alone, sums[:, :, 1:2])
 
 
 def test_infinite_logits_in_tiles():
@@ -68,9 +70,29 @@ def test_infinite_logits_in_tiles():
         head = arguments[1][2] = torch.ones(700, 32)
         head[300 : 300 + len(values), 0] = torch.tensor(values)
         (logits, sums), *_ = run(decode_step, arguments, options | dict(with_tile_sums=True))
-        assert bool(sums[1, 0, 1].isnan()) == bool(logits.isnan().any()), values
-        assert sums[:, 0, ::2].isfinite().all()
-        assert sums[0, 0, 1] == logits.nan_to_num(-INF, INF, -INF)[0, 256:512].max()
+        assert bool(sums[1, 1, 0].isnan()) == bool(logits.isnan().any()), values
+        assert sums[:, ::2, 0].isfinite().all()
+        assert sums[0, 1, 0] == logits.nan_to_num(-INF, INF, -INF)[0, 256:512].max()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_tiles_of_any_spread(rows):
+    """The first logits of a tile far below its maximum, far above its others, or -infinity: sums are as accurate."""
+    arguments, options = make_step("grouped", torch.float32, rows)
+    arguments[1][0] = torch.ones(1024, 32)
+    arguments[1][1].fill_(0)[0] = 1
+    head = arguments[1][2] = torch.zeros(1024, 32)
+    head[:, 0] = 3 * torch.randn(1024)
+    first = head.view(4, 256, 32)[:, :16, 0]
+    first[:] = torch.tensor([[-7.0], [-20.0], [80.0], [-1e30]])
+    (logits, sums), *_ = run(decode_step, arguments, options | dict(with_tile_sums=True))
+    assert_bitwise_equal(sums[0], tile_sums_reference(logits)[0])
+    assert_accurate(sums, tile_sums_reference(logits.double()), tile_sums_reference(logits))
+    first[:] = torch.tensor([[-INF], [NAN], [INF], [500.0]])
+    (logits, sums), *_ = run(decode_step, arguments, options | dict(with_tile_sums=True))
+    assert sums[0, 0].isfinite().all() and (sums[0, 2] == INF).all()
+    assert sums.isnan().any(0).any(1).tolist() == [False, True, False, False]
+    torch.testing.assert_close(sums[:, 3], tile_sums_reference(logits)[:, 3])
 
 
 TILED = [(2, 3, 257, 5, 0), (1, 4, 5000, 6, 3), (3, 8, 700, 5, 1), (2, 5, 40, 4, 8), (1, 128, 300, 3, 1)]
@@ -122,8 +144,8 @@ def test_broken_rows_in_tiles(bad):
     else:
         logits[1, 300 : 300 + len(bad)] = torch.tensor(bad)
     sums = tile_sums_reference(logits)
-    sums[0] = torch.stack([tile.nan_to_num(-INF, INF, -INF).amax(-1) for tile in logits.split(256, 1)], 1)
-    sums[1] = torch.where(sums[0] == INF, torch.where(logits.isnan().any(-1, keepdim=True), NAN, 1.0), sums[1])
+    sums[0] = torch.stack([tile.nan_to_num(-INF, INF, -INF).amax(-1) for tile in logits.split(256, 1)])
+    sums[1] = torch.where(sums[0] == INF, torch.where(logits.isnan().any(-1), NAN, 1.0), sums[1])
     beam_step(logits, state, tile_sums=sums)
     beam_step(logits, expected)
     for name in ("status", "next_tokens", "parents"):
@@ -141,7 +163,7 @@ def test_tile_sums_for_any_threads_and_batch():
         state, rows = start((items.stop - items.start, *size[1:]), "cpu"), slice(4 * items.start, 4 * items.stop)
         state.ends, state.lengths = first.ends, first.lengths[items].clone()
         state.running = first.running[items].clone()
-        beam_step(logits[rows], state, tile_sums=sums[:, rows].contiguous())
+        beam_step(logits[rows], state, tile_sums=sums[..., rows].contiguous())
         return state.running, state.next_tokens, state.tokens
 
     same_for_any_threads(run)
@@ -151,7 +173,7 @@ def test_tile_sums_for_any_threads_and_batch():
 
 
 def test_tile_sums_errors():
-    def refused(message, min_length=0, sums=(2, 6, 1), rows=6, **options):
+    def refused(message, min_length=0, sums=(2, 1, 6), rows=6, **options):
         state = start((2, 3, 9, 4, 1), "cpu", min_length=min_length)
         with pytest.raises(RuntimeError, match="beam_step: tile_sums must " + message):
             beam_step(torch.randn(rows, 9), state, tile_sums=torch.zeros(sums), **options)
@@ -163,5 +185,99 @@ def test_tile_sums_errors():
         dict(min_length=1),
     ):
         refused("come without banned, log_probs, generator_state and min_length", **options)
-    refused(r"have shape \[2, B\*K, tiles\] = \[2, 6, 1\], got \[2, 6, 2\]", sums=(2, 6, 2))
+    refused(r"have shape \[2, tiles, B\*K\] = \[2, 1, 6\], got \[2, 2, 6\]", sums=(2, 2, 6))
     refused(r"have shape", rows=2)
+
+
+def search(name, dtype, items, beams, max_length, ends=(), **options):
+    """A search after its first step, its model and its caches: prompts of 3 tokens, in a slot for each item."""
+    (_, weights, cos, sin, k_cache, v_cache, _), model = make_step(name, dtype, items * (beams + 1), length=20)
+    state = start((items, beams, weights[0].shape[0], max_length, 0), "cpu", **options)
+    state.ends = torch.tensor(ends, dtype=torch.int64)
+    beam_step(torch.randn(items, weights[0].shape[0]), state)
+    rows = items * beams
+    prompts = torch.arange(rows, rows + items, dtype=torch.int32).repeat_interleave(beams)
+    state.slots = prompts[:, None].repeat(1, k_cache.shape[2])
+    state.slots[:, 3:] = torch.arange(rows, dtype=torch.int32)[:, None]
+    state.prompt_lengths = torch.full((items,), 3, dtype=torch.int32)
+    seqlens = torch.full((rows,), 3, dtype=torch.int32)
+    caches = [torch.randn(cache.shape).to(dtype) for cache in (k_cache, v_cache)]
+    return state, [weights, cos, sin, *caches, seqlens], model
+
+
+def after(function, state, arguments, options, **changes):
+    """What it gives, and everything that it changes, on copies."""
+    state, (weights, cos, sin, *changed) = copy.deepcopy(state), arguments
+    changed = [tensor.clone() for tensor in changed]
+    return function(state, weights, cos, sin, *changed, **options | changes), [*tensors(state).values(), *changed]
+
+
+def step_by_step(state, weights, cos, sin, *cached, steps, **options):
+    done = 0
+    while done < steps and any(flags & 3 == 3 for flags in state.status.tolist()) and not (state.status & 4).any():
+        options |= dict(beam_slots=state.slots, advance=True, with_tile_sums=True)
+        logits, sums = decode_step(state.next_tokens, weights, cos, sin, *cached, **options)
+        beam_step(logits, state, tile_sums=sums)
+        done += 1
+    return done
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["grouped", "norms, biases", "window"])
+def test_decode_beams(name, dtype):
+    """The bits of its two ops in turn, for any number of threads and however the steps are divided."""
+    state, arguments, options = search(name, dtype, 2, 3, 9, ends=(5, 6), mode="never", length_penalty=0.7)
+    done, expected = after(step_by_step, state, arguments, options, steps=20)
+    assert 2 <= done <= 8
+    taken, actual = after(decode_beams, state, arguments, options, steps=20)
+    assert taken == done
+    for a, e in zip(actual, expected, strict=True):
+        assert_bitwise_equal(a, e)
+    same_for_any_threads(lambda: after(decode_beams, state, arguments, options, steps=20)[1])
+    for steps in [2] + [1] * (done - 2):
+        assert decode_beams(state, *arguments, steps=steps, **options) == steps
+    for a, e in zip([*tensors(state).values(), *arguments[3:]], expected, strict=True):
+        assert_bitwise_equal(a, e)
+
+
+@pytest.mark.parametrize("mode", [False, True, "never"], ids=str)
+def test_decode_beams_equals_its_reference(mode):
+    state, arguments, options = search("long rows", torch.float32, 2, 4, 12, ends=tuple(range(20)[:8]), mode=mode)
+    done, expected = after(decode_beams_reference, state, arguments, options, steps=11)
+    taken, actual = after(decode_beams, state, arguments, options, steps=11)
+    assert taken == done
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+def test_decode_beams_stops():
+    """When no item can change, and at logits that are not finite."""
+    state, arguments, options = search("grouped", torch.float32, 2, 2, 4)
+    assert decode_beams(state, *arguments, steps=9, **options) == 3
+    assert state.lengths.tolist() == [4, 4] and arguments[-1].tolist() == [6] * 4
+    state, arguments, options = search("grouped", torch.float32, 2, 2, 9)
+    arguments[0][1][0] = NAN
+    assert decode_beams(state, *arguments, steps=8, **options) == 1
+    assert (state.status & 4).all()
+
+
+def test_decode_beams_errors():
+    state, arguments, options = search("grouped", torch.float32, 2, 2, 30)
+    with pytest.raises(RuntimeError, match="decode_beams: steps must be at least 1, got 0"):
+        decode_beams(state, *arguments, steps=0, **options)
+    full = [*arguments[:-1], torch.full_like(arguments[-1], 20)]
+    with pytest.raises(RuntimeError, match=r"decode_step: seqlens must be in \[1, 22\], .*, got 23 at position 0"):
+        decode_beams(state, *full, steps=8, **options)
+    assert full[-1].tolist() == [22] * 4 and state.lengths.tolist() == [3, 3]  # what was done before
+    with pytest.raises(RuntimeError, match="beam_step: running must have shape"):
+        decode_beams(dataclasses.replace(state, running=torch.zeros(4)), *arguments, steps=1, **options)
+    for changes in (dict(min_length=2), dict(slots=None)):
+        with pytest.raises(RuntimeError, match="decode_beams: state must have no minimum length, but slots, got"):
+            decode_beams(dataclasses.replace(state, **changes), *arguments, steps=1, **options)
+    with pytest.raises(RuntimeError, match="decode_beams: inputs must not require a gradient"):
+        decode_beams(state, [arguments[0][0].requires_grad_(), *arguments[0][1:]], *arguments[1:], steps=1, **options)
+
+
+@pytest.mark.parametrize("target", ["baseline", "avx2"])
+def test_other_instruction_sets(target):
+    run_on_target(target, [__file__], chosen="tile or decode_beams")

@@ -13,7 +13,7 @@ from arfast.models import CausalLM
 from arfast.train import TrainConfig, performance
 from arfast.train.engine import TrainState
 from arfast.train.metrics import TensorBoard
-from arfast.train.performance import Meter, peak_flops
+from arfast.train.performance import Meter
 
 
 def rows(path):
@@ -53,27 +53,6 @@ def test_figures_are_their_definitions(monkeypatch):
         clock.now += 2.0
     meter.count(64, 16)
     assert meter.row(TrainState(tokens=192))["mfu"] == pytest.approx(64 * TINY.flops_per_token(16) / 2e6, abs=1e-4)
-
-
-def test_measured_peak(monkeypatch):
-    """Of the fastest of several products, without the first one."""
-    clock, multiply, shapes = Clock(), torch.mm, []
-    seconds = iter([0.01, 3.0, 2.0, 0.5, 2.0, 4.0])
-
-    def timed(a, b):
-        clock.now += next(seconds)
-        shapes.append((a.dtype, *a.shape, *b.shape))
-        return multiply(a[:1], b)
-
-    monkeypatch.setattr(performance.time, "perf_counter", clock)
-    monkeypatch.setattr(torch, "mm", timed)
-    performance._measured_peak.cache_clear()
-    peak = peak_flops(torch.device("cpu"), torch.bfloat16)
-    (shape,) = set(shapes)
-    assert shape == (torch.bfloat16, 1024, 1024, 1024, 1024)
-    assert peak == 2 * 1024**3 / 0.5
-    assert peak_flops(torch.device("cpu"), torch.bfloat16) == peak
-    performance._measured_peak.cache_clear()
 
 
 def test_model_that_does_not_say_has_no_utilisation(tmp_path):

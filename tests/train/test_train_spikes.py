@@ -19,9 +19,9 @@ from train_doubles import (
     outcome,
 )
 
-from arfast.train import CheckpointError, DivergedError, TrainConfig, rewind, state
+from arfast.train import CheckpointError, DivergedError, TrainConfig, checkpoint, rewind, state
 from arfast.train import trainer as trainer_module
-from arfast.train.checkpoint import list_checkpoints
+from arfast.train.checkpoint import discard, list_checkpoints
 from arfast.train.engine import TrainState
 from arfast.train.rewind import JOURNAL, Journal, Rewind
 from arfast.train.spikes import describe_spike, remember
@@ -177,8 +177,8 @@ class Killed(BaseException):
 def test_kill_within_a_rewind(tmp_path, monkeypatch, function, when):
     make(tmp_path / "whole", "batch").fit()
     trainer = make(tmp_path / "run", "batch")
-    in_trainer = function == "discard_newer"
-    module = trainer_module if in_trainer else state if function == "load_engine" else rewind
+    modules = {"discard": checkpoint, "discard_newer": trainer_module, "load_engine": state}
+    module = modules.get(function, rewind)
     real = getattr(module, function)
 
     def killed(*args):
@@ -289,7 +289,7 @@ def test_journal_of_an_earlier_run_is_forgotten(tmp_path):
     """Whoever deletes the checkpoints begins anew."""
     make(tmp_path, "batch").fit()
     for path in list_checkpoints(tmp_path):
-        rewind.discard(path)
+        discard(path)
     trainer = make(tmp_path, max_steps=3)
     trainer.fit()
     assert trainer.state.left_out == [] and not (tmp_path / JOURNAL).exists()

@@ -99,7 +99,6 @@ def child(job):
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         run(job)
         code = 0
@@ -138,5 +137,6 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before a child can be interrupted
     # With a job as argument: that one, in this very process.
     child(json.loads(sys.argv[1])) if len(sys.argv) > 1 else main()

@@ -1,19 +1,14 @@
-"""Accidents while a corpus is prepared; run by test_run.py as `run_faults.py SOURCES FOLDER`.
+"""Accidents while a corpus is prepared; run by test_run.py as `run_faults.py SOURCES FOLDER`."""
 
-Children are forked, so that each accident costs milliseconds and not the import of torch.
-"""
-
-import errno
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
+from forks import die_at, fork, wait, with_full_disk
 from tqdm import tqdm
 
 from arfast.data.pipeline import Recipe, prepare_corpus, source, tokenize
@@ -22,25 +17,6 @@ from arfast.data.pipeline import Recipe, prepare_corpus, source, tokenize
 THOROUGH = os.environ.get("ARFAST_PREPARE_KILLS") == "all"
 RANDOM_KILLS = 40 if THOROUGH else 6
 CALLS = 1 if THOROUGH else 11
-
-
-def fork(work):
-    """The process id of a child, leader of its own group, that runs ``work`` and ends with status 0, or 1."""
-    if child := os.fork():
-        return child
-    status = 1
-    try:
-        os.setpgid(0, 0)
-        work()
-        status = 0
-    except Exception:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def wait(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def contents(path):
@@ -85,31 +61,15 @@ class Accidents:
         number, status = 1 - CALLS, 9
         while status == 9:
             number += CALLS
-            status = wait(fork(lambda number=number: self.die_at(number)))
+            status = wait(fork(lambda number=number: self.dying_at(number)))
             self.assert_absent_or_complete()
             if number // CALLS % 3:
                 self.assert_recovers()
         assert status == 0 and number > 60, (status, number)
         self.assert_recovers()
 
-    def die_at(self, number):
-        calls = 0
-
-        def count():
-            nonlocal calls
-            calls += 1
-            if calls == number:
-                os._exit(9)
-
-        def audit(event, arguments):
-            changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree") or (
-                event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT
-            )
-            if changes and str(self.folder) in str(arguments[0]):
-                count()
-
-        os.fsync = lambda descriptor: count()
-        sys.addaudithook(audit)
+    def dying_at(self, number):
+        die_at(number, self.folder)
         self.prepare(1)()
 
     def killed_at_random(self):
@@ -134,21 +94,14 @@ class Accidents:
     def disk_full(self):
         for limit in (0, 100, 1000, 10_000, 30_000) if THOROUGH else (100, 10_000):
             for workers in (1, 2):
-                assert wait(fork(lambda limit=limit, workers=workers: self.with_full_disk(limit, workers))) == 7, limit
+                assert wait(fork(lambda limit=limit, workers=workers: self.on_full_disk(limit, workers))) == 7, limit
                 assert not self.out.exists()
                 assert not list(self.folder.rglob("*.tmp-*")), limit
         self.assert_recovers()
 
-    def with_full_disk(self, limit, workers):
-        """A limit on the size of files: fails where a full disk does, and ends with status 7."""
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            self.prepare(workers)()
-        except OSError as error:
-            assert error.errno == errno.EFBIG, error
-            assert "prepare: output_dir must have room for the work and the result, got 'File too large'" in str(error)
-            os._exit(7)
+    def on_full_disk(self, limit, workers):
+        sentence = "prepare: output_dir must have room for the work and the result, got 'File too large'"
+        with_full_disk(self.prepare(workers), limit, sentence)
 
     def together(self):
         """Several at once: one works, the others wait and find its result."""
