@@ -8,7 +8,6 @@ while the copy is written and read back take beyond as many without. --save-tabl
 
 import statistics
 import time
-from pathlib import Path
 
 import pytest
 import report
@@ -21,7 +20,7 @@ from arfast.train.strategy import OneProcess
 
 SAVES, QUIET_STEPS = 5, 7
 MIN_RATIO = 5.0  # pause inline over pause in the background
-RESULTS = Path(__file__).resolve().parent / "results" / "save-cpu.md"
+ABOUT = "Steps while the copy is written and read back, and the pause of the step that saves, bfloat16 on the CPU."
 HEAD = (
     "| model | checkpoint, MB | inline, ms | background, first, ms | later, ms | times shorter | slower steps, ms |\n"
     "|---|--:|--:|--:|--:|--:|--:|"
@@ -36,8 +35,7 @@ def rows(request):
         text = "\n".join([HEAD, *measured])
         print(f"\n{text}")
         if request.config.option.save_table:
-            machine = "\n".join(f"* {key}: {value}" for key, value in report.machine().items())
-            RESULTS.write_text(f"# The pause of a save\n\n{machine}\n\n{text}\n")
+            report.save_page("save-cpu", "The pause of a save", ABOUT, text)
 
 
 @pytest.mark.parametrize("case", SIZES, ids=str)

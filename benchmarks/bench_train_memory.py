@@ -17,7 +17,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import report
@@ -36,7 +35,7 @@ PATHS = ("ours", "transformers")
 FIGURES = ("step", "all")
 BATCH, SEQLEN, DTYPE, STEPS = 4, 512, "bfloat16", 3
 MAX_SHARE = 0.5  # of transformers' memory
-RESULTS = Path(__file__).resolve().parent / "results" / "training-memory-cpu.md"
+ABOUT = f"Steps of {BATCH} x {SEQLEN} tokens, {DTYPE}; see `bench_train_memory.py` for the two figures."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +70,7 @@ def rows(request):
     if measured:
         print(f"\n{table(measured)}")
         if request.config.option.save_table:
-            RESULTS.write_text(f"# Peak memory of a training step\n\n{describe()}\n\n{table(measured)}\n")
+            report.save_page("training-memory-cpu", "Peak memory of a training step", ABOUT, table(measured))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -136,11 +135,6 @@ def table(rows) -> str:
                 f"| {row.case.name} | {row.case.allocator} | {figure} | {ours} | {theirs} | {row.share(figure):.2f} |"
             )
     return "\n".join(lines)
-
-
-def describe() -> str:
-    machine = "\n".join(f"* {key}: {value}" for key, value in report.machine().items() if key != "allocator")
-    return f"Steps of {BATCH} x {SEQLEN} tokens, {DTYPE}; see `bench_train_memory.py` for the two figures.\n\n{machine}"
 
 
 if __name__ == "__main__":

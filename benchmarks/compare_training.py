@@ -32,7 +32,6 @@ from arfast.train import TrainConfig, Trainer
 from arfast.train.evaluation import evaluate
 from arfast.train.recipes import RECIPES
 
-RESULTS = Path(__file__).resolve().parent / "results"
 # As many parameters as LLAMA_11M, fewer of them in the vocabulary.
 MODEL = LLAMA_11M.replace(
     vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6
@@ -198,7 +197,7 @@ def main() -> None:
     parser.add_argument("--plain-learning-rate", type=float, default=1e-3, help="see sweep")
     parser.add_argument("--plain-batch-size", type=int, default=4, help="rows of 512 tokens")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--output", type=Path, default=RESULTS / "training-comparison.json")
+    parser.add_argument("--output", type=Path, default=report.FOLDER / "training-comparison.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = arguments.data or f"{folder}/data"

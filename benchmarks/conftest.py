@@ -11,7 +11,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import report
@@ -20,7 +19,6 @@ from harness import TUNABLES
 from harness import compare as compare_case
 
 RESULTS = pytest.StashKey()
-FOLDER = Path(__file__).resolve().parent / "results"
 
 
 def pytest_addoption(parser):
@@ -89,7 +87,7 @@ def compare(device, benchmark, request):
         results = request.config.stash[RESULTS]
         results.append(dataclasses.replace(result, name=f"{op} {case.name}"))
         if request.config.option.save_table:  # a run that is cut short keeps what it measured
-            report.save(results, FOLDER)
+            report.save(results, report.FOLDER)
         if request.config.option.gates:
             if result.noisy:
                 pytest.skip("the machine was too busy to decide the gates")
@@ -105,5 +103,5 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("ours against peers")
     terminalreporter.write_line(report.table(results))
     if config.option.save_table:
-        for path in report.save(results, FOLDER):
+        for path in report.save(results, report.FOLDER):
             terminalreporter.write_line(f"wrote {path}")

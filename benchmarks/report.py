@@ -18,6 +18,7 @@ import torch
 if TYPE_CHECKING:  # a script that only says where it ran needs no harness
     from harness import Result
 
+FOLDER = Path(__file__).resolve().parent / "results"
 HEAD = tuple("case,device,ours,spread,against,ratio,gate,GB/s,GFLOP/s,tokens/s,of peak,of nominal,rounds".split(","))
 
 
@@ -50,12 +51,23 @@ def save(results: Sequence[Result], folder: Path) -> list[Path]:
     )
     stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ("" if info["allocator"] == "default" else "-tuned")
     folder.mkdir(parents=True, exist_ok=True)
-    header = "".join(f"* {key}: {value}\n" for key, value in info.items())
     paths = [folder / f"{stem}.md", folder / f"{stem}.json"]
-    paths[0].write_text(f"# {name}\n\n{header}\n{table(results)}\n")
+    paths[0].write_text(f"# {name}\n\n{_list(info)}\n{table(results)}\n")
     rows = [dataclasses.asdict(result) | {"noisy": result.noisy} for result in results]
     paths[1].write_text(json.dumps({"machine": info, "results": rows}, indent=1) + "\n")
     return paths
+
+
+def save_page(name: str, title: str, about: str, table: str) -> Path:
+    """Writes <name>.md: what was measured, where, and the table."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / f"{name}.md"
+    path.write_text(f"# {title}\n\n{about}\n\n{_list(machine())}\n{table}\n")
+    return path
+
+
+def _list(info: dict[str, str]) -> str:
+    return "".join(f"* {key}: {value}\n" for key, value in info.items())
 
 
 def _rows(result: Result):
