@@ -7,6 +7,7 @@ from typing import Any
 from .presets import PRESETS
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # The upper bounds keep every product of sizes inside int64 and refuse absurd files before anything is allocated.
 _INTEGERS = {
@@ -44,11 +45,17 @@ def _require(condition: bool, name: str, rule: str, actual: Any) -> None:
         raise ValueError(f"CausalLMConfig: {name} must {rule}, got {actual!r:.100}")
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_special_token(name: str, value: Any, vocab_size: int) -> bool:
+    """Whether the field may have this value: None, a token id, or a tuple of these for the end token."""
+    tokens = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
+    return all(token is None or (is_integer(token) and 0 <= token < vocab_size) for token in tokens)
+
+
+def is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return abs(value) < 2**1023 if isinstance(value, int) else math.isfinite(value)  # JSON has integers beyond floats
@@ -139,7 +146,7 @@ class CausalLMConfig:
             self._check_integer(name)
         for name, (low, included, high) in _FLOATS.items():
             value, rule = getattr(self, name), f"be a number in {'[' if included else '('}{low}, {high})"
-            valid = _is_number(value) and (value >= low if included else value > low) and value < high
+            valid = is_number(value) and (value >= low if included else value > low) and value < high
             _require(valid, name, rule, value)
             self._set(name, float(value))  # torch takes no integers beyond int64
         for name in _BOOLEANS:
@@ -154,14 +161,14 @@ class CausalLMConfig:
     def _check_integer(self, name: str) -> None:
         low, high = _INTEGERS[name]
         value = getattr(self, name)
-        _require(_is_integer(value) and low <= value <= high, name, f"be an integer in [{low}, {high}]", value)
+        _require(is_integer(value) and low <= value <= high, name, f"be an integer in [{low}, {high}]", value)
 
     def _check_attention(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         _require(heads % kv_heads == 0, "num_key_value_heads", f"divide num_attention_heads={heads}", kv_heads)
         _require(self.head_dim % 2 == 0, "head_dim", "be even", self.head_dim)
         window = self.sliding_window
-        valid = window is None or (_is_integer(window) and 1 <= window < 2**31)
+        valid = window is None or (is_integer(window) and 1 <= window < 2**31)
         _require(valid, "sliding_window", "be None or an integer in [1, 2147483647]", window)
         if self.layer_types is not None:
             self._check_layer_types()
@@ -187,14 +194,14 @@ class CausalLMConfig:
         _require(set(scaling) - {"rope_type"} == keys, "rope_scaling", f"have the keys {sorted(keys)}", sorted(scaling))
         for key in keys:
             value = scaling[key]
-            _require(_is_number(value) and 0 < value < 2**31, f"rope_scaling[{key!r}]", "be a positive number", value)
+            _require(is_number(value) and 0 < value < 2**31, f"rope_scaling[{key!r}]", "be a positive number", value)
         if kind == "llama3":
             low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
             _require(high > low, "rope_scaling['high_freq_factor']", f"be above low_freq_factor={low}", high)
 
     def _check_experts(self) -> None:
         dense, last = self.mlp_only_layers, self.num_hidden_layers - 1
-        valid = isinstance(dense, (tuple, list)) and all(_is_integer(i) and 0 <= i <= last for i in dense)
+        valid = isinstance(dense, (tuple, list)) and all(is_integer(i) and 0 <= i <= last for i in dense)
         _require(valid, "mlp_only_layers", f"hold layer numbers in [0, {last}]", dense)
         self._set("mlp_only_layers", tuple(dense))
         score = self.router_score
@@ -205,10 +212,9 @@ class CausalLMConfig:
     def _check_special_tokens(self) -> None:
         if isinstance(self.eos_token_id, list):
             self._set("eos_token_id", tuple(self.eos_token_id))
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in SPECIAL_TOKENS:
             value = getattr(self, name)
-            tokens = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
-            valid = all(token is None or (_is_integer(token) and 0 <= token < self.vocab_size) for token in tokens)
+            valid = is_special_token(name, value, self.vocab_size)
             _require(valid, name, f"be None or in [0, vocab_size={self.vocab_size})", value)
 
     @classmethod

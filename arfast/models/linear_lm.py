@@ -19,6 +19,7 @@ from arfast.nn.layout import packed_positions
 from arfast.nn.trailing_sums import shift, trailing_sums
 
 from .causal_lm import CausalLM
+from .config import SPECIAL_TOKENS, is_integer, is_number, is_special_token
 
 FAMILY = "arfast_linear"
 _MAX_HEAD_DIM = 128
@@ -60,21 +61,18 @@ class LinearLMConfig:
     def __post_init__(self) -> None:
         for name, (low, high) in _INTEGERS.items():
             value, optional = getattr(self, name), name == "window"
-            valid = (optional and value is None) or (_is_integer(value) and low <= value <= high)
+            valid = (optional and value is None) or (is_integer(value) and low <= value <= high)
             self._require(valid, name, f"be {'None or ' * optional}an integer in [{low}, {high}]")
         self._require(self.hidden_size % 8 == 0, "hidden_size", "be a multiple of 8")
         self._require(isinstance(self.ngram, bool), "ngram", "be True or False")
         if self.ngram:
             self._require(self.window is not None and self.window <= 4096, "window", "be at most 4096 with ngram")
-        std = self.initializer_range
-        valid = isinstance(std, (int, float)) and not isinstance(std, bool) and 0 <= std < math.inf
+        valid = is_number(self.initializer_range) and self.initializer_range >= 0
         self._require(valid, "initializer_range", "be a finite number >= 0")
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(self, name)
-            tokens = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
-            valid = all(token is None or (_is_integer(token) and 0 <= token < self.vocab_size) for token in tokens)
+        for name in SPECIAL_TOKENS:
+            valid = is_special_token(name, getattr(self, name), self.vocab_size)
             self._require(valid, name, f"be None or in [0, vocab_size={self.vocab_size})")
 
     def _require(self, valid: bool, name: str, rule: str) -> None:
@@ -96,10 +94,6 @@ class LinearLMConfig:
     def flops_per_token(self, seqlen: int) -> float:
         """Of forward and backward pass: 6 per weight of the head, which is the only matrix that multiplies a token."""
         return 6.0 * self.vocab_size * self.hidden_size
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class ContextEmbedding(nn.Module):
@@ -219,7 +213,7 @@ class LinearLM(CausalLM):
             count: how many, itself not counted.
             table: of the n-gram model, the one of so many places before the last.
         """
-        if not (_is_integer(token) and 0 <= token < self.config.vocab_size):
+        if not (is_integer(token) and 0 <= token < self.config.vocab_size):
             raise ValueError(f"LinearLM: token must be in [0, vocab_size={self.config.vocab_size}), got {token!r}")
         weight = self.model.embed_tokens[table].weight.detach().float()
         weight = nn.functional.normalize(weight - weight.mean(0), dim=1)
