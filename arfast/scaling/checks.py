@@ -8,12 +8,15 @@ import numpy as np
 
 from arfast.data.checks import check_integer
 
+LOSSES = ("squared", "huber")
+MAX_RESAMPLES = 100_000  # each is a fit: a fit.json of a stranger is not to keep a machine for years
+
 
 def check_positive(name: str, values) -> np.ndarray:
     """The values as float64; ValueError unless all are finite and above 0. ``name`` reads "owner: argument"."""
     try:
         array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must hold numbers, got {values!r:.100}") from None
     if wrong := array[~(np.isfinite(array) & (array > 0))].tolist():
         raise ValueError(f"{name} must be finite and above 0, got {wrong[0]}")
@@ -48,7 +51,14 @@ def check_points(
     return np.array(list(arrays.values()))
 
 
-def check_confidence(owner: str, num_resamples: int, confidence: float) -> None:
-    check_integer(f"{owner}: num_resamples", num_resamples, 20)
+def check_bootstrap(owner: str, num_resamples: int, confidence: float, seed: int) -> None:
+    check_integer(f"{owner}: num_resamples", num_resamples, 20, MAX_RESAMPLES)
+    check_integer(f"{owner}: seed", seed, 0, 2**63 - 1)
     if isinstance(confidence, bool) or not isinstance(confidence, (int, float)) or not 0 < confidence < 1:
-        raise ValueError(f"{owner}: confidence must be between 0 and 1, got {confidence!r}")
+        raise ValueError(f"{owner}: confidence must be between 0 and 1, got {confidence!r:.100}")
+
+
+def check_settings(owner: str, loss: str, num_resamples: int, confidence: float, seed: int) -> None:
+    if loss not in LOSSES:
+        raise ValueError(f"{owner}: loss must be one of {', '.join(LOSSES)}, got {loss!r:.100}")
+    check_bootstrap(owner, num_resamples, confidence, seed)

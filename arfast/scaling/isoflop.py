@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .checks import check_confidence, check_points, check_positive
+from .checks import check_bootstrap, check_points, check_positive
 from .laws import Law, ParametricLaw, ScalingWarning
 
 _SAME_BUDGET = 1.05  # compute within 5 % counts as one budget: the last step of a run is whole
@@ -87,7 +87,7 @@ def fit_isoflop(
     (0.452, 0.452)
     """
     points = check_points("fit_isoflop", dict(C=C, N=N, L=L), at_least=7, different={})
-    check_confidence("fit_isoflop", num_resamples, confidence)
+    check_bootstrap("fit_isoflop", num_resamples, confidence, seed)
     warnings.warn(BIAS_WARNING, ScalingWarning, stacklevel=2)
     groups = _budgets(*points)
     budgets = np.array([math.exp(np.log(group[0]).mean()) for group in groups])

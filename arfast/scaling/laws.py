@@ -14,9 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from . import power_sum
-from .checks import check_confidence, check_points, check_positive
-
-LOSSES = ("squared", "huber")
+from .checks import check_points, check_positive, check_settings
 
 
 class ScalingWarning(UserWarning):
@@ -228,9 +226,7 @@ def fit_parametric(
 
 def _fit(owner, x, y, loss, num_resamples, confidence, seed):
     """(parameters in the units of x, what all laws hold of their bootstrap)."""
-    if loss not in LOSSES:
-        raise ValueError(f"{owner}: loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    check_confidence(owner, num_resamples, confidence)
+    check_settings(owner, loss, num_resamples, confidence, seed)
     logs = np.log(x)
     centre = logs.mean(axis=1)
     u, huber = logs - centre[:, None], loss == "huber"

@@ -14,6 +14,7 @@ from typing import Any
 from arfast.data.checks import check_integer, one_line
 from arfast.data.files import read_file, write_file
 from arfast.models import CausalLMConfig
+from arfast.models.config import is_number
 from arfast.train import TrainConfig
 
 from .shapes import model_shape, non_embedding_parameters
@@ -44,6 +45,26 @@ class PlannedRun:
     epochs: float | None
     model: dict[str, Any]
     train: dict[str, Any]
+
+    def model_config(self) -> CausalLMConfig:
+        return CausalLMConfig(**self.model)
+
+    def train_config(self, output_dir: str, **options: Any) -> TrainConfig:
+        return TrainConfig(**self.train, output_dir=output_dir, **options)
+
+    def check(self) -> None:
+        """ValueError unless this is a run that can be done: a plan may come from anybody."""
+        if self.name != Path(self.name).name or self.name.startswith(".") or "\0" in self.name:
+            raise ValueError(f"a run whose name is no file name: {self.name!r}")
+        for name in ("budget", "flops", "parameters", "non_embedding_parameters", "tokens", "epochs"):
+            value = getattr(self, name)
+            if not (is_number(value) and value > 0) and not (name == "epochs" and value is None):
+                raise ValueError(f"{self.name}: {name} that is no number above 0: {value!r:.100}")
+        if not isinstance(self.held_out, bool):
+            raise ValueError(f"{self.name}: held_out that is neither true nor false")
+        if self.model_config().num_parameters() != self.parameters:
+            raise ValueError(f"{self.name}: parameters that are not those of its model")
+        self.train_config(self.name, progress=False)
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,7 @@ class SweepPlan:
             epochs = "" if run.epochs is None else f"{run.epochs:.2f}"
             counts = (f"{run.parameters:,}", f"{run.non_embedding_parameters:,}", f"{run.tokens:,}")
             cells = (run.name, f"{run.flops:.3g}", *counts, *(f"{ratio:.2f}" for ratio in ratios), epochs)
-            rows.append((*cells, f"{run.train['learning_rate']:g}"))
+            rows.append((*cells, f"{run.train_config(run.name).learning_rate:g}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 
@@ -99,9 +120,12 @@ class SweepPlan:
             if record["format"] != _FORMAT:
                 raise ValueError(f"format {record['format']!r} instead of {_FORMAT!r}")
             runs = tuple(PlannedRun(**run) for run in record["runs"])
-            names = [run.name for run in runs]
-            if len(set(names)) != len(names) or any(name != Path(name).name or name.startswith(".") for name in names):
-                raise ValueError("names of runs that are not different file names")
+            for run in runs:
+                run.check()
+            if len({run.name for run in runs}) != len(runs):
+                raise ValueError("names of runs that are not different")
+            if not isinstance(record["data"], str) or not isinstance(record["settings"], dict):
+                raise ValueError("data that is no path, or settings that are no record")
             return cls(record["settings"], record["data"], runs)
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"SweepPlan: {str(path)!r} must be an intact plan, got: {one_line(error)}") from None

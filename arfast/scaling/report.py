@@ -14,6 +14,7 @@ import numpy as np
 from arfast.data.checks import one_line
 from arfast.data.files import read_file, write_file
 
+from .checks import check_points, check_settings
 from .isoflop import BIAS_WARNING, IsoflopLaw, fit_isoflop, parabola_bias, same_budgets
 from .laws import Law, ParametricLaw, PowerLaw, ScalingWarning, fit_parametric, fit_power_law
 from .results import Runs
@@ -71,19 +72,28 @@ class ScalingFit:
         Raises:
             FileNotFoundError: there is none. ValueError: it is damaged.
         """
-        path = Path(path) / FIT_NAME if Path(path).is_dir() else Path(path)
-        if not path.exists():
-            raise FileNotFoundError(f"ScalingFit: path must hold a {FIT_NAME}, got none at {str(path)!r}")
-        try:
-            record = json.loads(read_file(path, _MAX_BYTES))
-            if record["format"] != _FORMAT:
-                raise ValueError(f"format {record['format']!r} instead of {_FORMAT!r}")
-            columns = [np.array(record["runs"][name], dtype=float) for name in ("N", "D", "L", "C")]
-            runs = Runs(*columns, np.array(record["runs"]["held_out"], dtype=bool))
-            settings = {name: record["settings"][name] for name in _SETTINGS}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"ScalingFit: {str(path)!r} must be an intact fit, got: {one_line(error)}") from None
+        runs, settings = read_fit(path)
         return fit_runs(runs, **settings)
+
+
+def read_fit(path: str | os.PathLike[str]) -> tuple[Runs, dict[str, Any]]:
+    """The runs and the settings that a ``fit.json`` follows from; see `ScalingFit.load`."""
+    path = Path(path) / FIT_NAME if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"ScalingFit: path must hold a {FIT_NAME}, got none at {str(path)!r}")
+    try:
+        record = json.loads(read_file(path, _MAX_BYTES))
+        if record["format"] != _FORMAT:
+            raise ValueError(f"format {record['format']!r} instead of {_FORMAT!r}")
+        table, settings = record["runs"], {name: record["settings"][name] for name in _SETTINGS}
+        columns = check_points("runs", {name: table[name] for name in ("N", "D", "L", "C")}, at_least=1, different={})
+        held_out = table["held_out"]
+        if len(held_out) != columns.shape[1] or not all(isinstance(value, bool) for value in held_out):
+            raise ValueError("held_out that is not true or false for each run")
+        check_settings("settings", **settings)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"ScalingFit: {str(path)!r} must be an intact fit, got: {one_line(error)}") from None
+    return Runs(*columns, np.array(held_out)), settings
 
 
 def fit_runs(

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from arfast.data.files import read_file, write_file
-from arfast.models import CausalLMConfig
-from arfast.train import TrainConfig, Trainer
+from arfast.train import Trainer
 from arfast.train.checkpoint import lock_directory
 from arfast.train.strategy import OneProcess
 
@@ -63,15 +62,15 @@ def run_sweep(
 def _train(root: Path, plan: SweepPlan, run: PlannedRun, progress: bool) -> dict[str, Any]:
     start = time.perf_counter()
     strategy = OneProcess("cuda" if torch.cuda.is_available() else "cpu")
-    model = strategy.build_model(CausalLMConfig(**run.model))
-    config = TrainConfig(**run.train, output_dir=str(root / "runs" / run.name), progress=progress)
+    model = strategy.build_model(run.model_config())
+    config = run.train_config(str(root / "runs" / run.name), progress=progress)
     result = Trainer(model, config, root / plan.data, strategy=strategy).fit()
     if result.evaluation is None:
         raise ValueError(f"run_sweep: data must have a validation split, got {plan.data!r} without one")
     return _identity(run) | dict(
-        hidden_size=run.model["hidden_size"],
-        layers=run.model["num_hidden_layers"],
-        learning_rate=run.train["learning_rate"],
+        hidden_size=model.config.hidden_size,
+        layers=model.config.num_hidden_layers,
+        learning_rate=config.learning_rate,
         loss=result.evaluation.loss,
         bits_per_byte=result.evaluation.bits_per_byte,
         seconds=round(time.perf_counter() - start, 1),
