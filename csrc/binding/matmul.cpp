@@ -44,12 +44,29 @@ Matrix matrix_of(const Tensor& tensor) {
   return {tensor.data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
 }
 
+constexpr int64_t kRowStep = 32;
+
+// `a` with zeros behind every row. The matrix units read rows of `a` in such steps, and oneDNN (of torch 2.13) has
+// them multiply by zero what lies behind a row: a NaN there, of the next row or of nobody, comes into the result.
+Tensor with_zeros_behind_rows(const Matrix& a) {
+  const Tensor view = as_tensor(ScalarType::BFloat16, a);
+  const int64_t padded = (a.columns + kRowStep - 1) / kRowStep * kRowStep;
+  Tensor rows = torch::stable::new_empty(view, {a.rows, padded});
+  torch::stable::zero_(rows);
+  Tensor part = torch::stable::narrow(rows, 1, 0, a.columns);
+  torch::stable::copy_(part, view);
+  return part;
+}
+
 // oneDNN's.
 void torch_bf16_matmul(const MatmulParams& params) {
+  static const bool amx = has_amx();
   const Tensor out = as_tensor(ScalarType::BFloat16, params.out);
+  const bool has_tail = amx && params.a.columns % kRowStep != 0;
   using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(as_tensor(ScalarType::BFloat16, params.a)),
-                                    from(as_tensor(ScalarType::BFloat16, params.b)), from(out)};
+  std::array<StableIValue, 3> stack{
+      from(has_tail ? with_zeros_behind_rows(params.a) : as_tensor(ScalarType::BFloat16, params.a)),
+      from(as_tensor(ScalarType::BFloat16, params.b)), from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes over the reference that the call returns
 }

@@ -109,6 +109,17 @@ def test_strided_inputs_give_the_same_bits(dtype, device):
                 assert_bitwise_equal(x, y)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_row_that_is_nan_stays_alone(dtype, device):
+    a, b, offsets, _ = inputs([20, 13, 5], 50, 40, dtype)
+    expected = grouped_mm(a, b, offsets)
+    a[5] = float("nan")
+    out = grouped_mm(a, b, offsets)
+    assert out[5].isnan().all()
+    out[5] = expected[5]
+    assert_bitwise_equal(out, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_for_every_number_of_threads(dtype):
     arguments = inputs([300, 5, 0, 270], 64, 96, dtype)
