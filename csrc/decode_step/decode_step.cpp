@@ -146,6 +146,7 @@ DecodeStepParams checked_sizes(const Tensor& tokens, const std::vector<Tensor>& 
   DecodeStepParams params{};
   params.dtype = float_dtype(kOp, "embed_tokens", embedding);
   params.batch = tokens.size(0);
+  params.num_threads = torch::stable::get_num_threads();
   params.num_tokens = several ? tokens.size(1) : 1;
   params.hidden_size = embedding.size(1);
   params.intermediate_size = list.size() > 9 && list[9].dim() == 2 ? list[9].size(0) : 0;

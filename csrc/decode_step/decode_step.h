@@ -63,6 +63,7 @@ struct DecodeStepParams {
   const int32_t* seqlens;     // [B], the new tokens included
   const int32_t* beam_slots;  // [B, S]: position p of sequence b is at [beam_slots[b, p], p]; nullptr: at [b, p]
   int64_t slots_stride;       // of a row of beam_slots
+  int64_t num_threads;        // that are there to share the work; no result depends on it
   void* logits;               // [B, T, V], dense
   float* tile_sums;           // [2, tiles, B, T]: see core/logits_tiles.h; nullptr: not wanted
 };
