@@ -98,11 +98,11 @@ def _plan(arguments):
         prepare_dataset(data, root / "data", vocab_size=arguments.vocab_size, progress=True, **split)
         data = str(root / "data")
     manifests = [DatasetManifest.load(directory) for directory in dataset_directories(data)]
-    tokenizer = manifests[0].tokenizer
+    vocabulary = manifests[0].vocabulary
     plan = plan_sweep(
         arguments.budgets,
-        vocab_size=tokenizer["vocab_size"],
-        special_tokens={name: tokenizer[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        vocab_size=vocabulary.pop("vocab_size"),
+        special_tokens=vocabulary,
         data=os.path.relpath(data, root),
         data_tokens=sum(manifest.splits["train"].num_tokens for manifest in manifests),
         **settings,

@@ -167,18 +167,17 @@ def _train(arguments, config, strategy):
     preset = CausalLMConfig.preset(arguments.preset or "tiny")
     vocab_size = preset.vocab_size if arguments.vocab_size is None else arguments.vocab_size
     directory = _dataset_directory(arguments.data, config.output_dir)
-    expected_size = _tokenizer_of(directory)["vocab_size"] if directory == arguments.data else vocab_size
+    expected_size = _vocabulary_of(directory)["vocab_size"] if directory == arguments.data else vocab_size
     strategy.check_settings(config, None if arguments.init_from else preset.replace(vocab_size=expected_size))
     pretrained, tokenizer = _pretrained(arguments, config, strategy)
     if directory != arguments.data:
         strategy.from_main(prepare)
     if pretrained is None:
-        special = _tokenizer_of(directory)
-        special = {name: special[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+        vocabulary = _vocabulary_of(directory)
         context = max(preset.max_position_embeddings, config.seqlen)
-        model_config = preset.replace(**special, max_position_embeddings=context)
+        model_config = preset.replace(**vocabulary, max_position_embeddings=context)
     if linear is not None:
-        model = LinearLM(**special, **linear, seed=config.seed, device=strategy.device)
+        model = LinearLM(**vocabulary, **linear, seed=config.seed, device=strategy.device)
     else:
         model = pretrained or strategy.build_model(model_config, seed=config.seed)
     trainable, total = strategy.count_parameters(model)
@@ -194,11 +193,11 @@ def _train(arguments, config, strategy):
     return summary if sources is None else summary | dict(sources=sources)
 
 
-def _tokenizer_of(data):
-    """What a data set, or the first of a mixture, says of its tokenizer."""
+def _vocabulary_of(data):
+    """Of a data set, or the first of a mixture."""
     from arfast.data import DatasetManifest, dataset_directories
 
-    return DatasetManifest.load(dataset_directories(data)[0]).tokenizer
+    return DatasetManifest.load(dataset_directories(data)[0]).vocabulary
 
 
 def _summary(result):

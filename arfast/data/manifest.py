@@ -16,6 +16,7 @@ from arfast.data.tokenizer import MAX_FILE_BYTES, MAX_VOCAB_SIZE, Tokenizer
 MANIFEST_NAME = "dataset.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _FORMAT = "arfast-dataset-1"
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MAX_BYTES = 64 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
 _SHARD_NAME = re.compile(r"(train|validation|test)-\d{5}\.bin")
@@ -94,6 +95,11 @@ class DatasetManifest:
         except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"dataset: {name} must be an intact manifest, got: {one_line(error)}") from None
 
+    @property
+    def vocabulary(self) -> dict[str, int | None]:
+        """vocab_size and special tokens, under the names that configurations of models give them."""
+        return {name: self.tokenizer[name] for name in ("vocab_size", *_SPECIAL_TOKENS)}
+
     def open_split(self, split: str) -> list[Shard]:
         """The verified shards of a split.
 
@@ -136,7 +142,7 @@ def _check_record(record: dict) -> None:
     """What readers rely on; a checksum does not say that who wrote it meant well."""
     tokenizer = record["tokenizer"]
     vocab_size = check_integer("vocab_size", tokenizer["vocab_size"], 1, MAX_VOCAB_SIZE)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in _SPECIAL_TOKENS:
         if tokenizer[name] is not None or name == "eos_token_id":
             check_integer(name, tokenizer[name], 0, vocab_size - 1)
     texts = [tokenizer["fingerprint"], *(tokenizer["files"][name] for name in TOKENIZER_FILES)]
@@ -148,6 +154,6 @@ def _check_record(record: dict) -> None:
 
 def describe_tokenizer(tokenizer: Tokenizer, directory: Path) -> dict:
     """What the manifest records about a tokenizer that is saved in a directory."""
-    keys = ("fingerprint", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+    keys = ("fingerprint", "vocab_size", *_SPECIAL_TOKENS)
     files = {name: hash_file(directory / name) for name in TOKENIZER_FILES}
     return {key: getattr(tokenizer, key) for key in keys} | {"files": files}

@@ -8,7 +8,6 @@ Without --data: the sources of Python's standard library.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from arfast.models.causal_lm import IGNORE_INDEX, shift_labels
 from arfast.train import TrainConfig, Trainer
 from arfast.train.performance import best_dtype
 
-from .result import save_result
+from .result import logged_steps, save_result, training_seconds
 
 _SEQLEN, _BATCH_SIZE, _CURVE_POINTS = 256, 8, 40
 # Of 0.01, 0.03 and 0.1 the best for means and for n-grams on the validation split after 400,000 tokens; that of `arfast
@@ -85,9 +84,7 @@ def _train(
     name: str, make: Callable[[dict], torch.nn.Module], directory: str, arguments: argparse.Namespace
 ) -> tuple[torch.nn.Module, dict]:
     """The trained model, and its figures: parameters, seconds of training, scores, curve of (tokens, loss)."""
-    record = DatasetManifest.load(directory).tokenizer
-    vocabulary = {key: record[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
-    model = make(vocabulary)
+    model = make(DatasetManifest.load(directory).vocabulary)
     path = Path(arguments.output_dir) / name.replace(" ", "-")
     steps = max(1, arguments.max_tokens // (_SEQLEN * _BATCH_SIZE))
     config = TrainConfig(
@@ -102,10 +99,9 @@ def _train(
         keep_last=1,
     )
     result = Trainer(model, config, directory).fit()
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    trained = [row for row in rows if "tokens_per_second" in row]
-    seconds = sum(row["batch_tokens"] / row["tokens_per_second"] for row in trained)
-    figures = {"parameters": model.num_parameters(), "seconds": seconds, **_scores(result.evaluation)}
+    trained = logged_steps(path)
+    figures = {"parameters": model.num_parameters(), "seconds": training_seconds(trained)}
+    figures |= _scores(result.evaluation)
     size = -(-len(trained) // _CURVE_POINTS)
     parts = [trained[start : start + size] for start in range(0, len(trained), size)]
     return model, figures | {"curve": [(p[-1]["tokens"], sum(r["loss"] for r in p) / len(p)) for p in parts]}

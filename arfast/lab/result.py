@@ -1,6 +1,7 @@
-"""Where a study leaves its figure."""
+"""What the runs of a study have logged, and where it leaves its figure."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,3 +18,13 @@ def save_result(arguments: argparse.Namespace, draw: Callable[[Any], object], si
         return str(path)
     print(f"lab {arguments.study}: the figure needs matplotlib (pip install 'arfast[plot]')", file=sys.stderr)
     return None
+
+
+def logged_steps(run: Path) -> list[dict[str, Any]]:
+    """The rows of steps in the log of a run's directory."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "tokens_per_second" in row]
+
+
+def training_seconds(steps: list[dict[str, Any]]) -> float:
+    return sum(row["batch_tokens"] / row["tokens_per_second"] for row in steps)

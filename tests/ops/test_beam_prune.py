@@ -287,7 +287,7 @@ def test_same_bits_for_every_number_of_threads(groups, beams, vocab_size):
     same_for_any_threads(lambda: beam_prune(logits, scores, num_candidates=2 * beams), (1, 2, 3, 8))
 
 
-@pytest.mark.parametrize("target", ["baseline", "avx2"])
+@pytest.mark.parametrize("target", [pytest.param("baseline", marks=pytest.mark.slow), "avx2"])
 def test_other_instruction_sets(target):
     """The portable code, as machines without AVX-512 run it."""
     tests = ("test_rows_that_have_no_candidates", "test_random_cases_with_many_ties")

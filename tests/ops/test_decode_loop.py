@@ -278,6 +278,6 @@ def test_decode_beams_errors():
         decode_beams(state, [arguments[0][0].requires_grad_(), *arguments[0][1:]], *arguments[1:], steps=1, **options)
 
 
-@pytest.mark.parametrize("target", ["baseline", "avx2"])
+@pytest.mark.parametrize("target", [pytest.param("baseline", marks=pytest.mark.slow), "avx2"])
 def test_other_instruction_sets(target):
     run_on_target(target, [__file__], chosen="tile or decode_beams")

@@ -213,7 +213,7 @@ def test_same_bits_for_every_number_of_threads(tokens, experts, top_k, dtype):
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="the machine has one instruction set")
-@pytest.mark.parametrize("target", ["baseline", "avx2"])
+@pytest.mark.parametrize("target", [pytest.param("baseline", marks=pytest.mark.slow), "avx2"])
 def test_other_instruction_sets(target):
     """A few cases of this file and of the routing's."""
     few = "(float32 and (33-8-4 or 257-96) or cpu-sigmoid-96) and not emulated and not cuda"

@@ -211,7 +211,7 @@ def test_same_bits_for_every_number_of_threads(options):
     same_for_any_threads(lambda: sample(logits, **options, generator_state=state.clone()), (1, 2, 3, 8))
 
 
-@pytest.mark.parametrize("target", ["baseline", "avx2"])
+@pytest.mark.parametrize("target", [pytest.param("baseline", marks=pytest.mark.slow), "avx2"])
 def test_other_instruction_sets(target):
     """The portable code, as machines without AVX-512 run it."""
     files = [f"{__file__}::{test}" for test in ("test_ties", "test_rows_that_are_not_finite", "test_extreme_values")]
