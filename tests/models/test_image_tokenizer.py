@@ -236,6 +236,7 @@ def test_bad_configurations(field, value, rule):
         (lambda x: (255 * x).to(torch.uint8), r"be torch.float64 \[B, 2, 6, 6\], got torch.uint8 \[5, 2, 6, 6\]"),
         (lambda x: x.numpy(), r"be torch.float64 \[B, 2, 6, 6\], got ndarray"),
         (lambda x: x.clamp(0.1, 0.9) * 20, r"be in \[0, 1\], got 2 to 18"),
+        (lambda x: x.clamp(0.1, 0.9) - 0.5, r"be in \[0, 1\], got -0.4 to 0.4"),
         (lambda x: torch.full_like(x, math.nan), r"be in \[0, 1\], got nan to nan"),
     ],
 )
