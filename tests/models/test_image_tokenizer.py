@@ -1,6 +1,7 @@
 """ImageTokenizer: codebook, gradients and codes against float64 by hand, its files, its errors."""
 
 import dataclasses
+import doctest
 import json
 import math
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from arfast.models import ImageTokenizer, ImageTokenizerConfig
+from arfast.models import ImageTokenizer, ImageTokenizerConfig, image_tokenizer
 
 CONFIG = ImageTokenizerConfig(
     image_size=6, channels=2, patch_size=2, num_codes=7, code_dim=3, hidden_size=8, num_blocks=1, decay=0.9
@@ -39,6 +40,11 @@ def images(count=5, seed=1):
 def vectors(model, x):
     """The encoder's vectors in the order of the codes, [B * 9, D]."""
     return model.encoder(x).permute(0, 2, 3, 1).reshape(-1, 3)
+
+
+def test_examples():
+    found = doctest.testmod(image_tokenizer)
+    assert found.attempted > 0 and found.failed == 0
 
 
 def test_codes_are_the_nearest():
