@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 def trained_tokenizer(path: Path, config: ImageTokenizerConfig, images: Tensor) -> ImageTokenizer:
     """The tokenizer in a directory, or one that is trained on images [N, C, S, S] and left there."""
-    if path.is_dir():
+    if (path / "config.json").is_file():  # which is written last
         tokenizer = ImageTokenizer.from_pretrained(path)
         if tokenizer.config != config:
             raise ValueError(f"lab images: {str(path)!r} must hold an {config}, got {tokenizer.config}")
