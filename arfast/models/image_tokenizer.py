@@ -189,7 +189,7 @@ class ImageTokenizer(nn.Module):
         z = self._vectors(images)
         codes = self._nearest(z.detach())
         quantized = F.embedding(codes, self.codebook)
-        pixels = self.decoder((z + (quantized - z).detach()).movedim(-1, 1))
+        pixels = self._pixels(z + (quantized - z).detach())
         loss = F.mse_loss(pixels, images) + self.config.commitment * F.mse_loss(z, quantized)
         counts = torch.bincount(codes.flatten(), minlength=self.config.num_codes)
         if self.training:
@@ -215,7 +215,7 @@ class ImageTokenizer(nn.Module):
         if not ((codes >= 0) & (codes < num_codes)).all():
             actual = f"{codes.min()} to {codes.max()}"
             raise ValueError(f"ImageTokenizer: codes must be in [0, num_codes={num_codes}), got {actual}")
-        return self.decoder(F.embedding(codes, self.codebook).movedim(-1, 1)).clamp(0, 1)
+        return self._pixels(F.embedding(codes, self.codebook)).clamp(0, 1)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write config.json and safetensors: see `arfast.image_hub.save_image_tokenizer`."""
@@ -231,8 +231,12 @@ class ImageTokenizer(nn.Module):
         return load_image_tokenizer(path, device)
 
     def _vectors(self, images: Tensor) -> Tensor:
-        """z [B, S / p, S / p, D]."""
-        return self.encoder(images).movedim(1, -1)
+        """z [B, S / p, S / p, D], of pixels in [-1, 1]: what is not centred learns slowly."""
+        return self.encoder(2 * images - 1).movedim(1, -1)
+
+    def _pixels(self, quantized: Tensor) -> Tensor:
+        """[B, S / p, S / p, D] -> [B, C, S, S], nearly in [0, 1]."""
+        return (self.decoder(quantized.movedim(-1, 1)) + 1) / 2
 
     def _nearest(self, z: Tensor) -> Tensor:
         """The code nearest to each vector [..., D], int64 [...]; of several the lowest."""

@@ -39,7 +39,7 @@ def images(count=5, seed=1):
 
 def vectors(model, x):
     """The encoder's vectors in the order of the codes, [B * 9, D]."""
-    return model.encoder(x).permute(0, 2, 3, 1).reshape(-1, 3)
+    return model.encoder(2 * x - 1).permute(0, 2, 3, 1).reshape(-1, 3)
 
 
 def test_examples():
@@ -104,10 +104,10 @@ def test_dead_codes_start_again_in_the_batch():
 def test_gradient_goes_straight_through():
     """dL/dz: of the pixels' error the decoder's gradient at the code's vector, of the commitment 2 beta (z - e) / n."""
     model, x = make(commitment=0.5).eval(), images()
-    z = model.encoder(x).detach()
+    z = model.encoder(2 * x - 1).detach()
     codes = model.encode(x)
     quantized = model.codebook[codes].movedim(-1, 1).clone().requires_grad_()
-    F.mse_loss(model.decoder(quantized), x).backward()
+    F.mse_loss((model.decoder(quantized) + 1) / 2, x).backward()
     expected = quantized.grad + 0.5 * 2 * (z - quantized.detach()) / z.numel()
     decoder = [parameter.grad.clone() for parameter in model.decoder.parameters()]
     model.zero_grad()
@@ -125,7 +125,7 @@ def test_output():
     model, x = make(commitment=0.5).eval(), images()
     out = model(x)
     codes, z = model.encode(x), vectors(model, x)
-    pixels = model.decoder(model.codebook[codes].movedim(-1, 1))
+    pixels = (model.decoder(model.codebook[codes].movedim(-1, 1)) + 1) / 2
     away = (z - model.codebook[codes.flatten()]).square().mean()
     assert out.loss.item() == pytest.approx(((pixels - x) ** 2).mean().item() + 0.5 * away.item(), rel=1e-12)
     assert torch.equal(out.codes, codes)
@@ -142,8 +142,8 @@ def test_learns_patches_that_are_few():
     kinds = torch.randint(4, (64, 3, 3), generator=generator)
     x = patches[kinds].permute(0, 3, 1, 4, 2, 5).reshape(64, 2, 6, 6)
     model = ImageTokenizer(dataclasses.replace(CONFIG, num_codes=4, num_blocks=0))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
-    for _ in range(500):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(600):
         optimizer.zero_grad()
         model(x).loss.backward()
         optimizer.step()
