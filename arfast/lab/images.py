@@ -39,8 +39,7 @@ from .pictures import PATCH_SIZE, Judge, Pictures, load_digits, load_photographs
 from .result import save_result
 
 _STEPS, _BATCH_SIZE, _LEARNING_RATE = 1500, 32, 5e-3  # of image tokenizers
-# Of the language model.
-_SEQLEN, _ROWS, _MODEL_RATE = 32, 32, 2e-3
+_SEQLEN, _ROWS, _MODEL_RATE = 32, 32, 2e-3  # of the language model
 _SHOWN_PATCHES = 10
 
 
@@ -51,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=1_000_000, metavar="N", help="to train on (default: 1000000)")
     parser.add_argument("--samples", type=int, default=20, metavar="N", help="per caption (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="beside 1 (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.6, metavar="T", help="beside 1 (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -177,6 +176,7 @@ def judge_real(judge: Judge, images: ImageTokenizer, digits: Pictures) -> dict[s
         "nearest": judge.nearest(digits.held_out),
         "nearest_decoded": judge.nearest(images.decode(codes)),
         "copied": judge.copied(codes),
+        "different": different(codes),
     }
 
 
@@ -192,7 +192,13 @@ def judge_samples(judge: Judge, images: ImageTokenizer, drawn: Sequence[Tensor])
         "recognised_trained": sum(recognised[wording] for wording in WORDINGS) / len(WORDINGS),
         "nearest": judge.nearest(images.decode(every)),
         "copied": judge.copied(every),
+        "different": different(every),
     }
+
+
+def different(codes: Tensor) -> float:
+    """Of codes [N, h, w], the share that is left when each is kept once."""
+    return len(codes.flatten(1).unique(dim=0)) / len(codes)
 
 
 def describe(found: dict) -> str:
@@ -206,23 +212,26 @@ def describe(found: dict) -> str:
     bits, real, samples = found["bits_per_image"], found["real"], found["samples"]
     lines.append(f"bits per digit after its caption: known {bits['known']:.1f}, held out {bits['held_out']:.1f}")
     columns = [f"T = {one['temperature']:g}" for one in samples]
-    lines.append(f"{'recognised as asked':<36}" + "".join(f"{name:>9}" for name in columns))
+    lines.append(f"{'recognised as asked':<42}" + "".join(f"{name:>9}" for name in columns))
     for wording in (*WORDINGS, *HELD_OUT_WORDINGS):
         name = wording + " (held out)" * (wording in HELD_OUT_WORDINGS)
-        lines.append(f"  {name:<34}" + "".join(f"{one['recognised'][wording]:>9.1%}" for one in samples))
-    lines.append(
-        f"  {'all wordings trained on':<34}" + "".join(f"{one['recognised_trained']:>9.1%}" for one in samples)
-    )
+        lines.append(f"  {name:<40}" + "".join(f"{one['recognised'][wording]:>9.1%}" for one in samples))
+    shares = "".join(f"{one['recognised_trained']:>9.1%}" for one in samples)
+    lines.append(f"  {'all wordings trained on':<40}{shares}")
     lines.append(f"real digits held out: recognised {real['recognised']:.1%}, decoded {real['recognised_decoded']:.1%}")
-    rows = [
-        ("digits held out", real["nearest"], real["copied"]),
-        ("  decoded", real["nearest_decoded"], real["copied"]),
-    ]
-    rows += [(f"samples, {name}", one["nearest"], one["copied"]) for name, one in zip(columns, samples, strict=True)]
-    lines.append(f"{'median distance from training images':<36} {'ratio':>8} {'copies':>8}")
-    for name, nearest, copied in rows:
-        lines.append(f"  {name:<24}{nearest:>10.3f} {nearest / real['nearest']:>8.2f} {copied:>8.1%}")
-    return "\n".join(lines)
+    rows = {"digits held out": real, "  decoded": real | {"nearest": real["nearest_decoded"]}}
+    rows |= {f"samples, {name}": one for name, one in zip(columns, samples, strict=True)}
+    return "\n".join([*lines, *describe_distances(rows)])
+
+
+def describe_distances(rows: dict[str, dict[str, float]]) -> list[str]:
+    """By name, what tells copies; the ratio is to the first row's distance."""
+    lines, unit = [f"{'median distance to training images':<34} {'ratio':>6} {'copies':>7} {'different':>9}"], None
+    for name, one in rows.items():
+        unit = unit or one["nearest"]
+        shares = f"{one['copied']:>7.1%} {one['different']:>9.1%}"
+        lines.append(f"  {name:<24} {one['nearest']:>7.3f} {one['nearest'] / unit:>6.2f} {shares}")
+    return lines
 
 
 def digit_rows(images: ImageTokenizer, digits: Pictures, samples: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -163,6 +163,18 @@ def test_canvas():
     assert study.canvas(rows)[..., 0].tolist() == expected
 
 
+def test_different():
+    assert study.different(torch.tensor([[[1, 2]], [[2, 1]], [[1, 2]], [[1, 2]]])) == 0.5
+
+
+def test_distances_table():
+    rows = {"real": dict(nearest=2.0, copied=0.0, different=1.0), "made": dict(nearest=3.0, copied=0.25, different=0.5)}
+    assert [line.split() for line in study.describe_distances(rows)[1:]] == [
+        ["real", "2.000", "1.00", "0.0%", "100.0%"],
+        ["made", "3.000", "1.50", "25.0%", "50.0%"],
+    ]
+
+
 def test_psnr():
     assert study.psnr(torch.full((2, 3), 0.6), torch.full((2, 3), 0.5)) == pytest.approx(20, abs=1e-4)
 
@@ -173,7 +185,7 @@ def test_study(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "load_digits", lambda: Pictures.split(digits.known[:150], digits.known_labels[:150]))
     arguments = ["--output-dir", tmp_path, *TINY]
     text, found = lab(capsys, *arguments)
-    assert [one["temperature"] for one in found["samples"]] == [1.0, 0.7]
+    assert [one["temperature"] for one in found["samples"]] == [1.0, 0.6]
     assert [one["codes"] for one in found["photos"]] == [8] and found["digits"]["bits_per_pixel"] == 1
     for one in found["samples"]:
         assert list(one["recognised"]) == [*WORDINGS, *HELD_OUT_WORDINGS]
