@@ -64,7 +64,7 @@ forbid "a library reports errors, it does not end the process" '\b(exit|abort|as
 imports() {
   printf '^(from arfast import (.*\\b)?(%s)\\b|(from|import) arfast\\.(%s)\\b)' "$1" "$1"
 }
-top='distributed|train|generate|data|scaling|hub|adapter|finetune|export|doctor|lm_eval|peaks|figures|lab'
+top='distributed|train|generate|data|scaling|hub|image_hub|adapter|finetune|export|doctor|lm_eval|peaks|figures|lab'
 forbid "ops import nothing of arfast but ops" "$(imports "nn|models|$top|cli")" $(files arfast/ops '*.py')
 forbid "nn imports ops only" "$(imports "models|$top|cli")" $(files arfast/nn '*.py')
 forbid "models import nn and ops only" "$(imports "$top|cli")" $(files arfast/models '*.py')

@@ -16,6 +16,7 @@ STUDIES = {
     "scoring": "real and garbled text, right and wrong continuations, judged by a trained model",
     "sequence-length": "what a longer context gives and costs",
     "linear-lm": "language models without layers, beside a small transformer",
+    "images": "pictures as tokens: digits drawn after a caption by a language model",
     "tokens": "words, characters and byte pairs as tokens of the same text",
 }
 

@@ -2,6 +2,7 @@
 
 from .causal_lm import CausalLM, CausalLMOutput
 from .config import CausalLMConfig
+from .image_tokenizer import ImageTokenizer, ImageTokenizerConfig, ImageTokenizerOutput
 from .least_squares import LeastSquaresAR, OrderSelection, select_order
 from .linear_lm import LinearLM, LinearLMConfig
 
@@ -9,6 +10,9 @@ __all__ = [
     "CausalLM",
     "CausalLMConfig",
     "CausalLMOutput",
+    "ImageTokenizer",
+    "ImageTokenizerConfig",
+    "ImageTokenizerOutput",
     "LeastSquaresAR",
     "LinearLM",
     "LinearLMConfig",

@@ -33,7 +33,7 @@ from arfast.data.packing import ContiguousRows, pack_documents, pad_documents, p
 from arfast.data.pipeline.recipe import Recipe
 from arfast.data.shards import HEADER_BYTES, Shard, ShardHeader
 from arfast.data.stream import TokenStream
-from arfast.models import CausalLM, CausalLMConfig
+from arfast.models import CausalLM, CausalLMConfig, ImageTokenizer, ImageTokenizerConfig
 from arfast.nn.lora import apply_lora
 from arfast.train import TrainConfig
 
@@ -321,6 +321,17 @@ def read_adapter(path: Path) -> None:
     model(torch.tensor([[1, 2]]))
 
 
+# Image tokenizers
+
+
+def make_image_tokenizer(path: Path) -> None:
+    ImageTokenizer(ImageTokenizerConfig(image_size=4, num_codes=4, code_dim=2, hidden_size=4)).save_pretrained(path)
+
+
+def read_image_tokenizer(path: Path) -> None:
+    ImageTokenizer.from_pretrained(path)
+
+
 PARSERS = {
     "token shards": Parser(
         make_shards, ("train-00000.bin", "validation-00000.bin"), mutate_shard, read_shards, refused=0.6
@@ -347,5 +358,8 @@ PARSERS = {
     ),
     "adapters": Parser(
         make_adapter, ("adapter_config.json", "adapter_model.safetensors"), mutate_adapter, read_adapter, 0.5
+    ),
+    "image tokenizers": Parser(
+        make_image_tokenizer, ("config.json", "model.safetensors"), mutate_adapter, read_image_tokenizer, 0.5
     ),
 }
