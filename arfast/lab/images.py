@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arfast.data import Tokenizer, prepare_dataset
+from arfast.data import DatasetManifest, Tokenizer, prepare_dataset
 from arfast.models import CausalLM, CausalLMConfig, ImageTokenizer, ImageTokenizerConfig
 from arfast.train import TrainConfig, Trainer
 from arfast.train.performance import best_dtype
@@ -134,10 +134,8 @@ def trained_model(
     documents = captioned_images(images.encode(digits.known), digits.known_labels)
     prepare_dataset(documents, folder / "data", tokenizer, validation_fraction=0.0, test_fraction=0.0)
     sizes = dict(hidden_size=96, intermediate_size=288, num_hidden_layers=3, num_key_value_heads=4)
-    special = {
-        name: getattr(tokenizer, name) for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-    }
-    model = CausalLM(CausalLMConfig.preset("tiny", max_position_embeddings=_SEQLEN, **sizes, **special))
+    vocabulary = DatasetManifest.load(folder / "data").vocabulary
+    model = CausalLM(CausalLMConfig.preset("tiny", max_position_embeddings=_SEQLEN, **sizes, **vocabulary))
     steps = max(1, max_tokens // (_SEQLEN * _ROWS))
     config = TrainConfig(
         output_dir=str(folder / "model"),
