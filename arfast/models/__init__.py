@@ -2,6 +2,7 @@
 
 from .causal_lm import CausalLM, CausalLMOutput
 from .config import CausalLMConfig
+from .encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from .least_squares import LeastSquaresAR, OrderSelection, select_order
 from .linear_lm import LinearLM, LinearLMConfig
 
@@ -9,6 +10,8 @@ __all__ = [
     "CausalLM",
     "CausalLMConfig",
     "CausalLMOutput",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "LeastSquaresAR",
     "LinearLM",
     "LinearLMConfig",
