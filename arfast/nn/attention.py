@@ -53,7 +53,8 @@ class Attention(nn.Module):
         v = self.v_proj(hidden).view(*layout.shape, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(self._attend(q, k, v, layout).reshape(hidden.shape[0], -1))
+        out = self._attend(q, k, v, layout)
+        return self.o_proj(out.reshape(hidden.shape[0], self.num_heads * self.head_dim))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         cache, cos, sin = layout.cache, layout.cos, layout.sin

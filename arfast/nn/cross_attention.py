@@ -114,4 +114,5 @@ class CrossAttention(nn.Module):
     def forward(self, hidden: Tensor, shape: tuple[int, ...], source: Source) -> Tensor:
         """shape: (N,) for packed documents, (batch, new tokens) for sequences in a cache."""
         q = self.q_proj(hidden).view(*shape, self.num_heads, self.head_dim)
-        return self.o_proj(source.attend(self.layer, q).reshape(hidden.shape[0], -1))
+        out = source.attend(self.layer, q)
+        return self.o_proj(out.reshape(hidden.shape[0], self.num_heads * self.head_dim))
