@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from host_waits import no_host_waits
+from host_waits import no_host_waits, pretended_gpu
+from recorded_graphs import recorded_graphs
 
-from arfast.generate import score, score_continuations
+from arfast.generate import DecodeStep, score, score_continuations
+from arfast.generate.decode import decode_one_token
 from arfast.hub import from_pretrained
 from arfast.models import CausalLM, EncoderDecoder, EncoderDecoderConfig, encoder_decoder
 from arfast.nn import StaticKVCache
@@ -185,6 +187,27 @@ def test_a_decode_step_does_not_wait_for_the_device():
     new = torch.tensor([[7]])
     with no_host_waits():
         model(new, cache=cache)
+
+
+@torch.no_grad()
+def test_replays_equal_forward_passes():
+    """Of a graph on a GPU, here recorded; another source needs another graph."""
+    model, prompts = make(torch.float32), torch.tensor([[1, 9, 8, SEP], [1, 7, SEP, 5]])
+    caches = [StaticKVCache(model.config, 2, 12) for _ in range(2)]
+    for cache in caches:
+        model(prompts, cache=cache)
+    tokens = torch.randint(V, (5, 2))
+    expected = [model(step[:, None], cache=caches[0]).logits[:, 0] for step in tokens]
+    decode = DecodeStep(model, caches[1])
+    with recorded_graphs(), pretended_gpu():
+        for step, logits in zip(tokens, expected, strict=True):
+            assert torch.equal(decode(step), logits)
+        assert decode.graph is not None
+        caches[1].select(torch.tensor([1, 0]))
+        with pytest.raises(ValueError, match="cache must keep its memory, got another one"):
+            decode(tokens[0])
+    swapped = decode_one_token(model, tokens[0, [1, 0]], caches[0])[[1, 0]]
+    torch.testing.assert_close(decode_one_token(model, tokens[0], caches[1]), swapped)
 
 
 def greedy(model, source, count):
