@@ -30,7 +30,8 @@ from arfast.train.performance import best_dtype
 
 from .result import save_result
 
-_SEQLEN, _BATCH_SIZE, _EVALUATIONS = 512, 4, 20
+_SEQLEN, _BATCH_SIZE, _EVALUATIONS = 512, 2, 20
+_PASSES, _MAX_TOKENS = 20, 1_500_000
 _MAX_BYTES = _SEQLEN - 2  # of a pair, which then has as many tokens at most, and a start and an end token
 _LEARNING_RATE, _LABEL_SMOOTHING = 2e-3, 0.1
 _VALIDATION_SHARE = _TEST_SHARE = 0.08
@@ -38,13 +39,14 @@ _SENTENCES_AT_ONCE = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    texts = parser.add_argument("--data", nargs="+", metavar="SOURCE", help="'django' or the folder of the handbook")
-    texts.default = ["django"]
+    sources = "'django' or the folder of the handbook (default: django)"
+    parser.add_argument("--data", nargs="+", default=["django"], metavar="SOURCE", help=sources)
     parser.add_argument("--files", nargs=2, metavar=("SOURCE", "TARGET"), help="line by line, instead of --data")
     parser.add_argument("--language", default="de", metavar="CODE", help="of --data, translated into (default: de)")
-    parser.add_argument("--max-tokens", type=int, default=600_000, metavar="N", help="per model (default: 600000)")
-    parser.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--hidden-size", type=int, default=192, metavar="N", help="(default: %(default)s)")
+    passes = f"per model (default: {_PASSES} passes over the pairs, at most {_MAX_TOKENS})"
+    parser.add_argument("--max-tokens", type=int, metavar="N", help=passes)
+    parser.add_argument("--vocab-size", type=int, default=1024, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--layers", type=int, default=3, metavar="N", help="of each, encoder and decoder (default: 3)")
     parser.add_argument("--num-beams", type=int, default=4, metavar="K", help="(default: %(default)s)")
     parser.add_argument("--sentences", type=int, default=300, metavar="N", help="at most, to translate (default: 300)")
@@ -52,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict:
     for name, low in (("max_tokens", 1), ("num_beams", 2), ("sentences", 1)):
-        if getattr(arguments, name) < low:
-            raise ValueError(f"lab translation: {name} must be at least {low}, got {getattr(arguments, name)}")
+        if (value := getattr(arguments, name)) is not None and value < low:
+            raise ValueError(f"lab translation: {name} must be at least {low}, got {value}")
     if importlib.util.find_spec("sacrebleu") is None:
         raise ImportError("lab translation: scores need sacrebleu (pip install 'arfast[lab]')")
     encoder_decoder_config(arguments, vocab_size=1, separator_token_id=0)  # refuses bad sizes before anything is made
@@ -147,7 +149,9 @@ def matched_decoder(config: EncoderDecoderConfig) -> CausalLMConfig:
 def train(model: CausalLM, name: str, directory: Path, arguments: argparse.Namespace) -> dict:
     """Parameters, seconds of training, loss on the validation split, and its curve of (tokens, loss)."""
     path = Path(arguments.output_dir) / name
-    steps = max(1, arguments.max_tokens // (_SEQLEN * _BATCH_SIZE))
+    num_tokens = DatasetManifest.load(directory).splits["train"].num_tokens
+    max_tokens = arguments.max_tokens or min(_PASSES * num_tokens, _MAX_TOKENS)
+    steps = max(1, max_tokens // (_SEQLEN * _BATCH_SIZE))
     config = TrainConfig(
         output_dir=str(path),
         max_steps=steps,
@@ -224,6 +228,7 @@ def draw(figure, found: dict[str, dict], num_beams: int) -> None:
     left, right = figure.subplots(1, 2)
     for name, one in found.items():
         left.plot(*zip(*one["curve"]), label=f"{name}, {one['parameters']:,} parameters")
+    left.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     left.set_xlabel("tokens of training, sources included")
     left.set_ylabel("validation loss (nats per token of a translation)")
     left.legend(fontsize="small")
