@@ -145,11 +145,14 @@ class Sides(NamedTuple):
     cu_targets: Tensor
 
 
-def split_documents(input_ids: Tensor, cu_seqlens: Tensor, separator: int) -> Sides:
-    """Cut documents, packed into input_ids [N], before the first separator of each; one without is left out, as padding
-    is. Waits for the device."""
+def split_documents(input_ids: Tensor, cu_seqlens: Tensor | None, separator: int) -> Sides:
+    """Cut documents, packed or the rows of input_ids [B, T], before the first separator of each; one without is left
+    out, as padding is. Waits for the device."""
+    batch, length = input_ids.shape
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=input_ids.device) * length
     document = packed_positions(cu_seqlens, input_ids.numel())[1]
-    separators = nn.functional.pad((input_ids == separator).cumsum(0), (1, 0))
+    separators = nn.functional.pad((input_ids.reshape(-1) == separator).cumsum(0), (1, 0))
     before, total = separators[cu_seqlens[:-1].long()], separators[cu_seqlens.long()].diff()
     is_target = separators[1:] > before[document]
     is_source = ~is_target & (total > 0)[document]
@@ -240,10 +243,7 @@ class EncoderAndDecoder(nn.Module):
             raise ValueError("EncoderDecoder: position_ids must be None, got a tensor")
         if cache is not None and cache.source is not None and cu_seqlens is None:
             return self._continue(input_ids, cache), [], []
-        rows, ids = input_ids.shape, input_ids.reshape(-1)
-        if cu_seqlens is None:
-            cu_seqlens = torch.arange(rows[0] + 1, dtype=torch.int32, device=ids.device) * rows[1]
-        sides = split_documents(ids, cu_seqlens, self.separator)
+        sides, ids = split_documents(input_ids, cu_seqlens, self.separator), input_ids.reshape(-1)
         source = self.encode(ids[sides.source], sides.cu_sources, sides.cu_targets)
         layout = self._layout(sides.cu_targets, len(sides.target), cache)
         hidden = self.decoder(self._embed(ids[sides.target]), layout, source)
@@ -264,10 +264,8 @@ class EncoderAndDecoder(nn.Module):
         return self.decoder(self._embed(input_ids.reshape(-1)), layout, cache.source)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        embedded, device_type = self.embed_tokens(ids), ids.device.type
-        return (
-            embedded.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else embedded
-        )
+        embedded, device = self.embed_tokens(ids), ids.device.type
+        return embedded.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else embedded
 
     def _layout(self, cu_seqlens: Tensor, num_tokens: int, cache: KVCache | None) -> TokenLayout:
         positions, document = packed_positions(cu_seqlens, num_tokens)
@@ -322,9 +320,7 @@ class EncoderDecoder(CausalLM):
         return mask & ((mask & (input_ids == self.config.separator_token_id)).cumsum(-1) > 0)
 
     def _targets(self, labels: Tensor, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        rows = torch.arange(len(labels) + 1, dtype=torch.int32, device=labels.device) * labels.shape[1]
-        offsets = rows if cu_seqlens is None else cu_seqlens
-        sides = split_documents(input_ids.reshape(-1), offsets, self.config.separator_token_id)
+        sides = split_documents(input_ids, cu_seqlens, self.config.separator_token_id)
         is_labelled = labels.reshape(-1) != IGNORE_INDEX
         lost = is_labelled.index_fill(0, torch.cat([sides.source, sides.target]), False)
         if bool(lost.any()):

@@ -352,6 +352,9 @@ def test_errors():
         model(ids, position_ids=ids)
     with pytest.raises(ValueError, match="EncoderDecoder: input_ids must hold the separator, token 3, in every prompt"):
         model.generate(torch.tensor([[1, SEP], [1, 5]]))
+    for beams in (1, 4):
+        with pytest.raises(ValueError, match="must hold the separator, token 3, in every prompt"):
+            model.generate(torch.tensor([[1, 5, 6]]), num_beams=beams)
     with pytest.raises(ValueError, match="model must be decoder-only with drafts, got EncoderDecoder"):
         model.generate(torch.tensor([[1, SEP]]), prompt_lookup_num_tokens=2)
 
