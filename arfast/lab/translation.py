@@ -31,9 +31,9 @@ from arfast.train.performance import best_dtype
 from .result import save_result
 
 _SEQLEN, _BATCH_SIZE, _EVALUATIONS = 512, 2, 20
-_PASSES, _MAX_TOKENS = 20, 1_500_000
+_PASSES, _MAX_TOKENS = 40, 1_500_000
 _MAX_BYTES = _SEQLEN - 2  # of a pair, which then has as many tokens at most, and a start and an end token
-_LEARNING_RATE, _LABEL_SMOOTHING = 2e-3, 0.1
+_LEARNING_RATE, _LABEL_SMOOTHING = 3e-3, 0.1
 _VALIDATION_SHARE = _TEST_SHARE = 0.08
 _SENTENCES_AT_ONCE = 32
 
@@ -45,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--language", default="de", metavar="CODE", help="of --data, translated into (default: de)")
     passes = f"per model (default: {_PASSES} passes over the pairs, at most {_MAX_TOKENS})"
     parser.add_argument("--max-tokens", type=int, metavar="N", help=passes)
-    parser.add_argument("--vocab-size", type=int, default=1024, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=128, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=3, metavar="N", help="of each, encoder and decoder (default: 3)")
+    parser.add_argument("--layers", type=int, default=2, metavar="N", help="of each, encoder and decoder (default: 2)")
     parser.add_argument("--num-beams", type=int, default=4, metavar="K", help="(default: %(default)s)")
     parser.add_argument("--sentences", type=int, default=300, metavar="N", help="at most, to translate (default: 300)")
 
