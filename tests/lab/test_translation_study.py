@@ -13,7 +13,7 @@ from arfast.models import CausalLM, EncoderDecoder
 sacrebleu = pytest.importorskip("sacrebleu")
 WORDS = dict(red="rotes", green="grünes", big="großes", small="kleines", old="altes", new="neues")
 THINGS = dict(house="Haus", car="Auto", book="Buch", picture="Bild", boat="Boot", dress="Kleid")
-TINY = ["--max-tokens", 64 * 4 * 250, "--vocab-size", 300, "--hidden-size", 32, "--layers", 1]
+TINY = ["--max-tokens", 64 * 2 * 220, "--vocab-size", 300, "--hidden-size", 32, "--layers", 1]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_study(corpus, tmp_path, capsys, monkeypatch):
     sizes = [one["parameters"] for one in models.values()]
     assert abs(sizes[0] - sizes[1]) < 0.02 * sizes[0]
     for one in models.values():
-        assert one["beams"]["BLEU"] > 50 and one["beams"]["chrF"] > 50 > found["untranslated"]["chrF"]
+        assert one["beams"]["BLEU"] > 20 and one["beams"]["chrF"] > 45 > found["untranslated"]["chrF"]
         assert f"{one['parameters']:,}" in text and f"{one['greedy']['chrF']:.1f}" in text
     if found["figure"]:
         assert (tmp_path / "translation.png").read_bytes().startswith(b"\x89PNG")
