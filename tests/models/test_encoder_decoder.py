@@ -292,8 +292,10 @@ def test_score():
     logits = reference_logits(exact, SOURCES[0], TARGETS[0])[:-1].log_softmax(-1)
     expected = logits.gather(1, torch.tensor(TARGETS[0])[:, None])[:, 0].detach()
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
-    [[one]] = score_continuations(model, [[([*SOURCES[0], SEP], TARGETS[0])]])
+    source = [*SOURCES[0], SEP]
+    [[one, other]] = score_continuations(model, [[(source, TARGETS[0]), (source, [7])]])
     assert one.logprob == pytest.approx(float(expected.sum()), rel=1e-4)
+    assert other.logprob == pytest.approx(float(score(model, torch.tensor([[*source, 7]]), [6]).sums[0]), rel=1e-4)
 
 
 def test_files(tmp_path):
