@@ -31,7 +31,7 @@ from arfast.train.performance import best_dtype
 from .result import save_result
 
 _SEQLEN, _BATCH_SIZE, _EVALUATIONS = 512, 2, 20
-_PASSES, _MAX_TOKENS = 20, 1_500_000
+_PASSES, _MAX_TOKENS = 40, 1_500_000
 _MAX_BYTES = _SEQLEN - 2  # of a pair, which then has as many tokens at most, and a start and an end token
 _LEARNING_RATE, _LABEL_SMOOTHING = 3e-3, 0.1
 _VALIDATION_SHARE = _TEST_SHARE = 0.08
