@@ -2,8 +2,9 @@
 parameters (the decoder-only model's feed-forward layers are wider), the same pairs in the same order, loss on the
 translations alone, greedy decoding and beam search, BLEU and chrF of sacreBLEU on sentences that neither has seen.
 
-Without --data: the messages of the installed Django, which pip brings, a few hundred short texts; so scores are low.
-The Debian package debian-handbook has ten times as many: --data django /usr/share/doc/debian-handbook/html.
+Without --data: the messages of the installed Django, which pip brings, a few hundred short texts, too few to learn a
+language from: the untranslated texts, with their names and placeholders, score more. The Debian package debian-handbook
+has nine times as many: --data django /usr/share/doc/debian-handbook/html.
 
 Examples:
   arfast lab translation --language fr
