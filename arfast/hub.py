@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .models.causal_lm import CausalLM
+from .models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from .models.families import ARCHITECTURES, choose_family, config_from_json, config_to_json, stored_tensors
 from .models.linear_lm import LinearLM, LinearLMConfig
 
@@ -32,6 +33,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 # A header of 36,000 tensors (128 experts in 94 layers) has 4 MB; the library itself would read 100.
 _MAX_CONFIG_BYTES, _MAX_INDEX_BYTES, _MAX_HEADER_BYTES = 1 << 20, 1 << 26, 1 << 24
 _MIN_TENSORS_PER_LAYER = 9  # two norms, q, k, v, o, and three of the feed-forward part
+_OWN_MODELS = {LinearLMConfig: LinearLM.from_config, EncoderDecoderConfig: EncoderDecoder}
 _MAX_EXPANSION, _FREE_EXPANSION_BYTES = 2, 64 << 20
 _MAX_LISTED = 5
 
@@ -89,15 +91,19 @@ def open_pretrained(path: str | os.PathLike, stack: ExitStack) -> OpenedModel:
     raw = _read_json(directory, "config.json", _MAX_CONFIG_BYTES)
     config = config_from_json(raw)
     stored = _open_shards(directory, stack)
-    linear = isinstance(config, LinearLMConfig)
-    if (1 if linear else _MIN_TENSORS_PER_LAYER) * config.num_hidden_layers > len(stored):
-        raise ValueError(
-            f"from_pretrained: config.json: num_hidden_layers must fit the {len(stored)} stored tensors, "
-            f"got {config.num_hidden_layers}"
-        )
-    model = (LinearLM.from_config if linear else CausalLM)(config, device="meta")
+    _check_layers(config, len(stored))
+    model = _OWN_MODELS.get(type(config), CausalLM)(config, device="meta")
     model.family = raw["model_type"]
     return OpenedModel(model, _match(raw["model_type"], model, stored), stored)
+
+
+def _check_layers(config: Any, num_stored: int) -> None:
+    """Before modules are made for them."""
+    name, layers = "num_hidden_layers", config.num_hidden_layers
+    if isinstance(config, EncoderDecoderConfig):
+        name, layers = "encoder_layers + decoder_layers", config.encoder_layers + config.decoder_layers
+    if (1 if isinstance(config, LinearLMConfig) else _MIN_TENSORS_PER_LAYER) * layers > num_stored:
+        raise ValueError(f"from_pretrained: config.json: {name} must fit the {num_stored} stored tensors, got {layers}")
 
 
 def _resolve(directory: Path, name: str) -> Path:

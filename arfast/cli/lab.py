@@ -5,6 +5,7 @@ Examples:
   arfast train && arfast lab scoring
   arfast lab linear-lm
   arfast lab tokens --vocab-sizes 1024 4096
+  arfast lab translation --language fr
   arfast lab least-squares --data temperatures.csv --column celsius --order 24
 """
 
@@ -17,6 +18,7 @@ STUDIES = {
     "sequence-length": "what a longer context gives and costs",
     "linear-lm": "language models without layers, beside a small transformer",
     "images": "pictures as tokens: digits drawn after a caption by a language model",
+    "translation": "an encoder-decoder and a decoder-only model translate, by beam search",
     "tokens": "words, characters and byte pairs as tokens of the same text",
 }
 

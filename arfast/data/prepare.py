@@ -49,6 +49,8 @@ class _Corpus:
                 actual = type(document).__name__
                 raise TypeError(f"prepare_dataset: source must be a path or hold Documents, got a {actual}")
             check_text("prepare_dataset: the text of a document", document.text)
+            if document.key is not None:
+                check_text("prepare_dataset: the key of a document", document.key)
         return cls("documents", documents)
 
     def __iter__(self) -> Iterator[Document]:
@@ -69,8 +71,14 @@ class _Plan:
     num_bytes: np.ndarray
 
 
+def _digest(document: Document, seed: int) -> bytes:
+    return document_digest(document.text if document.key is None else document.key, seed)
+
+
 def _add_document(corpus_hash: "hashlib._Hash", digest: bytes, document: Document) -> None:
     corpus_hash.update(digest)
+    if document.key is not None:
+        corpus_hash.update(document_digest(document.text))
     if document.targets is not None:
         corpus_hash.update(repr(document.targets).encode())
 
@@ -80,7 +88,7 @@ def _make_plan(corpus: _Corpus, seed: int, validation_fraction: float, test_frac
     different: dict[bytes, None] = {}
     index, num_bytes = [], []
     for document in corpus:
-        digest = document_digest(document.text, seed)
+        digest = _digest(document, seed)
         _add_document(corpus_hash, digest, document)
         num_bytes.append(len(document.text.encode()))
         index.append(-1 if digest in different else len(different))
@@ -94,7 +102,7 @@ def _planned_documents(corpus: _Corpus, plan: _Plan, seed: int) -> Iterator[tupl
     """(split, document) of each that is no copy; ends with an error if the corpus is not the one planned for."""
     corpus_hash = hashlib.sha256()
     for number, document in enumerate(corpus):
-        _add_document(corpus_hash, document_digest(document.text, seed), document)
+        _add_document(corpus_hash, _digest(document, seed), document)
         if number == len(plan.splits):
             break
         if plan.splits[number] != _COPY:

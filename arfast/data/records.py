@@ -30,6 +30,7 @@ class Document:
 
     targets: rising ranges (start, end) of characters; None: all of the text. A range may be empty: the end token that
         follows each range is a target too.
+    key: what decides the split that it goes to, and makes another document with the same a copy of it; None: the text.
 
     Raises:
         ValueError: the ranges do not rise, or leave the text.
@@ -38,6 +39,7 @@ class Document:
     text: str
     source: str
     targets: tuple[tuple[int, int], ...] | None = None
+    key: str | None = None
 
     def __post_init__(self) -> None:
         if self.targets is not None:

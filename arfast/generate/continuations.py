@@ -73,7 +73,9 @@ def score_continuations(
     for group in groups:
         for context, continuation in group:
             _check(context, continuation, model.config)
-    families = [_Family.of(group, place) for place, group in enumerate(groups) if group]
+    # A part of a source is nothing that an encoder could read ahead.
+    shares = not getattr(model, "splits_documents", False)
+    families = [_Family.of(group, place, shares) for place, group in enumerate(groups) if group]
     results: list[list[ContinuationScore]] = [[] for _ in groups]
     max_targets = max(1, _MAX_LOGITS // model.config.vocab_size)
     with tqdm(total=sum(map(len, groups)), disable=not progress, unit="row") as bar:
@@ -94,10 +96,10 @@ class _Family:
     place: int
 
     @classmethod
-    def of(cls, group: Sequence[Pair], place: int) -> "_Family":
+    def of(cls, group: Sequence[Pair], place: int, shares: bool) -> "_Family":
         rows = [[*context, *continuation] for context, continuation in group]
         # the last token of a context predicts, so it is fed; a row alone is read in one pass
-        most = min(len(context) for context, _ in group) - 1 if len(group) > 1 else 0
+        most = min(len(context) for context, _ in group) - 1 if shares and len(group) > 1 else 0
         first, last = min(rows), max(rows)  # what these share, all between them do
         shared = next((i for i in range(most) if first[i] != last[i]), most)
         fed = [(row[shared:-1], [*continuation]) for row, (_, continuation) in zip(rows, group, strict=True)]

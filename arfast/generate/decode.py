@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arfast.generate.dense_step import DenseStep, has_hooks
 from arfast.models import CausalLM
-from arfast.nn import KVCache
+from arfast.nn import KVCache, PaddedSource
 
 
 def decode_one_token(model: Any, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -58,6 +58,7 @@ class DecodeStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None  # the graph's
         self._memory: list[Tensor] = []  # what the graph reads and writes lives as long as the graph
+        self._source: PaddedSource | None = None
         self._warm = self._refused = False
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -76,8 +77,8 @@ class DecodeStep:
                 self._warm = True
                 return self._step(self.tokens)
         else:
-            if self.cache.k is not self._memory[0]:
-                raise ValueError("DecodeStep: cache must keep its memory, got another one (select with another number)")
+            if self.cache.k is not self._memory[0] or self.cache.source is not self._source:
+                raise ValueError("DecodeStep: cache must keep its memory, got another one (select, another source)")
             self.cache.advance()
         self.graph.replay()
         return self._logits
@@ -131,6 +132,7 @@ class DecodeStep:
         state = [*self.model.parameters(), *self.model.buffers(), cache.v, cache.lengths, cache.seqlens]
         state += [] if cache.slots is None else [cache.slots]
         self._memory = [cache.k, *(tensor.detach() for tensor in state)]
+        self._source = cache.source
         self.graph = graph
         return True
 

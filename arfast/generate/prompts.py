@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arfast.generate.options import describe, require
+from arfast.models import CausalLM
 from arfast.nn import BranchedKVCache, KVCache, StaticKVCache
 
 
@@ -43,7 +44,8 @@ def stored_prompts(
 ) -> tuple[Tensor, KVCache]:
     """The logits [B, V] that follow the prompts, and a cache for the sequences that continue them: one for each prompt,
     or R that continue the prompts prompt_of [R]."""
-    (shortest, longest), kind = (int(length) for length in mask.sum(-1).aminmax()), cache_kind(model)
+    counted = model.cached_tokens(input_ids, mask) if isinstance(model, CausalLM) else mask
+    (shortest, longest), kind = (int(length) for length in counted.sum(-1).aminmax()), cache_kind(model)
     if prompt_of is None:
         cache = StaticKVCache(model.config, len(input_ids), longest + max_new_tokens, *kind)
         return prefill(model, input_ids, mask, cache), cache

@@ -68,6 +68,8 @@ class Speculation:
             ours, theirs = model.head_weight.device, self.draft_model.head_weight.device
             require(theirs == ours, "draft_model", f"be on the model's device {ours}", theirs)
         if self.is_on:
+            splits = [type(m).__name__ for m in (model, self.draft_model) if getattr(m, "splits_documents", False)]
+            require(not splits, "model", "be decoder-only with drafts", ", ".join(splits))
             require(options.num_beams == 1, "num_beams", "be 1 with drafts", options.num_beams)
             for name in PROCESSOR_OPTIONS:
                 value = getattr(options, name)

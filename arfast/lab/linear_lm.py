@@ -21,7 +21,7 @@ from arfast.models.causal_lm import IGNORE_INDEX, shift_labels
 from arfast.train import TrainConfig, Trainer
 from arfast.train.performance import best_dtype
 
-from .result import logged_steps, save_result, training_seconds
+from .result import logged_rows, save_result, training_seconds
 
 _SEQLEN, _BATCH_SIZE, _CURVE_POINTS = 256, 8, 40
 # Of 0.01, 0.03 and 0.1 the best for means and for n-grams on the validation split after 400,000 tokens; that of `arfast
@@ -99,9 +99,9 @@ def _train(
         keep_last=1,
     )
     result = Trainer(model, config, directory).fit()
-    trained = logged_steps(path)
-    figures = {"parameters": model.num_parameters(), "seconds": training_seconds(trained)}
-    figures |= _scores(result.evaluation)
+    rows = logged_rows(path)
+    figures = {"parameters": model.num_parameters(), "seconds": training_seconds(rows), **_scores(result.evaluation)}
+    trained = [row for row in rows if "tokens_per_second" in row]
     size = -(-len(trained) // _CURVE_POINTS)
     parts = [trained[start : start + size] for start in range(0, len(trained), size)]
     return model, figures | {"curve": [(p[-1]["tokens"], sum(r["loss"] for r in p) / len(p)) for p in parts]}

@@ -20,11 +20,10 @@ def save_result(arguments: argparse.Namespace, draw: Callable[[Any], object], si
     return None
 
 
-def logged_steps(run: Path) -> list[dict[str, Any]]:
-    """The rows of steps in the log of a run's directory."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "tokens_per_second" in row]
+def logged_rows(run: Path) -> list[dict[str, Any]]:
+    """The log of a run's directory, rows of steps and of evaluations."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def training_seconds(steps: list[dict[str, Any]]) -> float:
-    return sum(row["batch_tokens"] / row["tokens_per_second"] for row in steps)
+def training_seconds(rows: list[dict[str, Any]]) -> float:
+    return sum(row["batch_tokens"] / row["tokens_per_second"] for row in rows if "tokens_per_second" in row)

@@ -2,6 +2,7 @@
 
 from .causal_lm import CausalLM, CausalLMOutput
 from .config import CausalLMConfig
+from .encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from .image_tokenizer import ImageTokenizer, ImageTokenizerConfig, ImageTokenizerOutput
 from .least_squares import LeastSquaresAR, OrderSelection, select_order
 from .linear_lm import LinearLM, LinearLMConfig
@@ -13,6 +14,8 @@ __all__ = [
     "ImageTokenizer",
     "ImageTokenizerConfig",
     "ImageTokenizerOutput",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "LeastSquaresAR",
     "LinearLM",
     "LinearLMConfig",

@@ -59,6 +59,7 @@ class CausalLM(nn.Module):
 
     config_type: type = CausalLMConfig
     trunk_type: type[nn.Module] = Decoder
+    splits_documents = False  # whether tokens of one document go different ways, as those of an encoder-decoder do
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class CausalLM(nn.Module):
             cache.commit()
         if labels is None:
             return CausalLMOutput(logits=self._logits(hidden, input_ids.shape, logits_to_keep))
-        targets = shift_labels(labels, cu_seqlens)
+        targets = self._targets(labels, input_ids, cu_seqlens)
         hidden, head_weight = self._head_product(hidden)
         # A number becomes part of a compiled or captured graph, which then serves it alone: dividing by it does not.
         divides = isinstance(num_items, Tensor) or (num_items is not None and torch.compiler.is_compiling())
@@ -167,6 +168,10 @@ class CausalLM(nn.Module):
             num_tokens=(targets != IGNORE_INDEX).sum(),
             tokens_per_expert=torch.stack(counts) if counts else None,
         )
+
+    def _targets(self, labels: Tensor, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """What each position is to predict, [B, T]; -100: nothing."""
+        return shift_labels(labels, cu_seqlens)
 
     def _logits(self, hidden: Tensor, shape: torch.Size, keep: int | Tensor) -> Tensor:
         if isinstance(keep, Tensor):
@@ -228,6 +233,10 @@ class CausalLM(nn.Module):
         if batch_size is not None and cache.batch_size != batch_size:
             size = cache.batch_size
             raise ValueError(f"CausalLM: input_ids must have the cache's batch size {size}, got {batch_size}")
+
+    def cached_tokens(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """bool [B, P]: which tokens of prompts a cache counts, of those where mask [B, P] is true: here all."""
+        return mask
 
     def generate(self, input_ids: Tensor, **options) -> Tensor:
         """Continue prompts: see `arfast.generate.generate`."""

@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from .config import FULL, SLIDING, CausalLMConfig
+from .encoder_decoder import FAMILY as ENCODER_DECODER
+from .encoder_decoder import EncoderDecoderConfig
 from .linear_lm import FAMILY as LINEAR
 from .linear_lm import LinearLMConfig
 
@@ -24,9 +26,11 @@ ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "arfast": "ArfastForCausalLM",  # our own: every field of CausalLMConfig, for what no other family can express
     LINEAR: "ArfastLinearLM",
+    ENCODER_DECODER: "ArfastEncoderDecoder",
 }
 # Their config.json has the fields of the configuration as they are.
-OWN = {"arfast": CausalLMConfig, LINEAR: LinearLMConfig}
+OWN = {"arfast": CausalLMConfig, LINEAR: LinearLMConfig, ENCODER_DECODER: EncoderDecoderConfig}
+Config = CausalLMConfig | LinearLMConfig | EncoderDecoderConfig
 
 _SAME_NAME = (
     "vocab_size",
@@ -71,7 +75,7 @@ def _require(condition: bool, key: str, rule: str, actual: Any) -> None:
         raise ValueError(f"config.json: {key} must {rule}, got {actual!r:.100}")
 
 
-def config_from_json(raw: dict[str, Any]) -> CausalLMConfig | LinearLMConfig:
+def config_from_json(raw: dict[str, Any]) -> Config:
     """The configuration that a config.json describes.
 
     Raises:
@@ -189,7 +193,7 @@ def choose_family(config: CausalLMConfig) -> str:
     return "mistral" if uniform and no_bias else "arfast"
 
 
-def config_to_json(config: CausalLMConfig | LinearLMConfig, dtype: str, family: str | None = None) -> dict[str, Any]:
+def config_to_json(config: Config, dtype: str, family: str | None = None) -> dict[str, Any]:
     """The config.json of a family, None for the one that `choose_family` names, whose weights have this dtype.
 
     rope_theta and rope_scaling are written under their older names, which every version of transformers and vLLM reads.

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from arfast.nn import normal_
 
+from .config import is_integer, is_number
+
 _INTEGERS = {
     "image_size": (1, 4096),
     "channels": (1, 64),
@@ -61,13 +63,13 @@ class ImageTokenizerConfig:
     def __post_init__(self) -> None:
         for name, (low, high) in _INTEGERS.items():
             value = getattr(self, name)
-            valid = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+            valid = is_integer(value) and low <= value <= high
             self._require(valid, name, f"be an integer in [{low}, {high}]")
         self._require(self.image_size % self.patch_size == 0, "patch_size", f"divide image_size={self.image_size}")
         largest = torch.finfo(torch.float32).max
-        self._require(_is_number(self.commitment) and 0 <= self.commitment <= largest, "commitment", "be finite, >= 0")
-        self._require(_is_number(self.decay) and 0 <= self.decay < 1, "decay", "be in [0, 1)")
-        self._require(_is_number(self.revive_below) and 0 <= self.revive_below <= 1, "revive_below", "be in [0, 1]")
+        self._require(is_number(self.commitment) and 0 <= self.commitment <= largest, "commitment", "be finite, >= 0")
+        self._require(is_number(self.decay) and 0 <= self.decay < 1, "decay", "be in [0, 1)")
+        self._require(is_number(self.revive_below) and 0 <= self.revive_below <= 1, "revive_below", "be in [0, 1]")
 
     def _require(self, valid: bool, name: str, rule: str) -> None:
         if not valid:
@@ -77,10 +79,6 @@ class ImageTokenizerConfig:
     def grid_size(self) -> int:
         """Height and width of an image's codes, S / p."""
         return self.image_size // self.patch_size
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(slots=True)

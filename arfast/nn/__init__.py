@@ -1,6 +1,7 @@
 """Layers of CausalLM, on top of arfast.ops. Hidden states are [N, d]: all tokens of a batch in one dimension."""
 
 from .attention import Attention
+from .cross_attention import CrossAttention, PackedSource, PaddedSource, Source
 from .initialization import normal_
 from .kv_cache import BranchedKVCache, KVCache, StaticKVCache
 from .layout import TokenLayout
@@ -13,11 +14,15 @@ from .rotary import RotaryEmbedding, inverse_frequencies
 __all__ = [
     "Attention",
     "BranchedKVCache",
+    "CrossAttention",
     "KVCache",
     "LoraConfig",
     "MoE",
+    "PackedSource",
+    "PaddedSource",
     "RMSNorm",
     "RotaryEmbedding",
+    "Source",
     "StaticKVCache",
     "SwiGLU",
     "TokenLayout",

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped key-value heads (Ainslie et al., arXiv 2305.13245) and rotary positions."""
+"""Self-attention with grouped key-value heads (Ainslie et al., arXiv 2305.13245) and rotary positions."""
 
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ class Attention(nn.Module):
         window: a token sees itself and this many tokens before it; None: all.
         qkv_bias, o_bias: biases of the projections (Qwen2 has the former, Llama may have both).
         qk_norm_eps: RMSNorm of every head's query and key before the rotation (Qwen3); None: no norm.
+        causal: False: a token sees those after it too, as in an encoder, which has no cache.
     """
 
     def __init__(
@@ -32,10 +33,11 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         o_bias: bool = False,
         qk_norm_eps: float | None = None,
+        causal: bool = True,
     ):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.layer, self.window = layer, window
+        self.layer, self.window, self.causal = layer, window, causal
         # Three products, not one over concatenated weights: forward and backward of the one take as long in bfloat16
         # and 3 % longer in float32 (d=256, N=2048, 2 AVX-512 cores, 2026-11).
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
@@ -51,7 +53,8 @@ class Attention(nn.Module):
         v = self.v_proj(hidden).view(*layout.shape, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(self._attend(q, k, v, layout).reshape(hidden.shape[0], -1))
+        out = self._attend(q, k, v, layout)
+        return self.o_proj(out.reshape(hidden.shape[0], self.num_heads * self.head_dim))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         cache, cos, sin = layout.cache, layout.cos, layout.sin
@@ -64,4 +67,5 @@ class Attention(nn.Module):
         if cache is not None:
             cache.update(self.layer, k, v)
         offsets = layout.cu_seqlens
-        return ops.attention(q, k, v, window=self.window, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+        options = dict(causal=self.causal, window=self.window)
+        return ops.attention(q, k, v, cu_seqlens_q=offsets, cu_seqlens_k=offsets, **options)

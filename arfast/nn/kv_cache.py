@@ -1,9 +1,16 @@
 """Keys and values of past tokens in memory that is allocated once."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from arfast import ops
+
+if TYPE_CHECKING:
+    from .cross_attention import PaddedSource
 
 
 class KVCache:
@@ -21,9 +28,11 @@ class KVCache:
         lengths: int32 [R], tokens stored per sequence.
         seqlens: int32 [R], lengths including the tokens of the forward pass that runs.
         extends: whether that pass attends to tokens stored before it.
+        source: what an encoder-decoder's sequences are translations of, or None.
     """
 
     slots: Tensor | None = None
+    source: PaddedSource | None = None
 
     def __init__(self, k: Tensor, v: Tensor, batch_size: int):
         self.k, self.v = k, v
@@ -129,7 +138,7 @@ class StaticKVCache(KVCache):
         self._places = None
 
     @classmethod
-    def over(cls, k: Tensor, v: Tensor) -> "StaticKVCache":
+    def over(cls, k: Tensor, v: Tensor) -> StaticKVCache:
         """A cache in memory that stands: [layers, batch, max_length, Hkv, D]."""
         cache = cls.__new__(cls)
         KVCache.__init__(cache, k, v, k.shape[1])
@@ -169,6 +178,7 @@ class StaticKVCache(KVCache):
         """Forget everything."""
         self.lengths.zero_()
         self._longest = 0
+        self.source = None
 
     def select(self, parents: Tensor) -> None:
         """Let sequence i continue what is stored as sequence parents[i]: int64, in [0, R).
@@ -184,6 +194,8 @@ class StaticKVCache(KVCache):
         else:
             self.k, self.v = self.k[:, parents], self.v[:, parents]
             self.lengths, self.seqlens = self.lengths[parents], self.seqlens[parents]
+        if self.source is not None:
+            self.source = self.source.select(parents)
 
 
 class BranchedKVCache(KVCache):
@@ -252,6 +264,7 @@ class BranchedKVCache(KVCache):
         """Let row r begin as a continuation of the stored prompt prompt_of[r]: int64 [R], in [0, B)."""
         self.lengths.copy_(self.prompts.lengths[prompt_of])
         self._longest = self.prompts._longest
+        self.source = None if self.prompts.source is None else self.prompts.source.select(prompt_of)
         rows = torch.arange(self.batch_size, device=self.slots.device)
         generated = self.prompts.batch_size * self._prompt_length + rows * self._max_new_tokens
         self.own_slots.copy_(generated - self.lengths)

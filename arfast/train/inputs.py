@@ -82,6 +82,12 @@ def check_inputs(model: nn.Module, config: TrainConfig, datasets: Mapping[str, A
                 f"Trainer: tokenizer must be the one of the {split} split, {dataset.tokenizer_fingerprint}, "
                 f"got {tokenizer.fingerprint}"
             )
+    if getattr(model, "splits_documents", False):
+        kind = type(model).__name__
+        if config.packing == "contiguous":
+            raise ValueError(f"Trainer: packing must be documents or padded for {kind}, got 'contiguous'")
+        if config.cuda_graph:
+            raise ValueError(f"Trainer: cuda_graph must be False for {kind}, whose shapes hang on its tokens, got True")
     largest = max(stage.batch_size for stage in config.stages)
     if datasets["train"].num_samples < largest:
         raise ValueError(

@@ -30,6 +30,7 @@ from arfast.data import (
 )
 from arfast.data.manifest import MANIFEST_NAME, DatasetManifest, canonical_hash
 from arfast.data.packing import ContiguousRows, pack_documents, pad_documents, pad_segments
+from arfast.data.parallel import handbook_pairs, pair_documents, read_pairs
 from arfast.data.pipeline.recipe import Recipe
 from arfast.data.shards import HEADER_BYTES, Shard, ShardHeader
 from arfast.data.stream import TokenStream
@@ -279,6 +280,25 @@ def mutate_saved_dataset(generator: Random, data: bytes) -> bytes:
     return to_json(generator, value)
 
 
+# Parallel text
+
+
+def make_pairs(path: Path) -> None:
+    """Lines, and pages of a language each."""
+    for folder in ("en-US", "de-DE"):
+        (path / folder).mkdir()
+        texts = [f"„{text}“ {folder} – …" for text in TEXTS[:20]]
+        (path / f"{folder}.txt").write_text("\n".join(texts))
+        (path / folder / "page.html").write_text("".join(f"<p>{text} <b>It is</b> so.</p>\n" for text in texts))
+
+
+def read_pairs_of_both(path: Path) -> None:
+    for pairs in (read_pairs(path / "en-US.txt", path / "de-DE.txt"), handbook_pairs(path, "de")):
+        for document in pair_documents(pairs, "", max_bytes=200):
+            (start, end), text = document.targets[0], document.text
+            assert len(text.encode()) <= 200 and text.count("\n") == 1 and text[start - 1] == "\n" and end == len(text)
+
+
 # Settings
 
 
@@ -349,6 +369,9 @@ PARSERS = {
     ),
     "state.json of a Hugging Face dataset": Parser(
         make_saved_dataset, ("state.json",), mutate_saved_dataset, check_documents, 0.5
+    ),
+    "parallel text": Parser(
+        make_pairs, ("en-US.txt", "de-DE.txt", "en-US/page.html", "de-DE/page.html"), anywhere, read_pairs_of_both, 0.5
     ),
     "recipe.json and config.json": Parser(
         make_settings, ("recipe.json", "config.json"), mutate_json, read_settings, 0.5
