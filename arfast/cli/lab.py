@@ -16,6 +16,8 @@ STUDIES = {
     "scoring": "real and garbled text, right and wrong continuations, judged by a trained model",
     "sequence-length": "what a longer context gives and costs",
     "linear-lm": "language models without layers, beside a small transformer",
+    "objectives": "label smoothing and scheduled sampling: calibration, and quality by the length of generated text",
+    "in-context": "a model that learns a task from the examples in its prompt",
     "tokens": "words, characters and byte pairs as tokens of the same text",
 }
 
