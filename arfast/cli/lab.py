@@ -4,6 +4,8 @@ Examples:
   arfast lab least-squares
   arfast train && arfast lab scoring
   arfast lab linear-lm
+  arfast lab objectives --label-smoothing 0.2 --scheduled-sampling 0.5
+  arfast lab in-context
   arfast lab tokens --vocab-sizes 1024 4096
   arfast lab least-squares --data temperatures.csv --column celsius --order 24
 """

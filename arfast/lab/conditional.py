@@ -17,6 +17,7 @@ from .string_tasks import OPERATIONS, Task, family_inputs, split_inputs
 _SEQLEN, _BATCH_SIZE, _LEARNING_RATE = 128, 32, 3e-3
 _FAMILIES = ("numbers", "dates")
 _HELD_OUT_INPUTS, _QUESTIONS = 0.1, 400
+_FEWEST = 400  # documents: more than a batch of them
 
 
 def compare_masks(directory: Path, max_tokens: int, seed: int) -> dict[str, dict[str, float]]:
@@ -24,7 +25,7 @@ def compare_masks(directory: Path, max_tokens: int, seed: int) -> dict[str, dict
     generator = np.random.default_rng(seed)
     known, unseen = split_inputs(family_inputs([]), _HELD_OUT_INPUTS, generator)
     tasks = [Task(family, operation, "plain") for family in _FAMILIES for operation in OPERATIONS[family]]
-    pairs = [_pair(tasks, known, generator) for _ in range(-(-max_tokens // 30))]
+    pairs = [_pair(tasks, known, generator) for _ in range(max(_FEWEST, max_tokens // 30))]
     questions = [_pair(tasks, unseen, generator) for _ in range(_QUESTIONS)]
     found = {}
     for name in ("all tokens", "answers"):

@@ -13,11 +13,13 @@ Example:
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from arfast.data import DatasetManifest, Document, Tokenizer, builtin, prepare_dataset, read_documents
 from arfast.data.prepare import BUILTIN_PREFIX
@@ -79,13 +81,12 @@ def run(arguments: argparse.Namespace) -> dict:
     }
     directory = Path(arguments.output_dir) / "data"
     documents = draw_documents(tasks, inputs, arguments.max_tokens, generator)
-    prepare_dataset(
-        documents, directory, vocab_size=256, tokenizer_kind="character", validation_fraction=0.02, test_fraction=0.0
-    )
+    tokenizer = line_tokenizer([document.text for document in documents])
+    prepare_dataset(documents, directory, tokenizer, validation_fraction=0.02, test_fraction=0.0)
     model, seconds = _train(config, directory, arguments)
-    found = {name: evaluate(model, Tokenizer.load(directory), some) for name, some in questions.items()}
+    found = {name: evaluate(model, tokenizer, some) for name, some in questions.items()}
     print(describe(found), flush=True)
-    print(_example(model, Tokenizer.load(directory), questions["new frames"]))
+    print(_example(model, tokenizer, questions["new frames"]))
     figure = save_result(arguments, lambda figure: draw(figure, found), (9, 4))
     return {"parameters": model.num_parameters(), "seconds": seconds, "accuracy": found, "figure": figure}
 
@@ -99,26 +100,35 @@ def _words(data: str) -> list[str]:
     return words
 
 
+def line_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """Characters as tokens, and the end of a line as the token that ends an answer."""
+    characters = Tokenizer.train([*texts, _END], 256, "character")
+    with tempfile.TemporaryDirectory() as path:
+        characters.save(path)
+        content = (Path(path) / "tokenizer.json").read_text()
+    special = characters.special_tokens
+    return Tokenizer(content, special["bos_token"], _END, special["pad_token"])
+
+
 def draw_documents(
     tasks: Sequence[Task], inputs: dict[str, list[str]], max_tokens: int, generator: np.random.Generator
 ) -> list[Document]:
-    """One task each, drawn at random, with as many examples as a sequence has room for; of max_tokens characters, and
-    as many more as are held out for validation."""
+    """One task each, drawn at random, with as many examples as a sequence has room for; of max_tokens tokens, and as
+    many more as are held out for validation. The outputs are targets, each closed by the end of its line."""
     documents, total = [], 0
     while total < 1.05 * max_tokens:
-        task, lines, room = tasks[generator.integers(len(tasks))], "", _SEQLEN - 2  # start and end token
+        task = tasks[generator.integers(len(tasks))]
+        texts, text, targets = inputs[task.family], "", []
         while True:
-            line = _line(task, inputs[task.family][generator.integers(len(inputs[task.family]))])
-            if len(lines) + len(line) > room:
+            asked = texts[generator.integers(len(texts))]
+            question, answer = render([], asked), task(asked)
+            if 1 + len(text) + len(question + answer) + len(targets) + 1 > _SEQLEN:
                 break
-            lines += line
-        documents.append(Document(lines, str(task)))
-        total += len(lines) + 2
+            text += question + answer
+            targets.append((len(text) - len(answer), len(text)))
+        documents.append(Document(text, str(task), tuple(targets)))
+        total += 1 + len(text) + len(targets)
     return documents
-
-
-def _line(task: Task, text: str) -> str:
-    return render([], text) + task(text) + _END
 
 
 def draw_questions(
@@ -211,13 +221,10 @@ def describe(found: dict[str, dict[str, dict]]) -> str:
 
 def _example(model: CausalLM, tokenizer: Tokenizer, questions: Sequence[Question]) -> str:
     """A prompt with two examples, and what the model makes of it."""
-    import torch
-
     question = questions[0]
     ids = torch.tensor([tokenizer.encode(question.prompt(2))])
     new = model.generate(ids, max_new_tokens=40)[0, ids.shape[1] :]
-    answer = tokenizer.decode(new).split(_END)[0]
-    return f"for example:\n{question.prompt(2)}{answer}"
+    return f"for example:\n{question.prompt(2)}{tokenizer.decode(new).rstrip(_END)}"
 
 
 def draw(figure, found: dict[str, dict[str, dict]]) -> None:
