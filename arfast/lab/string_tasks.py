@@ -19,7 +19,7 @@ _ONES = (
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _ROMAN = ("M", 1000), ("CM", 900), ("D", 500), ("CD", 400), ("C", 100), ("XC", 90), ("L", 50), ("XL", 40), ("X", 10)
 _ROMAN += ("IX", 9), ("V", 5), ("IV", 4), ("I", 1)
-_WORD = re.compile(r"[a-z]{3,6}")
+_WORD = re.compile(r"[a-z]{3,5}")
 _MIN_COUNT = 3  # a word that occurs less often may be a misprint
 
 
@@ -141,7 +141,7 @@ def split_tasks(generator: np.random.Generator) -> tuple[list[Task], list[Task]]
 
 
 def frequent_words(texts: Iterable[str], count: int) -> list[str]:
-    """The most frequent words of 3 to 6 lower-case letters, alphabetically among equals.
+    """The most frequent words of 3 to 5 lower-case letters, alphabetically among equals.
 
     >>> frequent_words(["to be or not to be, that is the question; the the not not not"], 2)
     ['not', 'the']

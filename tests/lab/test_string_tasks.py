@@ -83,6 +83,6 @@ def test_inputs_are_split_once():
 
 
 def test_words_of_code():
-    texts = ["self.name = naïve_name + 'x'; Self(value2, names)", "name self self name value; value toolong"]
+    texts = ["self.name = naïve_name + 'x'; Self(value2, names)", "name self self name value; value python"]
     assert frequent_words(3 * texts[:1] + 2 * texts[1:], 9) == ["name", "self", "value", "names"]
     assert frequent_words(texts, 1) == ["name"]
