@@ -113,6 +113,7 @@ def reliability(model: Any, batches: Iterable[Any], *, num_bins: int = 15) -> Re
         ValueError: the batches hold no target; the errors of `ReliabilityDiagram`.
 
     Example:
+        >>> from arfast import CausalLM, CausalLMConfig
         >>> from arfast.data import Batch
         >>> model, ids = CausalLM(CausalLMConfig.preset("tiny")), torch.randint(0, 4096, (2, 16))
         >>> reliability(model, [Batch(ids, ids, None, 30)]).num_tokens

@@ -38,7 +38,7 @@ class NGramModel:
 
     Example:
         >>> model = NGramModel([np.array([0, 1, 2, 0, 1, 2, 0, 1, 2])], order=2, vocab_size=4)
-        >>> model.log_prob(np.array([[0, 1]]))[0, 1] > np.log(0.5)
+        >>> bool(model.log_prob(np.array([[0, 1]]))[0, 1] > np.log(0.5))
         True
     """
 

@@ -1,5 +1,7 @@
 """Expected calibration error against float64 in NumPy and against cases by hand, at once and in parts."""
 
+import doctest
+
 import numpy as np
 import pytest
 import torch
@@ -125,3 +127,7 @@ def test_errors():
     nothing = Batch(torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), -100), None, 0)
     with pytest.raises(ValueError, match="reliability: batches must hold at least one target, got none"):
         reliability(MODEL, [nothing])
+
+
+def test_examples():
+    assert doctest.testmod(calibration).failed == 0

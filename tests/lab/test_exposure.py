@@ -1,10 +1,13 @@
 """Exposure bias of models for which it is known: none without memory, some where a mistake is kept."""
 
+import doctest
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from arfast.lab import exposure
 from arfast.lab.exposure import measure_exposure, repetition
 from arfast.lab.ngram import NGramModel
 
@@ -68,3 +71,7 @@ def test_repetition():
     assert repetition(np.arange(40) % 4, 8) == 1
     row = np.array([1, 2, 3, 4, 9, 1, 2, 3, 4, 5, 6])
     assert repetition(row, 5) == pytest.approx(1 / 3)  # of 1234, 2345, 3456 the first
+
+
+def test_examples():
+    assert doctest.testmod(exposure).failed == 0

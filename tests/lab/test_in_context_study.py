@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import doctest
 import json
 
 import numpy as np
@@ -185,3 +186,7 @@ def test_too_few_words(tmp_path, capsys):
     data.write_text("to be or not to be " * 5)
     assert main(["lab", "in-context", "--data", str(data), "--output-dir", str(tmp_path / "out")]) == 2
     assert "lab in-context: data must hold 100 frequent words of 3 to 5 letters, got 1" in capsys.readouterr().err
+
+
+def test_examples():
+    assert doctest.testmod(in_context).failed == 0

@@ -1,12 +1,14 @@
 """Kneser-Ney smoothing against its formula in plain Python, on numbers and on code."""
 
 import collections
+import doctest
 import math
 import textwrap
 
 import numpy as np
 import pytest
 
+from arfast.lab import ngram
 from arfast.lab.ngram import NGramModel
 
 
@@ -75,3 +77,7 @@ def test_errors():
         NGramModel([np.arange(9)], 6, 2000)
     with pytest.raises(ValueError, match="documents must hold an n-gram of 4 tokens, got none"):
         NGramModel([np.arange(3)], 4, 10)
+
+
+def test_examples():
+    assert doctest.testmod(ngram).failed == 0

@@ -1,11 +1,13 @@
 """Tasks against values by hand and against inverses; what is held out stays out."""
 
 import datetime
+import doctest
 from itertools import product
 
 import numpy as np
 import pytest
 
+from arfast.lab import string_tasks
 from arfast.lab.string_tasks import (
     FRAMES,
     OPERATIONS,
@@ -86,3 +88,7 @@ def test_words_of_code():
     texts = ["self.name = naïve_name + 'x'; Self(value2, names)", "name self self name value; value python"]
     assert frequent_words(3 * texts[:1] + 2 * texts[1:], 9) == ["name", "self", "value", "names"]
     assert frequent_words(texts, 1) == ["name"]
+
+
+def test_examples():
+    assert doctest.testmod(string_tasks).failed == 0

@@ -1,5 +1,6 @@
 """Scheduled sampling: which inputs are replaced, by what, from when on; a run that is killed loses nothing of it."""
 
+import doctest
 import random
 import signal
 
@@ -10,7 +11,7 @@ from train_doubles import TinyConfig, TinyLM, assert_same_outcome, outcome
 
 from arfast.data import Batch, Document, prepare_dataset
 from arfast.models import CausalLM, LinearLM
-from arfast.train import TrainConfig
+from arfast.train import TrainConfig, scheduled_sampling
 from arfast.train.engine import Engine
 from arfast.train.scheduled_sampling import ScheduledSampling, replacement_probability
 
@@ -198,3 +199,7 @@ def test_kill_and_resume(worker, memory_path, data, packing):
 def test_models_that_cannot_be_asked_for_some_logits():
     with pytest.raises(ValueError, match="Trainer: scheduled_sampling must be 0 for a TinyLM, got 0.5"):
         Engine(TinyLM(TinyConfig()), config(0.5))
+
+
+def test_examples():
+    assert doctest.testmod(scheduled_sampling).failed == 0
