@@ -61,7 +61,7 @@ def render(examples: Sequence[tuple[str, str]], text: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="builtin:python", help="text to take words from (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=3_000_000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=2_000_000, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--questions", type=int, default=200, metavar="N", help="per family (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of tasks, examples and weights (default: 0)")
