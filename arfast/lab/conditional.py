@@ -14,7 +14,7 @@ from arfast.train.performance import best_dtype
 
 from .string_tasks import OPERATIONS, Task, family_inputs, split_inputs
 
-_SEQLEN, _BATCH_SIZE, _LEARNING_RATE = 128, 32, 3e-3
+_SEQLEN, _BATCH_SIZE, _LEARNING_RATE = 128, 8, 4e-3
 _FAMILIES = ("numbers", "dates")
 _HELD_OUT_INPUTS, _QUESTIONS = 0.1, 400
 _FEWEST = 400  # documents: more than a batch of them
@@ -58,6 +58,7 @@ def _train(path: Path, max_tokens: int, seed: int) -> CausalLM:
         batch_size=_BATCH_SIZE,
         packing="documents",
         learning_rate=_LEARNING_RATE,
+        optimizer="muon",
         dtype=best_dtype(),
         save_every=0,
         keep_last=1,
