@@ -32,13 +32,13 @@ from .ngram import NGramModel
 from .result import save_result
 
 _PROMPT, _LENGTHS, _PASSAGE = 32, (8, 16, 32, 64, 128, 224), 32
-_SEQLEN, _BATCH_SIZE, _LEARNING_RATE = _PROMPT + _LENGTHS[-1] + _PASSAGE, 8, 3e-3
+_SEQLEN, _BATCH_SIZE, _LEARNING_RATE = _PROMPT + _LENGTHS[-1] + _PASSAGE, 4, 4e-3
 _JUDGE_ORDER, _BINS, _FEWEST = 4, 15, 50  # a bin with fewer predictions is not drawn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="builtin:python", help="text or a data set (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=800_000, metavar="N", help="per model (default: 800000)")
+    parser.add_argument("--max-tokens", type=int, default=600_000, metavar="N", help="per model (default: 600000)")
     parser.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--label-smoothing", type=float, default=0.1, metavar="X", help="(default: %(default)s)")
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> dict:
     found, diagrams = {}, {}
     for name, config in configs.items():
         found[name], diagrams[name] = _study(model_config, config, directory, windows, judge, arguments.seed)
-    masks = compare_masks(Path(arguments.output_dir) / "conditional", max(1, arguments.max_tokens // 3), arguments.seed)
+    masks = compare_masks(Path(arguments.output_dir) / "conditional", max(1, arguments.max_tokens // 2), arguments.seed)
     print(describe(found, text, masks), flush=True)
     figure = save_result(arguments, lambda figure: draw(figure, found, diagrams), (11, 4.5))
     return {"objectives": found, "real_text": text, "loss_on": masks, "figure": figure}
@@ -85,6 +85,7 @@ def _settings(name: str, objective: dict[str, float], arguments: argparse.Namesp
         seqlen=_SEQLEN,
         batch_size=_BATCH_SIZE,
         learning_rate=_LEARNING_RATE,
+        optimizer="muon",
         dtype=best_dtype(),
         save_every=max(1, steps // 4),
         keep_last=1,

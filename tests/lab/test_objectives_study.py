@@ -38,7 +38,7 @@ def test_study(corpus, tmp_path, capsys, monkeypatch):
         ("_LEARNING_RATE", 1e-2),
     ):
         monkeypatch.setattr(objectives, name, value)
-    options = ["--data", corpus, "--output-dir", tmp_path, "--max-tokens", 12_000, "--vocab-size", 261]
+    options = ["--data", corpus, "--output-dir", tmp_path, "--max-tokens", 5000, "--vocab-size", 261]
     options += ["--hidden-size", 32, "--prompts", 20, "--label-smoothing", 0.3, "--scheduled-sampling", 0.5]
     text, found = lab(capsys, *options)
     plain, smooth, sampled = found["objectives"].values()
