@@ -4,6 +4,8 @@ Examples:
   arfast lab least-squares
   arfast train && arfast lab scoring
   arfast lab linear-lm
+  arfast lab objectives --label-smoothing 0.2 --scheduled-sampling 0.5
+  arfast lab in-context
   arfast lab tokens --vocab-sizes 1024 4096
   arfast lab translation --language fr
   arfast lab least-squares --data temperatures.csv --column celsius --order 24
@@ -17,6 +19,8 @@ STUDIES = {
     "scoring": "real and garbled text, right and wrong continuations, judged by a trained model",
     "sequence-length": "what a longer context gives and costs",
     "linear-lm": "language models without layers, beside a small transformer",
+    "objectives": "label smoothing and scheduled sampling: calibration, and quality by the length of generated text",
+    "in-context": "a model that learns a task from the examples in its prompt",
     "images": "pictures as tokens: digits drawn after a caption by a language model",
     "translation": "an encoder-decoder and a decoder-only model translate, by beam search",
     "tokens": "words, characters and byte pairs as tokens of the same text",

@@ -7,6 +7,7 @@ Examples:
   arfast train
   arfast train --data corpus.jsonl --preset tiny --output-dir runs/mine --max-tokens 20000000 --save-every 500
   arfast train --init-from runs/default --data notes.txt --output-dir runs/notes --max-steps 100 --lora-rank 8
+  arfast train --label-smoothing 0.1 --scheduled-sampling 0.25 --output-dir runs/objectives
   arfast train --model linear --linear-window 4 --linear-ngram --output-dir runs/ngram
   arfast train --recipe small --max-tokens 1228800 --batch-ramp 0:4 614400:8 --seqlen-ramp 0:256 409600:512
   arfast train --recipe llama3-8b --print-config > llama3.json

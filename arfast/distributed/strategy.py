@@ -28,7 +28,7 @@ from .parallel_model import gradient_norm, parallelize
 from .parts import initialize, parts
 
 # What settings must be on several ranks: Muon needs whole matrices.
-_ON_SEVERAL_RANKS = {"optimizer": "adamw", "compile": False, "cuda_graph": False}
+_ON_SEVERAL_RANKS = {"optimizer": "adamw", "compile": False, "cuda_graph": False, "scheduled_sampling": 0.0}
 
 
 class Parallel(OneProcess):

@@ -1,5 +1,7 @@
-"""Decoding: greedy, sampling and beam search with a key-value cache; scoring of given text, ranking, perplexity."""
+"""Decoding: greedy, sampling and beam search with a key-value cache; scoring of given text, ranking, perplexity,
+calibration."""
 
+from arfast.generate.calibration import ReliabilityDiagram, reliability
 from arfast.generate.continuations import ContinuationScore, encode_pair, score_continuations
 from arfast.generate.decode import DecodeStep
 from arfast.generate.loop import generate
@@ -17,11 +19,13 @@ __all__ = [
     "FewShotPrompt",
     "GenerationOutput",
     "Ranked",
+    "ReliabilityDiagram",
     "SequenceScores",
     "corpus_perplexity",
     "encode_pair",
     "generate",
     "rank",
+    "reliability",
     "score",
     "score_continuations",
 ]

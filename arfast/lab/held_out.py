@@ -1,9 +1,11 @@
 """A trained model with the text that its run has not seen: what studies of it begin with."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from arfast.adapter import load_model
 from arfast.data import DatasetManifest, Tokenizer
@@ -30,3 +32,17 @@ def open_run(arguments: argparse.Namespace, study: str) -> tuple[CausalLM, Token
     if not documents:
         raise ValueError(f"lab {study}: data must hold test documents, got none in {str(data)!r}")
     return load_model(path).eval(), tokenizer, documents
+
+
+def draw_windows(
+    documents: Sequence[np.ndarray], count: int, seqlen: int, generator: np.random.Generator
+) -> torch.Tensor:
+    """int64 [N, seqlen] from documents that are long enough, start and end tokens left out; every place as likely."""
+    inner = [tokens[1:-1] for tokens in documents]
+    inner = [tokens for tokens in inner if len(tokens) >= seqlen]
+    if not inner or count < 1:
+        raise ValueError(f"lab: data must hold a test document of {seqlen} tokens, got none")
+    places = np.array([len(tokens) - seqlen + 1 for tokens in inner])
+    chosen = generator.choice(len(inner), size=count, p=places / places.sum())
+    starts = [int(generator.integers(places[document])) for document in chosen]
+    return torch.from_numpy(np.stack([inner[d][s : s + seqlen] for d, s in zip(chosen, starts, strict=True)]))

@@ -16,7 +16,7 @@ import torch
 from arfast.doctor import measure_sequence_lengths, table
 from arfast.models import CausalLM
 
-from .held_out import add_model_arguments, open_run
+from .held_out import add_model_arguments, draw_windows, open_run
 from .result import save_result
 
 _BATCH = 8
@@ -46,20 +46,6 @@ def run(arguments: argparse.Namespace) -> dict:
         print(table(costs), flush=True)
     figure = save_result(arguments, lambda figure: draw(figure, rows, costs), (12, 4))
     return {"seqlen": seqlen, "windows": len(windows), "by_context": rows, "costs": costs, "figure": figure}
-
-
-def draw_windows(
-    documents: Sequence[np.ndarray], count: int, seqlen: int, generator: np.random.Generator
-) -> torch.Tensor:
-    """int64 [N, seqlen] from documents that are long enough, start and end tokens left out; every place as likely."""
-    inner = [tokens[1:-1] for tokens in documents]
-    inner = [tokens for tokens in inner if len(tokens) >= seqlen]
-    if not inner or count < 1:
-        raise ValueError(f"lab sequence-length: data must hold a test document of {seqlen} tokens, got none")
-    places = np.array([len(tokens) - seqlen + 1 for tokens in inner])
-    chosen = generator.choice(len(inner), size=count, p=places / places.sum())
-    starts = [int(generator.integers(places[document])) for document in chosen]
-    return torch.from_numpy(np.stack([inner[d][s : s + seqlen] for d, s in zip(chosen, starts, strict=True)]))
 
 
 @torch.no_grad()

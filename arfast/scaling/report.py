@@ -44,12 +44,17 @@ class ScalingFit:
 
     @property
     def held_out(self) -> list[dict[str, float]]:
-        """Of each run that the laws have not seen: what it gave, what L(N, D) says, and the relative error."""
+        """Of each run that the laws have not seen: what it gave, what L(N, D) says, and the relative error; and what
+        L(C) says, of a run of about the best size, and its error."""
         runs = self.runs[self.runs.held_out]
         value, low, high = self.parametric.predict(runs.N, runs.D, return_interval=True)
-        rows = zip(runs.N, runs.D, runs.C, runs.L, value, low, high, value / runs.L - 1, strict=True)
-        names = ("N", "D", "C", "measured", "predicted", "low", "high", "error")
-        return [dict(zip(names, map(float, row), strict=True)) for row in rows]
+        columns = dict(N=runs.N, D=runs.D, C=runs.C, measured=runs.L)
+        columns |= dict(predicted=value, low=low, high=high, error=value / runs.L - 1)
+        if self.power_law is not None:
+            value = self.power_law.predict(runs.C)
+            columns |= dict(by_compute=value, by_compute_error=value / runs.L - 1)
+        rows = zip(*columns.values(), strict=True)
+        return [dict(zip(columns, map(float, row), strict=True)) for row in rows]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``fit.json``: the laws with their intervals, and the runs and settings that they follow from."""
@@ -158,6 +163,8 @@ def table(fit: ScalingFit) -> str:
             f"held out: N={row['N']:.4g} D={row['D']:.4g}: predicted {row['predicted']:.4f} "
             f"[{row['low']:.4f}, {row['high']:.4f}], measured {row['measured']:.4f}, error {row['error']:+.2%}"
         )
+        if "by_compute" in row:
+            lines.append(f"  by L(C): {row['by_compute']:.4f}, error {row['by_compute_error']:+.2%}")
     return "\n".join(lines)
 
 

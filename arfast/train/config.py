@@ -18,6 +18,7 @@ DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
 NONFINITE_POLICIES = ("stop", "skip", "rewind")
 SPIKE_POLICIES = ("ignore", "report", "rewind")
+SCHEDULED_SAMPLING_SHAPES = ("linear", "sigmoid")
 LOGS = ("tensorboard",)
 _WARMUP_SHARE = 0.02
 _DECAY_SHARE = 0.2  # of a constant rate: Haegele et al., arXiv:2405.18392, section 3
@@ -68,6 +69,11 @@ class TrainConfig:
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+
+    # Probability that an input token is the model's own prediction, at its peak: see arfast.train.scheduled_sampling.
+    scheduled_sampling: float = 0.0
+    scheduled_sampling_shape: str = "linear"  # from 0 to the peak: "linear" or "sigmoid"
+    scheduled_sampling_tokens: int | None = None  # until the peak; None: the whole run
 
     router_bias_rate: float = 1e-3  # step of the experts' biases, of a model with router_bias: see arfast.nn.moe
 
@@ -173,6 +179,11 @@ class TrainConfig:
         share = _DECAY_SHARE if self.schedule == "constant" else 0.0
         return round(share * self.total_tokens) if self.decay_tokens is None else self.decay_tokens
 
+    @property
+    def num_scheduled_sampling_tokens(self) -> int:
+        tokens = self.scheduled_sampling_tokens
+        return self.total_tokens if tokens is None else tokens
+
     def _check_types(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -220,6 +231,13 @@ class TrainConfig:
         self._require("max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "> 0")
         self._require("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
         self._require("z_loss", self.z_loss >= 0, ">= 0")
+        self._require("scheduled_sampling", 0 <= self.scheduled_sampling <= 1, "in [0, 1]")
+        self._require("scheduled_sampling", not (self.scheduled_sampling and self.cuda_graph), "0 with cuda_graph")
+        shapes = SCHEDULED_SAMPLING_SHAPES
+        self._require(
+            "scheduled_sampling_shape", self.scheduled_sampling_shape in shapes, f"one of {', '.join(shapes)}"
+        )
+        self._require("scheduled_sampling_tokens", (self.scheduled_sampling_tokens or 0) >= 0, ">= 0")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         self._require("router_bias_rate", self.router_bias_rate >= 0, ">= 0")
         for name, policies in (("on_nonfinite", NONFINITE_POLICIES), ("on_spike", SPIKE_POLICIES)):

@@ -20,6 +20,7 @@ from .inputs import model_inputs
 from .optimizer import WorkingCopy, build_optimizer, clipped_step
 from .recheck import repeated
 from .schedule import learning_rate
+from .scheduled_sampling import ScheduledSampling
 from .spikes import describe_spike, remember
 from .stages import Stage
 from .strategy import OneProcess
@@ -89,7 +90,7 @@ class Engine:
 
     Raises:
         ValueError: the settings ask for CUDA graphs, and the model is not on a GPU; or for activation checkpointing,
-            and the model has none.
+            and the model has none; or for scheduled sampling, and the model is no `CausalLM`.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, strategy: OneProcess | None = None) -> None:
@@ -107,6 +108,7 @@ class Engine:
             if self.device.type != "cuda":
                 raise ValueError(f"Trainer: cuda_graph must be False for a model on {self.device.type}, got True")
             self._graphed_backward = GraphedBackward(self._backward, self.compute_model, self.parameters)
+        self._sampling = ScheduledSampling(self.compute_model, config) if config.scheduled_sampling else None
         self._expert_counts: Tensor | None = None  # [layers, E] of the step under way
         self._own_theta = getattr(model.config, "rope_theta", None)
         self.state = TrainState()
@@ -205,6 +207,8 @@ class Engine:
     def _accumulate_gradients(self, batches: Sequence[Any], num_items: int) -> list[Tensor]:
         """Backward over all micro-batches; the loss of the step and, with experts, their auxiliary loss."""
         self.compute_model.train()
+        if self._sampling is not None:
+            batches = self._sampling(batches, self.state.step, self.state.tokens)
         if self._graphed_backward is not None:
             losses = self._graphed_backward([_graph_arguments(batch, num_items) for batch in batches])
         elif self.config.compile:

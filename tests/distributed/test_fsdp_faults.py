@@ -184,6 +184,7 @@ def _make(data, output_dir, config):
         ({"cuda_graph": True}, "cuda_graph must be False on several ranks, got True"),
         ({"optimizer": "muon"}, "optimizer must be 'adamw' on several ranks, got 'muon'"),
         ({"compile": True}, "compile must be False on several ranks, got True"),
+        ({"scheduled_sampling": 0.1}, "scheduled_sampling must be 0.0 on several ranks, got 0.1"),
         (
             {"batch_size": 8, "batch_ramp": [[0, 3], [96, 8]]},
             "batch_size must be a multiple of the 2 data ranks, got 3",

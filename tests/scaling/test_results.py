@@ -49,6 +49,8 @@ def test_largest_runs_are_predicted_unseen(jsonl):
     fit = fit_runs(runs, num_resamples=40)
     for row in fit.held_out:
         assert abs(row["error"]) < 0.005 and row["low"] < row["predicted"] < row["high"]
+        assert row["by_compute"] == pytest.approx(float(fit.power_law.predict(row["C"])))
+        assert row["by_compute_error"] == pytest.approx(row["by_compute"] / row["measured"] - 1)
     spoilt = fit_runs(type(runs)(runs.N, runs.D, np.where(runs.held_out, 9.0, runs.L), runs.C, runs.held_out))
     assert spoilt.parametric.parameters == fit.parametric.parameters  # what is held out has no say
     assert spoilt.held_out[0]["error"] < -0.5

@@ -49,6 +49,9 @@ WRONG = [
     ("max_grad_norm", 0.0),
     ("label_smoothing", 1.0),
     ("z_loss", -1e-4),
+    ("scheduled_sampling", 1.1),
+    ("scheduled_sampling_shape", "cosine"),
+    ("scheduled_sampling_tokens", -1),
     ("dtype", "float16"),
     ("router_bias_rate", -1.0),
     ("activation_checkpointing", 1),
@@ -130,6 +133,8 @@ def test_values_that_do_not_fit_each_other():
         TrainConfig(max_steps=10, batch_ramp=[[0, 2], [1024, 8]], micro_batch_size=4)
     with pytest.raises(ValueError, match="compile must be False with cuda_graph, got True"):
         TrainConfig(max_steps=10, compile=True, cuda_graph=True)
+    with pytest.raises(ValueError, match="scheduled_sampling must be 0 with cuda_graph, got 0.1"):
+        TrainConfig(max_steps=10, scheduled_sampling=0.1, cuda_graph=True)
     with pytest.raises(ValueError, match=r"decay_tokens must be in \[0, 36864\] after the warm-up, got 36865"):
         TrainConfig(max_steps=10, warmup_tokens=4096, decay_tokens=36_865)
     rule = r"rewind_steps must be <= save_every \* \(keep_last - 1\) = 50, as far back as checkpoints are kept, got 100"
