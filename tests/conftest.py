@@ -69,6 +69,15 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a GPU")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves the slow ones out
+def pytest_collection_modifyitems(items):
+    """The emulated GPU is slow, and a kernel in float16 is the one in bfloat16 with another type."""
+    for item in items:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        if str(values.get("device")).startswith("emulated") and values.get("dtype") == torch.float16:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_generate_tests(metafunc):
     """Tests that ask for a device run on the CPU, on the emulated GPU and on a GPU."""
     if "device" not in metafunc.fixturenames:
@@ -79,7 +88,7 @@ def pytest_generate_tests(metafunc):
         if metafunc.definition.get_closest_marker("random_schedules") is not None:
             implementations.append("emulated-random")
         if metafunc.definition.get_closest_marker("older_gpu") is not None:
-            implementations += ["emulated-sm80", "emulated-sm89"]
+            implementations += ["emulated-sm80", pytest.param("emulated-sm89", marks=pytest.mark.slow)]
     implementations.append(pytest.param("cuda", marks=pytest.mark.gpu))
     metafunc.parametrize("device", implementations, indirect=True)
 

@@ -104,7 +104,7 @@ def test_op_that_raises(name, monkeypatch):
 
 def test_leak_from_the_future(monkeypatch):
     right = ops.attention
-    monkeypatch.setattr(ops, "attention", lambda *t, **options: right(*t, **options, causal=False))
+    monkeypatch.setattr(ops, "attention", lambda *t, **options: right(*t, **options | dict(causal=False)))
     found = failed(model_checks("cpu"))["no leak from the future"]
     assert found.startswith("23 of 23 earlier positions changed")
 

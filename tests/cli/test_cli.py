@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from command_line import arfast, last_line
+
+from arfast.cli.main import main
 
 TINY = [
     "--preset",
@@ -114,9 +117,10 @@ def test_info_and_doctor():
 @pytest.mark.parametrize(
     "verb", ["train", "generate", "score", "eval", "tokenize", "scale", "export", "info", "doctor"]
 )
-def test_help_has_an_example(verb):
-    process = arfast(verb, "--help")
-    assert process.returncode == 0 and f"  arfast {verb}" in process.stdout
+def test_help_has_an_example(verb, capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        main([verb, "--help"])
+    assert f"  arfast {verb}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -136,13 +140,24 @@ def test_help_has_an_example(verb):
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
 )
-def test_wrong_input_is_one_line_and_status_2(arguments, message, tmp_path):
+def test_wrong_input_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.bin").write_bytes(bytes(range(256)) * 40)
     (tmp_path / "short.txt").write_text("too short")
-    process = arfast(*arguments, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-    assert process.returncode == 2 and process.stdout == ""
-    errors = [line for line in process.stderr.splitlines() if "error: " in line]
-    assert len(errors) == 1 and message in errors[0], process.stderr
-    assert "Traceback" not in process.stderr
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(arguments)
+    except SystemExit as end:  # argparse
+        status = end.code
+    printed = capsys.readouterr()
+    assert status == 2 and printed.out == ""
+    errors = [line for line in printed.err.splitlines() if "error: " in line]
+    assert len(errors) == 1 and message in errors[0], printed.err
+    assert "Traceback" not in printed.err
     assert not list(Path(tmp_path).glob("runs/default/step-*"))
+
+
+def test_wrong_input_ends_the_process_with_status_2(tmp_path):
+    process = arfast("generate", "nowhere", cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert process.returncode == 2 and process.stdout == "" and "Traceback" not in process.stderr
+    assert len(re.findall("error: .*nowhere", process.stderr)) == 1

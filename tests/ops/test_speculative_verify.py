@@ -61,8 +61,8 @@ def check(target, tokens, draft, state, **options):
 
 
 def chosen(filters, dtype, implementation):
-    """All; on the emulated GPU, which is slow, a third of them: together, its three dtypes have all."""
-    return filters[DTYPES.index(dtype) :: 3] if implementation.startswith("emulated") else filters
+    """All; on the emulated GPU, which is slow, every other one: float32 and bfloat16 together have all."""
+    return filters[DTYPES.index(dtype) % 2 :: 2] if implementation.startswith("emulated") else filters
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -180,7 +180,7 @@ GOOD = dict(N=[1e6, 2e6, 4e6] * 2, D=[1e8, 2e8, 4e8, 8e8, 16e8, 32e8], L=[4.0, 3
         (dict(L=[[4.0]] * 6), r"L must be one-dimensional, got shape \(6, 1\)"),
         (dict(L=["x"] * 6), "L must hold numbers, got"),
         (dict(loss="absolute"), "loss must be one of squared, huber, got 'absolute'"),
-        (dict(num_resamples=3), "num_resamples must be an integer in [20, 100000], got 3"),
+        (dict(num_resamples=3), r"num_resamples must be an integer in \[20, 100000\], got 3"),
         (dict(confidence=1.0), "confidence must be between 0 and 1, got 1.0"),
     ],
 )
