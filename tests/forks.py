@@ -5,7 +5,10 @@ import os
 import resource
 import signal
 import sys
+import threading
 import traceback
+
+from tqdm import tqdm
 
 
 def fork(work):
@@ -15,6 +18,7 @@ def fork(work):
     status = 1
     try:
         os.setpgid(0, 0)
+        tqdm.set_lock(threading.RLock())  # its own lock is one for all processes: a killed child keeps it for ever
         work()
         status = 0
     except Exception:
