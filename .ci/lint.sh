@@ -88,5 +88,13 @@ limit() {
 }
 limit 400 "${all_cpp[@]}" "${package[@]}" $(files tests '*.py' '*.cpp') $(files benchmarks '*.py')
 
+# What is committed by mistake stays in the history: packages, archives, weights.
+while IFS= read -r -d '' file; do
+  if [ -f "$file" ] && [ "$(wc -c <"$file")" -gt $((1 << 19)) ]; then
+    printf 'lint: %s must have at most 512 KiB, got %d bytes\n' "$file" "$(wc -c <"$file")"
+    status=1
+  fi
+done < <(git ls-files -z --cached --others --exclude-standard)
+
 if [ $status = 0 ]; then echo "lint: passed"; fi
 exit $status
