@@ -48,23 +48,32 @@ def run(function, arguments, dout):
     return out, *torch.autograd.grad(out, leaves, dout.to(out.dtype))
 
 
-def check(arguments, function=moe_experts):
+def results(arguments, function=moe_experts):
+    """Of the function, of the reference in float64, and of the reference in the dtype of the arguments."""
     dout = torch.randn(arguments[0].shape).to(arguments[0])
-    actual = run(function, arguments, dout)
     exact = run(moe_experts_reference, widened(*arguments), dout)
-    baseline = run(moe_experts_reference, arguments, dout)
-    # The sums of a single token are few: in 150 draws of (1, 8, 8, 33, 17) the worst of ours was 8.8 units in the last
-    # place and the baseline's 4.2, but not in the same draw.
-    ulps = 7.0 if len(arguments[0]) == 1 else 2.0
+    return run(function, arguments, dout), exact, run(moe_experts_reference, arguments, dout)
+
+
+def compare(actual, exact, baseline):
     for name, a, e, b in zip(NAMES, actual, exact, baseline, strict=True):
-        assert_accurate(a, e, b, name=name, ulps=ulps)
-    return actual
+        assert_accurate(a, e, b, name=name)
+
+
+def check(arguments, function=moe_experts):
+    found = results(arguments, function)
+    compare(*found)
+    return found[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens,experts,top_k,size,inner", SIZES)
 def test_forward_and_backward(tokens, experts, top_k, size, inner, dtype, device, poisoned):
-    check(inputs(tokens, experts, top_k, size, inner, dtype))
+    # A single token has few sums, of which those of the baseline may happen to be all exact: its errors are compared
+    # over several draws.
+    draws = 20 if tokens == 1 and dtype == torch.float32 else 1
+    found = [results(inputs(tokens, experts, top_k, size, inner, dtype)) for _ in range(draws)]
+    compare(*([torch.stack(tensors) for tensors in zip(*kind, strict=True)] for kind in zip(*found, strict=True)))
 
 
 @pytest.mark.random_schedules
