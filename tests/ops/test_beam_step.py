@@ -16,7 +16,7 @@ from arfast.ops.beam_step import CAN_CHANGE, GO_ON, NOT_FINITE
 
 NAN, INF = math.nan, math.inf
 MODES = [False, True, "never"]
-SETTINGS = [(0.0, False, 0), (1.0, True, 2), (-1.0, False, 100)]  # length_penalty, log_probs, min_length
+SETTINGS = [(0.0, False, 0), (1.0, True, 2), (-1.0, False, 100)]
 # items, beams, vocab_size, max_length, number of end tokens
 SIZES = [
     (0, 2, 10, 3, 1),
@@ -68,29 +68,29 @@ def step_logits(size, state, first, dtype=torch.float32):
 
 @pytest.mark.random_schedules
 @pytest.mark.older_gpu
+@pytest.mark.emulated_sample(3)
+@pytest.mark.parametrize("length_penalty,log_probs,min_length", SETTINGS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_equals_reference(device, size, mode, implementation):
-    """Every tensor of the state after every step, and after one step too many. The emulated GPU is slow: with each mode
-    it takes other settings."""
-    at = MODES.index(mode)
-    compare_steps(size, device, mode, SETTINGS[at : at + 1] if implementation.startswith("emulated") else SETTINGS)
+def test_equals_reference(device, size, mode, length_penalty, log_probs, min_length):
+    """Every tensor of the state after every step, and after one step too many."""
+    compare_steps(size, device, mode, length_penalty, log_probs, min_length)
 
 
-def test_most_beams():
-    compare_steps((1, 128, 40, 3, 2), "cpu", False, SETTINGS)
+@pytest.mark.parametrize("length_penalty,log_probs,min_length", SETTINGS)
+def test_most_beams(length_penalty, log_probs, min_length):
+    compare_steps((1, 128, 40, 3, 2), "cpu", False, length_penalty, log_probs, min_length)
 
 
-def compare_steps(size, device, mode, settings):
-    for length_penalty, log_probs, min_length in settings:
-        ours = start(size, device, mode, length_penalty, cache=size[3] + 9, min_length=min_length)
-        expected = copy.deepcopy(ours)
-        for step in range(size[3] + 1):
-            logits = step_logits(size, ours, step == 0)
-            beam_step(logits, ours, log_probs=log_probs)
-            if len(ours.lengths) > 0:
-                beam_step_reference(logits, expected, log_probs=log_probs, prune=beam_prune)
-            assert_same_state(ours, expected)
+def compare_steps(size, device, mode, length_penalty, log_probs, min_length):
+    ours = start(size, device, mode, length_penalty, cache=size[3] + 9, min_length=min_length)
+    expected = copy.deepcopy(ours)
+    for step in range(size[3] + 1):
+        logits = step_logits(size, ours, step == 0)
+        beam_step(logits, ours, log_probs=log_probs)
+        if len(ours.lengths) > 0:
+            beam_step_reference(logits, expected, log_probs=log_probs, prune=beam_prune)
+        assert_same_state(ours, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

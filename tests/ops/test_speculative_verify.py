@@ -60,16 +60,13 @@ def check(target, tokens, draft, state, **options):
     return new, num_accepted
 
 
-def chosen(filters, dtype, implementation):
-    """All; on the emulated GPU, which is slow, every other one: float32 and bfloat16 together have all."""
-    return filters[DTYPES.index(dtype) % 2 :: 2] if implementation.startswith("emulated") else filters
-
-
+@pytest.mark.emulated_sample(2)
+@pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch,num_drafts,vocab_size", SIZES)
-def test_forward(batch, num_drafts, vocab_size, dtype, poisoned, device, implementation):
+def test_forward(batch, num_drafts, vocab_size, dtype, half, poisoned, device, implementation):
     some = FILTERS[::5] if implementation != "cpu" or vocab_size > 300 else FILTERS
-    for filters in chosen([*some, *OTHER_FILTERS], dtype, implementation):
+    for filters in [*some, *OTHER_FILTERS][half::2]:
         target, tokens, draft, state = inputs(batch, num_drafts, vocab_size, dtype, **filters)
         check(target, tokens, draft, state, **filters)
         check(target, tokens, None, state, **filters)
@@ -161,8 +158,10 @@ def test_greedy_takes_the_first_of_the_best(device):
         assert torch.equal(new[torch.arange(30), right], best[torch.arange(30), right])
 
 
+@pytest.mark.emulated_sample(2)
+@pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_that_are_not_finite(dtype, poisoned, device, implementation):
+def test_rows_that_are_not_finite(dtype, half, poisoned, device):
     target, tokens, draft, state = inputs(9, 2, 41, dtype)
     target[0, 0, 7] = NAN
     target[1, 0, 7] = INF
@@ -173,7 +172,7 @@ def test_rows_that_are_not_finite(dtype, poisoned, device, implementation):
     draft[6, 0, 5] = INF
     target[7, 0, ::2] = -INF
     draft[8, 0, 1::2] = -INF
-    for filters in chosen([*FILTERS[::6], *OTHER_FILTERS], dtype, implementation):
+    for filters in [*FILTERS[::6], *OTHER_FILTERS][half::2]:
         tokens = drawn(draft, state, **filters)
         for logits in (draft, None):
             before = state.clone()
