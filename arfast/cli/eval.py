@@ -36,13 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
+    from arfast.data.checks import check_at_least
+
     other, names = ("data", _ONLY_WITH_DATA) if arguments.tasks is not None else ("tasks", _ONLY_WITH_TASKS)
     for name in names:
         if (value := getattr(arguments, name)) is not None:
             raise ValueError(f"eval: {name} must be left out without {other}, got {value!r}")
-    for name, low in (("batch_size", 1), ("max_tokens", 1), ("limit", 1), ("num_fewshot", 0)):
-        if (value := getattr(arguments, name)) is not None and value < low:
-            raise ValueError(f"eval: {name} must be at least {low}, got {value}")
+    check_at_least("eval", arguments, batch_size=1, max_tokens=1, limit=1, num_fewshot=0)
     if arguments.tasks is not None:
         return _run_tasks(arguments)
     result = _score_documents(arguments) if arguments.stride is None else _score_stream(arguments)

@@ -115,12 +115,10 @@ def _plan(arguments):
 def _run(arguments):
     import torch
 
+    from arfast.data.checks import check_at_least
     from arfast.scaling import run_sweep
 
-    for name in ("threads", "max_runs"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"scale: {name} must be at least 1, got {value}")
+    check_at_least("scale", arguments, threads=1, max_runs=1)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     rows = run_sweep(arguments.directory, max_runs=arguments.max_runs, progress=not arguments.quiet)

@@ -120,11 +120,11 @@ def _stage(text):
 def run(arguments: argparse.Namespace) -> dict | None:
     import torch
 
+    from arfast.data.checks import check_at_least
     from arfast.train import TrainConfig
 
+    check_at_least("train", arguments, threads=1)
     if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise ValueError(f"train: threads must be at least 1, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
     config = TrainConfig.from_dict(_settings(arguments, TrainConfig))
     if arguments.print_config:

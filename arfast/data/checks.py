@@ -17,6 +17,13 @@ def check_integer(name: str, value: object, minimum: int, maximum: int | None = 
     return number
 
 
+def check_at_least(owner: str, arguments: object, **lowest: int) -> None:
+    """ValueError for an attribute of ``arguments``, an int or None, that is less than its lowest value."""
+    for name, low in lowest.items():
+        if (value := getattr(arguments, name)) is not None and value < low:
+            raise ValueError(f"{owner}: {name} must be at least {low}, got {value}")
+
+
 def one_line(error: object) -> str:
     """The text of an error that quotes a file, without its line ends and cut off: for the end of another's sentence."""
     return f"{' '.join(str(error).split()):.200}"

@@ -9,10 +9,9 @@ import numpy as np
 from arfast.data import DatasetManifest, Document, Tokenizer, prepare_dataset
 from arfast.generate import score_continuations
 from arfast.models import CausalLM, CausalLMConfig
-from arfast.train import TrainConfig, Trainer
-from arfast.train.performance import best_dtype
 
 from .string_tasks import OPERATIONS, Task, family_inputs, split_inputs
+from .training import train, training_config
 
 _SEQLEN, _BATCH_SIZE, _LEARNING_RATE = 128, 8, 4e-3
 _FAMILIES = ("numbers", "dates")
@@ -49,21 +48,9 @@ def _train(path: Path, max_tokens: int, seed: int) -> CausalLM:
     vocabulary = DatasetManifest.load(path / "data").vocabulary
     sizes = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, max_position_embeddings=_SEQLEN)
     model = CausalLM(CausalLMConfig.preset("tiny", **sizes, **vocabulary), seed=seed)
-    settings = TrainConfig(
-        output_dir=str(path),
-        seed=seed,
-        max_tokens=max_tokens,
-        seqlen=_SEQLEN,
-        batch_size=_BATCH_SIZE,
-        packing="documents",
-        learning_rate=_LEARNING_RATE,
-        optimizer="muon",
-        dtype=best_dtype(),
-        save_every=0,
-        keep_last=1,
-    )
-    Trainer(model, settings, path / "data").fit()
-    return model.eval()
+    settings = dict(seed=seed, packing="documents", learning_rate=_LEARNING_RATE, optimizer="muon")
+    train(model, training_config(path, max_tokens, _SEQLEN, _BATCH_SIZE, **settings), path / "data")
+    return model
 
 
 def _score(model: CausalLM, tokenizer: Tokenizer, questions: list[tuple[str, str]]) -> dict[str, float]:

@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arfast.data import DatasetManifest, Tokenizer, prepare_dataset
+from arfast.data.checks import check_at_least
 from arfast.models import CausalLM, CausalLMConfig, ImageTokenizer, ImageTokenizerConfig
-from arfast.train import TrainConfig, Trainer
-from arfast.train.performance import best_dtype
 
 from .image_text import (
     HELD_OUT_WORDINGS,
@@ -37,6 +36,7 @@ from .image_text import (
 )
 from .pictures import PATCH_SIZE, Judge, Pictures, load_digits, load_photographs
 from .result import save_result
+from .training import train, training_config
 
 _STEPS, _BATCH_SIZE, _LEARNING_RATE = 1500, 32, 5e-3  # of image tokenizers
 _SEQLEN, _ROWS, _MODEL_RATE = 32, 32, 2e-3  # of the language model
@@ -54,9 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    for name in ("max_tokens", "samples"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"lab images: {name} must be at least 1, got {getattr(arguments, name)}")
+    check_at_least("lab images", arguments, max_tokens=1, samples=1)
     if not 0 < arguments.temperature < math.inf:
         raise ValueError(f"lab images: temperature must be a positive number, got {arguments.temperature}")
     config = ImageTokenizerConfig(image_size=8, patch_size=2, num_codes=arguments.codes, code_dim=8, num_blocks=1)
@@ -136,20 +134,9 @@ def trained_model(
     sizes = dict(hidden_size=96, intermediate_size=288, num_hidden_layers=3, num_key_value_heads=4)
     vocabulary = DatasetManifest.load(folder / "data").vocabulary
     model = CausalLM(CausalLMConfig.preset("tiny", max_position_embeddings=_SEQLEN, **sizes, **vocabulary))
-    steps = max(1, max_tokens // (_SEQLEN * _ROWS))
-    config = TrainConfig(
-        output_dir=str(folder / "model"),
-        max_steps=steps,
-        seqlen=_SEQLEN,
-        batch_size=_ROWS,
-        packing="padded",
-        learning_rate=_MODEL_RATE,
-        dtype=best_dtype(),
-        save_every=max(1, steps // 4),
-        keep_last=1,
-    )
-    Trainer(model, config, folder / "data").fit()
-    return model.eval(), tokenizer
+    settings = dict(packing="padded", learning_rate=_MODEL_RATE)
+    train(model, training_config(folder / "model", max_tokens, _SEQLEN, _ROWS, **settings), folder / "data")
+    return model, tokenizer
 
 
 def draw_all(

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 from arfast.data import DatasetManifest, Document, Tokenizer, builtin, prepare_dataset, read_documents
+from arfast.data.checks import check_at_least
 from arfast.data.prepare import BUILTIN_PREFIX
 from arfast.generate import FewShotPrompt, score_continuations
 from arfast.models import CausalLM, CausalLMConfig
-from arfast.train import TrainConfig, Trainer
-from arfast.train.performance import best_dtype
 
-from .result import logged_rows, save_result, training_seconds
+from .result import save_result
 from .string_tasks import OPERATIONS, Task, family_inputs, frequent_words, split_inputs, split_tasks
+from .training import train, training_config
 
 SHOTS = (0, 1, 2, 4, 8)
 _SEQLEN, _BATCH_SIZE, _LEARNING_RATE = 336, 4, 4e-3
@@ -67,9 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    for name, low in (("max_tokens", 1), ("questions", 1), ("seed", 0)):
-        if getattr(arguments, name) < low:
-            raise ValueError(f"lab in-context: {name} must be at least {low}, got {getattr(arguments, name)}")
+    check_at_least("lab in-context", arguments, max_tokens=1, questions=1, seed=0)
     settings = dict(hidden_size=arguments.hidden_size, intermediate_size=3 * arguments.hidden_size)
     config = CausalLMConfig.preset("tiny", vocab_size=1, max_position_embeddings=_SEQLEN, **settings)
     generator = np.random.default_rng(arguments.seed)
@@ -151,23 +149,9 @@ def draw_questions(
 def _train(config: CausalLMConfig, directory: Path, arguments: argparse.Namespace) -> tuple[CausalLM, float]:
     """The trained model, and its seconds of training."""
     model = CausalLM(config.replace(**DatasetManifest.load(directory).vocabulary), seed=arguments.seed)
-    path = Path(arguments.output_dir) / "model"
-    steps = max(1, arguments.max_tokens // (_SEQLEN * _BATCH_SIZE))
-    settings = TrainConfig(
-        output_dir=str(path),
-        seed=arguments.seed,
-        max_steps=steps,
-        seqlen=_SEQLEN,
-        batch_size=_BATCH_SIZE,
-        packing="documents",
-        learning_rate=_LEARNING_RATE,
-        optimizer=_OPTIMIZER,
-        dtype=best_dtype(),
-        save_every=max(1, steps // 4),
-        keep_last=1,
-    )
-    Trainer(model, settings, directory).fit()
-    return model.eval(), training_seconds(logged_rows(path))
+    path, sizes = Path(arguments.output_dir) / "model", (arguments.max_tokens, _SEQLEN, _BATCH_SIZE)
+    settings = dict(seed=arguments.seed, packing="documents", learning_rate=_LEARNING_RATE, optimizer=_OPTIMIZER)
+    return model, train(model, training_config(path, *sizes, **settings), directory).seconds
 
 
 def evaluate(model: CausalLM, tokenizer: Tokenizer, questions: Sequence[Question]) -> dict[str, dict]:

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arfast.data import DatasetManifest, PackedDataset, Tokenizer, is_prepared, prepare_dataset
+from arfast.data import DatasetManifest, PackedDataset, Tokenizer
+from arfast.data.checks import check_at_least
 from arfast.generate.perplexity import CorpusScores, corpus_scores
 from arfast.models import CausalLM, CausalLMConfig, LinearLM
 from arfast.models.causal_lm import IGNORE_INDEX, shift_labels
-from arfast.train import TrainConfig, Trainer
-from arfast.train.performance import best_dtype
 
-from .result import logged_rows, save_result, training_seconds
+from .result import save_result
+from .training import prepared_data, train, training_config
 
 _SEQLEN, _BATCH_SIZE, _CURVE_POINTS = 256, 8, 40
 # Of 0.01, 0.03 and 0.1 the best for means and for n-grams on the validation split after 400,000 tokens; that of `arfast
@@ -40,13 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    for name, low in (("max_tokens", 1), ("window", 1), ("order", 2)):
-        if getattr(arguments, name) < low:
-            raise ValueError(f"lab linear-lm: {name} must be at least {low}, got {getattr(arguments, name)}")
-    directory = arguments.data if is_prepared(arguments.data) else str(Path(arguments.output_dir) / "data")
-    models = _models(arguments)
-    if directory != arguments.data:
-        prepare_dataset(arguments.data, directory, vocab_size=arguments.vocab_size)
+    check_at_least("lab linear-lm", arguments, max_tokens=1, window=1, order=2)
+    models, directory = _models(arguments), prepared_data(arguments)
     counts = _token_counts(directory)
     found = {"counts": {"parameters": len(counts), "seconds": 0.0, "curve": [], **_scores(_count(directory, counts))}}
     trained = {}
@@ -86,22 +81,10 @@ def _train(
     """The trained model, and its figures: parameters, seconds of training, scores, curve of (tokens, loss)."""
     model = make(DatasetManifest.load(directory).vocabulary)
     path = Path(arguments.output_dir) / name.replace(" ", "-")
-    steps = max(1, arguments.max_tokens // (_SEQLEN * _BATCH_SIZE))
-    config = TrainConfig(
-        output_dir=str(path),
-        max_steps=steps,
-        seqlen=_SEQLEN,
-        batch_size=_BATCH_SIZE,
-        learning_rate=_learning_rate(model),
-        weight_decay=0.0,
-        dtype=best_dtype(),
-        save_every=max(1, steps // 4),
-        keep_last=1,
-    )
-    result = Trainer(model, config, directory).fit()
-    rows = logged_rows(path)
-    figures = {"parameters": model.num_parameters(), "seconds": training_seconds(rows), **_scores(result.evaluation)}
-    trained = [row for row in rows if "tokens_per_second" in row]
+    settings = dict(learning_rate=_learning_rate(model), weight_decay=0.0)
+    result = train(model, training_config(path, arguments.max_tokens, _SEQLEN, _BATCH_SIZE, **settings), directory)
+    figures = {"parameters": model.num_parameters(), "seconds": result.seconds, **_scores(result.evaluation)}
+    trained = [row for row in result.rows if "tokens_per_second" in row]
     size = -(-len(trained) // _CURVE_POINTS)
     parts = [trained[start : start + size] for start in range(0, len(trained), size)]
     return model, figures | {"curve": [(p[-1]["tokens"], sum(r["loss"] for r in p) / len(p)) for p in parts]}

@@ -18,17 +18,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arfast.data import DatasetManifest, PackedDataset, Tokenizer, is_prepared, prepare_dataset
+from arfast.data import DatasetManifest, PackedDataset, Tokenizer
+from arfast.data.checks import check_at_least
 from arfast.generate import ReliabilityDiagram, reliability
 from arfast.models import CausalLM, CausalLMConfig
-from arfast.train import TrainConfig, Trainer
-from arfast.train.performance import best_dtype
+from arfast.train import TrainConfig
 
 from .conditional import compare_masks
 from .exposure import measure_exposure, repetition
 from .held_out import draw_windows
 from .ngram import NGramModel
-from .result import logged_rows, save_result, training_seconds
+from .result import save_result
+from .training import prepared_data, train, training_config
 
 _PROMPT, _LENGTHS, _PASSAGE = 32, (8, 16, 32, 64, 128, 224), 32
 _SEQLEN, _BATCH_SIZE, _LEARNING_RATE = _PROMPT + _LENGTHS[-1] + _PASSAGE, 4, 4e-3
@@ -48,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    for name, low in (("max_tokens", 1), ("prompts", 2), ("seed", 0)):
-        if getattr(arguments, name) < low:
-            raise ValueError(f"lab objectives: {name} must be at least {low}, got {getattr(arguments, name)}")
+    check_at_least("lab objectives", arguments, max_tokens=1, prompts=2, seed=0)
     objectives = {
         "plain": {},
         f"label smoothing {arguments.label_smoothing}": {"label_smoothing": arguments.label_smoothing},
@@ -59,9 +58,7 @@ def run(arguments: argparse.Namespace) -> dict:
     configs = {name: _settings(name, objective, arguments) for name, objective in objectives.items()}
     sizes = dict(hidden_size=arguments.hidden_size, intermediate_size=3 * arguments.hidden_size)
     model_config = CausalLMConfig.preset("tiny", vocab_size=1, max_position_embeddings=_SEQLEN, **sizes)
-    directory = arguments.data if is_prepared(arguments.data) else str(Path(arguments.output_dir) / "data")
-    if directory != arguments.data:
-        prepare_dataset(arguments.data, directory, vocab_size=arguments.vocab_size)
+    directory = prepared_data(arguments)
     windows, judge = _windows(directory, arguments), _judge(directory)
     nats = -judge.log_prob(windows.numpy())[:, _PROMPT:]
     repeated = np.mean([repetition(row, _PROMPT) for row in windows.numpy()])
@@ -76,20 +73,9 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def _settings(name: str, objective: dict[str, float], arguments: argparse.Namespace) -> TrainConfig:
-    steps = max(1, arguments.max_tokens // (_SEQLEN * _BATCH_SIZE))
-    return TrainConfig(
-        output_dir=str(Path(arguments.output_dir) / name.replace(" ", "-")),
-        seed=arguments.seed,
-        max_steps=steps,
-        seqlen=_SEQLEN,
-        batch_size=_BATCH_SIZE,
-        learning_rate=_LEARNING_RATE,
-        optimizer="muon",
-        dtype=best_dtype(),
-        save_every=max(1, steps // 4),
-        keep_last=1,
-        **objective,
-    )
+    path, sizes = Path(arguments.output_dir) / name.replace(" ", "-"), (arguments.max_tokens, _SEQLEN, _BATCH_SIZE)
+    settings = dict(seed=arguments.seed, learning_rate=_LEARNING_RATE, optimizer="muon")
+    return training_config(path, *sizes, **settings, **objective)
 
 
 def _windows(directory: str, arguments: argparse.Namespace) -> torch.Tensor:
@@ -117,8 +103,7 @@ def _study(
     """Train with an objective; perplexity, calibration, exposure bias."""
     vocabulary = DatasetManifest.load(directory).vocabulary
     model = CausalLM(model_config.replace(**vocabulary), seed=config.seed)
-    result = Trainer(model, config, directory).fit()
-    model.eval()
+    result = train(model, config, directory)
     diagram = reliability(
         model, PackedDataset(directory, "validation", _SEQLEN).evaluation_batches(_BATCH_SIZE), num_bins=_BINS
     )
@@ -132,7 +117,7 @@ def _study(
         "calibration_error": diagram.expected_calibration_error,
         "repeated": float(exposure.repeated.mean()),
         "by_length": exposure.rows(),
-        "seconds": training_seconds(logged_rows(Path(config.output_dir))),
+        "seconds": result.seconds,
     }, diagram
 
 

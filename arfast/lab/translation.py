@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 from arfast.data import DatasetManifest, Document, Tokenizer, prepare_dataset
+from arfast.data.checks import check_at_least
 from arfast.data.parallel import SEPARATOR, django_pairs, handbook_pairs, pair_documents, read_pairs
 from arfast.generate import generate
 from arfast.models import CausalLM, CausalLMConfig, EncoderDecoder, EncoderDecoderConfig
-from arfast.train import TrainConfig, Trainer
-from arfast.train.performance import best_dtype
 
-from .result import logged_rows, save_result, training_seconds
+from .result import save_result
+from .training import train, training_config
 
 _SEQLEN, _BATCH_SIZE, _EVALUATIONS = 512, 2, 20
 _PASSES, _MAX_TOKENS = 40, 1_500_000
@@ -53,9 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    for name, low in (("max_tokens", 1), ("num_beams", 2), ("sentences", 1)):
-        if (value := getattr(arguments, name)) is not None and value < low:
-            raise ValueError(f"lab translation: {name} must be at least {low}, got {value}")
+    check_at_least("lab translation", arguments, max_tokens=1, num_beams=2, sentences=1)
     if importlib.util.find_spec("sacrebleu") is None:
         raise ImportError("lab translation: scores need sacrebleu (pip install 'arfast[lab]')")
     encoder_decoder_config(arguments, vocab_size=1, separator_token_id=0)  # refuses bad sizes before anything is made
@@ -67,7 +65,7 @@ def run(arguments: argparse.Namespace) -> dict:
     print(f"{len(documents)} pairs; {len(pairs)} held-out sentences are translated", flush=True)
     found, translations = {}, {}
     for name, model in make_models(arguments, directory).items():
-        found[name] = train(model, name, directory, arguments)
+        found[name] = _train(model, name, directory, arguments)
         for decoding, beams in (("greedy", 1), ("beams", arguments.num_beams)):
             translations[name, decoding] = translate(model, tokenizer, [source for source, _ in pairs], beams)
             found[name][decoding] = corpus_scores(translations[name, decoding], references)
@@ -146,31 +144,25 @@ def matched_decoder(config: EncoderDecoderConfig) -> CausalLMConfig:
     return narrow.replace(intermediate_size=config.intermediate_size + wider)
 
 
-def train(model: CausalLM, name: str, directory: Path, arguments: argparse.Namespace) -> dict:
+def _train(model: CausalLM, name: str, directory: Path, arguments: argparse.Namespace) -> dict:
     """Parameters, seconds of training, loss on the validation split, and its curve of (tokens, loss)."""
-    path = Path(arguments.output_dir) / name
     num_tokens = DatasetManifest.load(directory).splits["train"].num_tokens
     max_tokens = arguments.max_tokens or min(_PASSES * num_tokens, _MAX_TOKENS)
-    steps = max(1, max_tokens // (_SEQLEN * _BATCH_SIZE))
-    config = TrainConfig(
-        output_dir=str(path),
-        max_steps=steps,
-        seqlen=_SEQLEN,
-        batch_size=_BATCH_SIZE,
+    config = training_config(
+        Path(arguments.output_dir) / name,
+        max_tokens,
+        _SEQLEN,
+        _BATCH_SIZE,
         packing="documents",
         learning_rate=_LEARNING_RATE,
         label_smoothing=_LABEL_SMOOTHING,
-        dtype=best_dtype(),
-        eval_every=max(1, steps // _EVALUATIONS),
-        save_every=max(1, steps // 4),
-        keep_last=1,
+        eval_every=max(1, max_tokens // (_SEQLEN * _BATCH_SIZE * _EVALUATIONS)),
     )
-    result = Trainer(model, config, directory).fit()
-    rows = logged_rows(path)
-    curve = [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]
+    result = train(model, config, directory)
+    curve = [(row["tokens"], row["val_loss"]) for row in result.rows if "val_loss" in row]
     return {
         "parameters": model.num_parameters(),
-        "seconds": training_seconds(rows),
+        "seconds": result.seconds,
         "loss": result.evaluation.loss,
         "curve": curve,
     }
