@@ -71,8 +71,8 @@ def pytest_runtest_setup(item):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves the slow ones out
 def pytest_collection_modifyitems(items):
-    """The emulated GPU is slow: by default it runs one in n cases of a test that is marked `emulated_sample(n)`, and none
-    in float16, where a kernel is the one in bfloat16 with another type."""
+    """The emulated GPU is slow: by default it runs one in n cases of a test marked `emulated_sample(n)`, and none in
+    float16, where a kernel is the one in bfloat16 with another type."""
     for item in items:
         values = item.callspec.params if hasattr(item, "callspec") else {}
         if not str(values.get("device")).startswith("emulated"):
