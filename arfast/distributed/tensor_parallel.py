@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arfast import ops
-from arfast.nn import RMSNorm, SwiGLU
+from arfast.nn import Embedding, RMSNorm, SwiGLU
+from arfast.nn.embedding import in_compute_dtype
 
 from .collectives import Group, copy_to, gather_rows, gather_rows_whole, reduce_from, scatter_rows
 from .vocab_parallel import vocab_parallel_embedding
@@ -80,13 +81,13 @@ class SharedRMSNorm(RMSNorm):
         return ops.rms_norm(x, copy_to(self.weight, self.region.group), self.eps, residual=residual)
 
 
-class VocabParallelEmbedding(nn.Embedding):
+class VocabParallelEmbedding(Embedding):
     """ids [N] -> hidden [N, d], or this rank's rows of it, with the words split over the ranks."""
 
     region: TensorRegion
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.region.leave(vocab_parallel_embedding(ids, self.weight, self.region.group))
+        return in_compute_dtype(self.region.leave(vocab_parallel_embedding(ids, self.weight, self.region.group)))
 
 
 def become(module: nn.Module, kind: type[nn.Module], **attributes) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from arfast import ops
 from arfast.models import CausalLM
 from arfast.models.decoder import Decoder, DecoderLayer
-from arfast.nn import Attention, KVCache, RMSNorm, RotaryEmbedding, SwiGLU
+from arfast.nn import Attention, Embedding, KVCache, RMSNorm, RotaryEmbedding, SwiGLU
 
 # What `ops.decode_step` computes; a model with any other module in it goes through its own forward pass.
 _DENSE = {CausalLM, Decoder, DecoderLayer, Attention, SwiGLU, RMSNorm, RotaryEmbedding}
-_DENSE |= {nn.Embedding, nn.Linear, nn.ModuleList}
+_DENSE |= {Embedding, nn.Linear, nn.ModuleList}
 
 
 def has_hooks(model: nn.Module) -> bool:

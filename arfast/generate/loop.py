@@ -9,11 +9,12 @@ from torch import Tensor
 from arfast.generate.beam import beam_search
 from arfast.generate.decode import DecodeStep, looks_up
 from arfast.generate.decoding_state import DecodingState
-from arfast.generate.options import GenerationOptions, describe, is_integer, require, special_tokens
+from arfast.generate.options import GenerationOptions, describe, require, special_tokens
 from arfast.generate.output import GenerationOutput
 from arfast.generate.processors import make_processors
 from arfast.generate.prompts import check_context, prompt_mask, stored_prompts
 from arfast.generate.speculative import DraftStatistics, Speculation, speculate
+from arfast.models.checks import is_integer
 
 
 class Streamer(Protocol):

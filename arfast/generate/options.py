@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arfast.models.checks import is_integer
+
 # What changes scores before a token is chosen, and the values that leave them as they are.
 PROCESSOR_OPTIONS = {
     "repetition_penalty": 1.0,
@@ -28,10 +30,6 @@ def require(condition: bool, argument: str, rule: str, got: Any) -> None:
 def describe(value: Any) -> str:
     """What a message says of an argument that should have been another kind of tensor."""
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:

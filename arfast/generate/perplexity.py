@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from arfast.data.checks import check_integer
-from arfast.generate.options import describe, is_integer
+from arfast.generate.options import describe
 from arfast.generate.score import score
+from arfast.models.checks import is_integer
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,11 @@ from arfast import ops
 from arfast.generate.decode import DecodeStep
 from arfast.generate.draft_length import MAX_DRAFTS, Clock, DraftLength
 from arfast.generate.drafts import LookupDrafts, ModelDrafts, rewind
-from arfast.generate.options import PROCESSOR_OPTIONS, GenerationOptions, is_integer, require
+from arfast.generate.options import PROCESSOR_OPTIONS, GenerationOptions, require
 from arfast.generate.output import GenerationOutput
 from arfast.generate.prompts import stored_prompts
 from arfast.generate.sampling import generator_state_of
+from arfast.models.checks import is_integer
 from arfast.nn import KVCache
 
 

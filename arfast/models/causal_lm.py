@@ -60,6 +60,7 @@ class CausalLM(nn.Module):
     config_type: type = CausalLMConfig
     trunk_type: type[nn.Module] = Decoder
     splits_documents = False  # whether tokens of one document go different ways, as those of an encoder-decoder do
+    takes_positions = True  # whether forward takes position_ids
 
     def __init__(
         self,
@@ -200,6 +201,8 @@ class CausalLM(nn.Module):
         _check_tensor("input_ids", input_ids, "[B, T]", 2, device, torch.int64)
         if input_ids.numel() == 0:
             raise ValueError(f"CausalLM: input_ids must not be empty, got shape {tuple(input_ids.shape)}")
+        if position_ids is not None and not self.takes_positions:
+            raise ValueError(f"{type(self).__name__}: position_ids must be None, got a tensor")
         for name, value in (("labels", labels), ("position_ids", position_ids)):
             if value is None:
                 continue

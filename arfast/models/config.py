@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .checks import ConfigChecks, is_integer, is_number
 from .presets import PRESETS
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # The upper bounds keep every product of sizes inside int64 and refuse absurd files before anything is allocated.
 _INTEGERS = {
@@ -25,13 +25,13 @@ _INTEGERS = {
     "moe_intermediate_size": (1, 2**20),
     "decoder_sparse_step": (1, 4096),
 }
-_FLOATS = {  # name: (lower bound, whether it belongs to the range, upper bound)
-    "rope_theta": (0.0, False, math.inf),
-    "rms_norm_eps": (0.0, True, 1.0),
-    "initializer_range": (0.0, True, math.inf),
-    "routed_scaling_factor": (0.0, False, math.inf),
-    "router_aux_loss_coef": (0.0, True, math.inf),
-    "router_z_loss_coef": (0.0, True, math.inf),
+_NUMBERS = {
+    "rope_theta": ("(", 0.0, math.inf, ")"),
+    "rms_norm_eps": ("[", 0.0, 1.0, ")"),
+    "initializer_range": ("[", 0.0, math.inf, ")"),
+    "routed_scaling_factor": ("(", 0.0, math.inf, ")"),
+    "router_aux_loss_coef": ("[", 0.0, math.inf, ")"),
+    "router_z_loss_coef": ("[", 0.0, math.inf, ")"),
 }
 _BOOLEANS = ("tie_word_embeddings", "qkv_bias", "o_bias", "qk_norm", "norm_topk_prob", "router_bias")
 _ROPE_KEYS = {
@@ -40,29 +40,8 @@ _ROPE_KEYS = {
 }
 
 
-def _require(condition: bool, name: str, rule: str, actual: Any) -> None:
-    if not condition:
-        raise ValueError(f"CausalLMConfig: {name} must {rule}, got {actual!r:.100}")
-
-
-def is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_special_token(name: str, value: Any, vocab_size: int) -> bool:
-    """Whether the field may have this value: None, a token id, or a tuple of these for the end token."""
-    tokens = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
-    return all(token is None or (is_integer(token) and 0 <= token < vocab_size) for token in tokens)
-
-
-def is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return abs(value) < 2**1023 if isinstance(value, int) else math.isfinite(value)  # JSON has integers beyond floats
-
-
 @dataclass(frozen=True, kw_only=True)
-class CausalLMConfig:
+class CausalLMConfig(ConfigChecks):
     """Sizes and options of a CausalLM, under the names of Hugging Face.
 
     Args:
@@ -132,44 +111,28 @@ class CausalLMConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"):
-            self._check_integer(name)
+        sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
+        self._check_integers({name: _INTEGERS[name] for name in sizes})
         if self.num_key_value_heads is None:
             self._set("num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
             size, heads = self.hidden_size, self.num_attention_heads
-            _require(size % heads == 0, "hidden_size", f"be a multiple of num_attention_heads={heads}", size)
+            self._require(size % heads == 0, "hidden_size", f"be a multiple of num_attention_heads={heads}")
             self._set("head_dim", size // heads)
         if self.moe_intermediate_size is None:
             self._set("moe_intermediate_size", self.intermediate_size)
-        for name in _INTEGERS:
-            self._check_integer(name)
-        for name, (low, included, high) in _FLOATS.items():
-            value, rule = getattr(self, name), f"be a number in {'[' if included else '('}{low}, {high})"
-            valid = is_number(value) and (value >= low if included else value > low) and value < high
-            _require(valid, name, rule, value)
-            self._set(name, float(value))  # torch takes no integers beyond int64
-        for name in _BOOLEANS:
-            _require(isinstance(getattr(self, name), bool), name, "be true or false", getattr(self, name))
+        self._check_integers(_INTEGERS)
+        self._check_numbers(_NUMBERS)
+        self._check_booleans(*_BOOLEANS)
         self._check_attention()
         self._check_experts()
         self._check_special_tokens()
 
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    def _check_integer(self, name: str) -> None:
-        low, high = _INTEGERS[name]
-        value = getattr(self, name)
-        _require(is_integer(value) and low <= value <= high, name, f"be an integer in [{low}, {high}]", value)
-
     def _check_attention(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        _require(heads % kv_heads == 0, "num_key_value_heads", f"divide num_attention_heads={heads}", kv_heads)
-        _require(self.head_dim % 2 == 0, "head_dim", "be even", self.head_dim)
-        window = self.sliding_window
-        valid = window is None or (is_integer(window) and 1 <= window < 2**31)
-        _require(valid, "sliding_window", "be None or an integer in [1, 2147483647]", window)
+        self._require(heads % kv_heads == 0, "num_key_value_heads", f"divide num_attention_heads={heads}")
+        self._require(self.head_dim % 2 == 0, "head_dim", "be even")
+        self._check_integers({"sliding_window": (1, 2**31 - 1)}, optional=("sliding_window",))
         if self.layer_types is not None:
             self._check_layer_types()
         self._check_rope_scaling()
@@ -178,44 +141,35 @@ class CausalLMConfig:
         types = self.layer_types
         valid = isinstance(types, (tuple, list)) and all(kind in (FULL, SLIDING) for kind in types)
         rule = f"hold {FULL!r} or {SLIDING!r} for each of num_hidden_layers={self.num_hidden_layers}"
-        _require(valid and len(types) == self.num_hidden_layers, "layer_types", rule, types)
+        self._require(valid and len(types) == self.num_hidden_layers, "layer_types", rule)
         valid = self.sliding_window is not None or SLIDING not in types
-        _require(valid, "layer_types", f"be {FULL!r} without a sliding_window", types)
+        self._require(valid, "layer_types", f"be {FULL!r} without a sliding_window")
         self._set("layer_types", tuple(types))
 
     def _check_rope_scaling(self) -> None:
-        scaling = self.rope_scaling
+        scaling, require = self.rope_scaling, self._require
         if scaling is None:
             return
-        _require(isinstance(scaling, dict), "rope_scaling", "be None or a dict", scaling)
+        require(isinstance(scaling, dict), "rope_scaling", "be None or a dict")
         kind = scaling.get("rope_type")
-        _require(isinstance(kind, str) and kind in _ROPE_KEYS, "rope_scaling", "have rope_type linear or llama3", kind)
+        require(isinstance(kind, str) and kind in _ROPE_KEYS, "rope_scaling", "have rope_type linear or llama3", kind)
         keys = _ROPE_KEYS[kind]
-        _require(set(scaling) - {"rope_type"} == keys, "rope_scaling", f"have the keys {sorted(keys)}", sorted(scaling))
+        require(set(scaling) - {"rope_type"} == keys, "rope_scaling", f"have the keys {sorted(keys)}", sorted(scaling))
         for key in keys:
             value = scaling[key]
-            _require(is_number(value) and 0 < value < 2**31, f"rope_scaling[{key!r}]", "be a positive number", value)
+            require(is_number(value) and 0 < value < 2**31, f"rope_scaling[{key!r}]", "be a positive number", value)
         if kind == "llama3":
             low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-            _require(high > low, "rope_scaling['high_freq_factor']", f"be above low_freq_factor={low}", high)
+            require(high > low, "rope_scaling['high_freq_factor']", f"be above low_freq_factor={low}", high)
 
     def _check_experts(self) -> None:
         dense, last = self.mlp_only_layers, self.num_hidden_layers - 1
         valid = isinstance(dense, (tuple, list)) and all(is_integer(i) and 0 <= i <= last for i in dense)
-        _require(valid, "mlp_only_layers", f"hold layer numbers in [0, {last}]", dense)
+        self._require(valid, "mlp_only_layers", f"hold layer numbers in [0, {last}]")
         self._set("mlp_only_layers", tuple(dense))
-        score = self.router_score
-        _require(score in ("softmax", "sigmoid"), "router_score", "be softmax or sigmoid", score)
+        self._require(self.router_score in ("softmax", "sigmoid"), "router_score", "be softmax or sigmoid")
         experts, top_k = self.num_experts, self.num_experts_per_tok
-        _require(not experts or top_k <= experts, "num_experts_per_tok", f"be at most num_experts={experts}", top_k)
-
-    def _check_special_tokens(self) -> None:
-        if isinstance(self.eos_token_id, list):
-            self._set("eos_token_id", tuple(self.eos_token_id))
-        for name in SPECIAL_TOKENS:
-            value = getattr(self, name)
-            valid = is_special_token(name, value, self.vocab_size)
-            _require(valid, name, f"be None or in [0, vocab_size={self.vocab_size})", value)
+        self._require(not experts or top_k <= experts, "num_experts_per_tok", f"be at most num_experts={experts}")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "CausalLMConfig":

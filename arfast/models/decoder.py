@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from arfast.nn import Attention, KVCache, MoE, RMSNorm, RotaryEmbedding, SwiGLU, TokenLayout
+from arfast.nn import Attention, Embedding, KVCache, MoE, RMSNorm, RotaryEmbedding, SwiGLU, TokenLayout
 from arfast.nn.layout import packed_positions
 
 from .config import CausalLMConfig
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
     def __init__(self, config: CausalLMConfig):
         super().__init__()
         self.activation_checkpointing = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(
@@ -98,10 +98,6 @@ class Decoder(nn.Module):
         """Token ids [B, T] -> hidden states [B * T, d]; the auxiliary losses of the layers with experts, and how often
         each expert was chosen."""
         hidden = self.embed_tokens(input_ids.reshape(-1))
-        device_type = hidden.device.type
-        if torch.is_autocast_enabled(device_type):
-            # the whole residual stream in the compute dtype: half the traffic of letting float32 embeddings promote it
-            hidden = hidden.to(torch.get_autocast_dtype(device_type))
         layout = self._layout(input_ids, cu_seqlens, position_ids, cache)
         residual, aux_losses, counts = None, [], []
         recompute = self.activation_checkpointing and torch.is_grad_enabled()

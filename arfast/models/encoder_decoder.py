@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from arfast.nn import (
     Attention,
     CrossAttention,
+    Embedding,
     KVCache,
     PackedSource,
     RMSNorm,
@@ -27,7 +28,7 @@ from arfast.nn import (
 from arfast.nn.layout import packed_positions
 
 from .causal_lm import IGNORE_INDEX, CausalLM, shift_labels
-from .config import SPECIAL_TOKENS, is_integer, is_number, is_special_token
+from .checks import ConfigChecks, is_integer
 
 FAMILY = "arfast_encoder_decoder"
 _INTEGERS = {
@@ -40,11 +41,15 @@ _INTEGERS = {
     "num_key_value_heads": (1, 2**14),
     "max_position_embeddings": (1, 2**31 - 1),
 }
-_FLOATS = {"rope_theta": (0.0, math.inf), "rms_norm_eps": (0.0, 1.0), "initializer_range": (0.0, math.inf)}
+_NUMBERS = {
+    "rope_theta": ("(", 0.0, math.inf, ")"),
+    "rms_norm_eps": ("[", 0.0, 1.0, ")"),
+    "initializer_range": ("[", 0.0, math.inf, ")"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderDecoderConfig:
+class EncoderDecoderConfig(ConfigChecks):
     """Sizes of an EncoderDecoder.
 
     Args:
@@ -83,29 +88,15 @@ class EncoderDecoderConfig:
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        for name, (low, high) in _INTEGERS.items():
-            value = getattr(self, name)
-            self._require(is_integer(value) and low <= value <= high, name, f"be an integer in [{low}, {high}]")
+            self._set("num_key_value_heads", self.num_attention_heads)
+        self._check_integers(_INTEGERS)
         heads = self.num_attention_heads
         self._require(heads % self.num_key_value_heads == 0, "num_key_value_heads", f"divide {heads} heads")
         self._require(self.hidden_size % (2 * heads) == 0, "hidden_size", f"be a multiple of {2 * heads}")
-        for name, (low, high) in _FLOATS.items():
-            value = getattr(self, name)
-            valid = is_number(value) and low <= value < high
-            self._require(valid, name, f"be a number in [{low}, {high})")
-        self._require(self.rope_theta > 0, "rope_theta", "be above 0")
-        if isinstance(self.eos_token_id, list):
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        for name in SPECIAL_TOKENS:
-            valid = is_special_token(name, getattr(self, name), self.vocab_size)
-            self._require(valid, name, f"be None or in [0, vocab_size={self.vocab_size})")
+        self._check_numbers(_NUMBERS)
+        self._check_special_tokens()
         valid = is_integer(self.separator_token_id) and 0 <= self.separator_token_id < self.vocab_size
         self._require(valid, "separator_token_id", f"be in [0, vocab_size={self.vocab_size})")
-
-    def _require(self, valid: bool, name: str, rule: str) -> None:
-        if not valid:
-            raise ValueError(f"EncoderDecoderConfig: {name} must {rule}, got {getattr(self, name)!r:.100}")
 
     @property
     def num_hidden_layers(self) -> int:
@@ -220,7 +211,7 @@ class EncoderAndDecoder(nn.Module):
     def __init__(self, config: EncoderDecoderConfig):
         super().__init__()
         self.separator = config.separator_token_id
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.encoder = Stack([EncoderLayer(config) for _ in range(config.encoder_layers)], config)
         self.decoder = Stack([DecoderLayer(config, layer) for layer in range(config.decoder_layers)], config)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, config.max_position_embeddings)
@@ -235,21 +226,19 @@ class EncoderAndDecoder(nn.Module):
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Token ids [B, T] -> hidden states [B * T, d], 0 in the sources; and nothing where `Decoder` has its experts'
         losses. With a cache: documents whose sources are to be stored, or tokens that continue the stored ones."""
-        if position_ids is not None:
-            raise ValueError("EncoderDecoder: position_ids must be None, got a tensor")
         if cache is not None and cache.source is not None and cu_seqlens is None:
             return self._continue(input_ids, cache), [], []
         sides, ids = split_documents(input_ids, cu_seqlens, self.separator), input_ids.reshape(-1)
         source = self.encode(ids[sides.source], sides.cu_sources, sides.cu_targets)
         layout = self._layout(sides.cu_targets, len(sides.target), cache)
-        hidden = self.decoder(self._embed(ids[sides.target]), layout, source)
+        hidden = self.decoder(self.embed_tokens(ids[sides.target]), layout, source)
         if cache is not None:
             cache.source = source.padded()
         return hidden.new_zeros(len(ids), hidden.shape[1]).index_copy(0, sides.target, hidden), [], []
 
     def encode(self, source_ids: Tensor, cu_sources: Tensor, cu_targets: Tensor) -> PackedSource:
         """Packed sources, int64 [M], to the keys and values that the decoder reads for targets with these offsets."""
-        encoded = self.encoder(self._embed(source_ids), self._layout(cu_sources, len(source_ids), None))
+        encoded = self.encoder(self.embed_tokens(source_ids), self._layout(cu_sources, len(source_ids), None))
         pairs = [layer.cross_attn.keys_and_values(encoded) for layer in self.decoder.layers]
         return PackedSource(*zip(*pairs, strict=True), cu_sources, cu_targets)
 
@@ -257,11 +246,7 @@ class EncoderAndDecoder(nn.Module):
         """Tokens [B, T] that follow those in the cache -> [B * T, d]."""
         cos, sin = self.rotary(cache.begin(input_ids.shape[1]), cache.max_length)
         layout = TokenLayout(tuple(input_ids.shape), cos, sin, cache=cache)
-        return self.decoder(self._embed(input_ids.reshape(-1)), layout, cache.source)
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        embedded, device = self.embed_tokens(ids), ids.device.type
-        return embedded.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else embedded
+        return self.decoder(self.embed_tokens(input_ids.reshape(-1)), layout, cache.source)
 
     def _layout(self, cu_seqlens: Tensor, num_tokens: int, cache: KVCache | None) -> TokenLayout:
         positions, document = packed_positions(cu_seqlens, num_tokens)
@@ -306,6 +291,7 @@ class EncoderDecoder(CausalLM):
     config_type = EncoderDecoderConfig
     trunk_type = EncoderAndDecoder
     splits_documents = True
+    takes_positions = False
 
     def __init__(self, config: EncoderDecoderConfig, **options: Any):
         super().__init__(config, **options)

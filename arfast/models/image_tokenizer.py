@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from arfast.nn import normal_
 
-from .config import is_integer, is_number
+from .checks import ConfigChecks
 
 _INTEGERS = {
     "image_size": (1, 4096),
@@ -27,10 +27,15 @@ _INTEGERS = {
     "hidden_size": (1, 4096),
     "num_blocks": (0, 64),
 }
+_NUMBERS = {
+    "commitment": ("[", 0.0, torch.finfo(torch.float32).max, "]"),
+    "decay": ("[", 0.0, 1.0, ")"),
+    "revive_below": ("[", 0.0, 1.0, "]"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageTokenizerConfig:
+class ImageTokenizerConfig(ConfigChecks):
     """Sizes of an ImageTokenizer.
 
     Args:
@@ -61,19 +66,9 @@ class ImageTokenizerConfig:
     revive_below: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _INTEGERS.items():
-            value = getattr(self, name)
-            valid = is_integer(value) and low <= value <= high
-            self._require(valid, name, f"be an integer in [{low}, {high}]")
+        self._check_integers(_INTEGERS)
         self._require(self.image_size % self.patch_size == 0, "patch_size", f"divide image_size={self.image_size}")
-        largest = torch.finfo(torch.float32).max
-        self._require(is_number(self.commitment) and 0 <= self.commitment <= largest, "commitment", "be finite, >= 0")
-        self._require(is_number(self.decay) and 0 <= self.decay < 1, "decay", "be in [0, 1)")
-        self._require(is_number(self.revive_below) and 0 <= self.revive_below <= 1, "revive_below", "be in [0, 1]")
-
-    def _require(self, valid: bool, name: str, rule: str) -> None:
-        if not valid:
-            raise ValueError(f"ImageTokenizerConfig: {name} must {rule}, got {getattr(self, name)!r:.100}")
+        self._check_numbers(_NUMBERS)
 
     @property
     def grid_size(self) -> int:

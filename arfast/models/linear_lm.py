@@ -14,20 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from arfast import ops
-from arfast.nn import KVCache
+from arfast.nn import Embedding, KVCache
 from arfast.nn.layout import packed_positions
 from arfast.nn.trailing_sums import shift, trailing_sums
 
 from .causal_lm import CausalLM
-from .config import SPECIAL_TOKENS, is_integer, is_number, is_special_token
+from .checks import ConfigChecks, is_integer
 
 FAMILY = "arfast_linear"
 _MAX_HEAD_DIM = 128
 _INTEGERS = {"vocab_size": (1, 2**31 - 1), "hidden_size": (8, 2**20), "window": (1, 2**31 - 1)}
+_NUMBERS = {"initializer_range": ("[", 0.0, math.inf, ")")}
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearLMConfig:
+class LinearLMConfig(ConfigChecks):
     """Sizes of a LinearLM.
 
     Args:
@@ -59,25 +60,13 @@ class LinearLMConfig:
     max_position_embeddings: ClassVar[int] = 2**31 - 1
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _INTEGERS.items():
-            value, optional = getattr(self, name), name == "window"
-            valid = (optional and value is None) or (is_integer(value) and low <= value <= high)
-            self._require(valid, name, f"be {'None or ' * optional}an integer in [{low}, {high}]")
+        self._check_integers(_INTEGERS, optional=("window",))
         self._require(self.hidden_size % 8 == 0, "hidden_size", "be a multiple of 8")
-        self._require(isinstance(self.ngram, bool), "ngram", "be True or False")
+        self._check_booleans("ngram")
         if self.ngram:
             self._require(self.window is not None and self.window <= 4096, "window", "be at most 4096 with ngram")
-        valid = is_number(self.initializer_range) and self.initializer_range >= 0
-        self._require(valid, "initializer_range", "be a finite number >= 0")
-        if isinstance(self.eos_token_id, list):
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        for name in SPECIAL_TOKENS:
-            valid = is_special_token(name, getattr(self, name), self.vocab_size)
-            self._require(valid, name, f"be None or in [0, vocab_size={self.vocab_size})")
-
-    def _require(self, valid: bool, name: str, rule: str) -> None:
-        if not valid:
-            raise ValueError(f"LinearLMConfig: {name} must {rule}, got {getattr(self, name)!r:.100}")
+        self._check_numbers(_NUMBERS)
+        self._check_special_tokens()
 
     @property
     def num_hidden_layers(self) -> int:
@@ -102,7 +91,7 @@ class ContextEmbedding(nn.Module):
     def __init__(self, config: LinearLMConfig):
         super().__init__()
         self.config = config
-        tables = (nn.Embedding(config.vocab_size, config.hidden_size) for _ in range(config.num_hidden_layers))
+        tables = (Embedding(config.vocab_size, config.hidden_size) for _ in range(config.num_hidden_layers))
         self.embed_tokens = nn.ModuleList(tables)
 
     def forward(
@@ -114,12 +103,7 @@ class ContextEmbedding(nn.Module):
         with_aux_loss: bool,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Token ids [B, T] -> hidden states [B * T, d], and nothing where `Decoder` has its experts' losses."""
-        if position_ids is not None:
-            raise ValueError("LinearLM: position_ids must be None, got a tensor")
         embedded, positions = [table(input_ids) for table in self.embed_tokens], None
-        device_type = input_ids.device.type
-        if torch.is_autocast_enabled(device_type):
-            embedded = [x.to(torch.get_autocast_dtype(device_type)) for x in embedded]
         if cu_seqlens is not None:
             positions, document = packed_positions(cu_seqlens, input_ids.numel())
             embedded = [x.view(1, -1, x.shape[-1]) for x in embedded]
@@ -184,6 +168,7 @@ class LinearLM(CausalLM):
 
     config_type = LinearLMConfig
     trunk_type = ContextEmbedding
+    takes_positions = False
 
     def __init__(
         self,

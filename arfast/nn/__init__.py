@@ -2,6 +2,7 @@
 
 from .attention import Attention
 from .cross_attention import CrossAttention, PackedSource, PaddedSource, Source
+from .embedding import Embedding
 from .initialization import normal_
 from .kv_cache import BranchedKVCache, KVCache, StaticKVCache
 from .layout import TokenLayout
@@ -15,6 +16,7 @@ __all__ = [
     "Attention",
     "BranchedKVCache",
     "CrossAttention",
+    "Embedding",
     "KVCache",
     "LoraConfig",
     "MoE",

@@ -14,7 +14,7 @@ from typing import Any
 from arfast.data.checks import check_integer, one_line
 from arfast.data.files import read_file, write_file
 from arfast.models import CausalLMConfig
-from arfast.models.config import is_number
+from arfast.models.checks import is_number
 from arfast.train import TrainConfig
 
 from .shapes import model_shape, non_embedding_parameters

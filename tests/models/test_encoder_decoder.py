@@ -336,7 +336,7 @@ def test_foreign_files(tmp_path, changes, message):
         (dict(separator_token_id=V), r"separator_token_id must be in \[0, vocab_size=41\), got 41"),
         (dict(separator_token_id=None), "separator_token_id must be in"),
         (dict(eos_token_id=-1), "eos_token_id must be None or in"),
-        (dict(rope_theta=0.0), "rope_theta must be above 0, got 0.0"),
+        (dict(rope_theta=0.0), r"rope_theta must be a number in \(0.0, inf\), got 0.0"),
         (dict(initializer_range=float("nan")), "initializer_range must be a number in"),
     ],
 )
