@@ -1,11 +1,27 @@
-"""A run that has learned to count, with the data set that it has learned from."""
+"""Studies from the command line; a run that has learned to count, with the data set that it has learned from."""
+
+import json
 
 import pytest
 
 from arfast import CausalLM, CausalLMConfig, TrainConfig, Trainer
+from arfast.cli.main import main
 from arfast.data import Document, Tokenizer, prepare_dataset
 
 NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split()
+
+
+@pytest.fixture
+def lab(request, capsys):
+    """Runs the module's STUDY: (what it prints, its result), or the message with which it ends with another status."""
+
+    def run(*arguments, status=0):
+        capsys.readouterr()
+        assert main(["lab", request.module.STUDY, *map(str, arguments)]) == status
+        captured = capsys.readouterr()
+        return captured.err if status else (captured.out, json.loads(captured.out.splitlines()[-1]))
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,11 @@
 """`arfast lab images`: nothing of what is held out is trained on, only codes are drawn, captions decide, its errors."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from arfast.cli.main import main
 from arfast.data import DatasetManifest, PackedDataset, Tokenizer, prepare_dataset
 from arfast.lab import images as study
 from arfast.lab.image_text import (
@@ -24,17 +22,12 @@ from arfast.lab.image_text import (
 from arfast.lab.pictures import Judge, Pictures, load_digits, load_photographs
 from arfast.models import CausalLM, CausalLMConfig, ImageTokenizer
 
+STUDY = "images"
+
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = ["--codes", 16, "--photo-codes", 8, "--max-tokens", 4096, "--samples", 2]
-
-
-def lab(capsys, *arguments, status=0):
-    capsys.readouterr()
-    assert main(["lab", "images", *map(str, arguments)]) == status
-    captured = capsys.readouterr()
-    return captured.err if status else (captured.out, json.loads(captured.out.splitlines()[-1]))
 
 
 def tiny_model(tokenizer, **settings):
@@ -179,12 +172,12 @@ def test_psnr():
     assert study.psnr(torch.full((2, 3), 0.6), torch.full((2, 3), 0.5)) == pytest.approx(20, abs=1e-4)
 
 
-def test_study(tmp_path, capsys, monkeypatch):
+def test_study(tmp_path, lab, monkeypatch):
     monkeypatch.setattr(study, "_STEPS", 20)
     digits = load_digits()
     monkeypatch.setattr(study, "load_digits", lambda: Pictures.split(digits.known[:150], digits.known_labels[:150]))
     arguments = ["--output-dir", tmp_path, *TINY]
-    text, found = lab(capsys, *arguments)
+    text, found = lab(*arguments)
     assert [one["temperature"] for one in found["samples"]] == [1.0, 0.6]
     assert [one["codes"] for one in found["photos"]] == [8] and found["digits"]["bits_per_pixel"] == 1
     for one in found["samples"]:
@@ -198,7 +191,7 @@ def test_study(tmp_path, capsys, monkeypatch):
     check_training_data(tmp_path / "digits-16")
     metrics = tmp_path / "digits-16" / "model" / "metrics.jsonl"
     before = metrics.read_bytes()
-    assert lab(capsys, *arguments) == (text, found)
+    assert lab(*arguments) == (text, found)
     assert metrics.read_bytes() == before
 
 
@@ -216,12 +209,12 @@ def check_training_data(folder):
     assert captions == {caption(wording, digit) for wording in WORDINGS for digit in range(len(WORDS))}
 
 
-def test_another_tokenizer_in_its_place(tmp_path, capsys, monkeypatch):
+def test_another_tokenizer_in_its_place(tmp_path, lab, monkeypatch):
     monkeypatch.setattr(study, "_STEPS", 1)
     (tmp_path / "digits-16").mkdir()
     config = study.ImageTokenizerConfig(image_size=8, num_codes=4)
     ImageTokenizer(config).save_pretrained(tmp_path / "digits-16" / "images")
-    message = lab(capsys, "--output-dir", tmp_path, *TINY, status=2)
+    message = lab("--output-dir", tmp_path, *TINY, status=2)
     assert "digits-16/images' must hold an ImageTokenizerConfig(" in message and "num_codes=4" in message
 
 
@@ -236,13 +229,13 @@ def test_another_tokenizer_in_its_place(tmp_path, capsys, monkeypatch):
         (["--photo-codes", 8, 1], "ImageTokenizerConfig: num_codes must be an integer in [2, 65536], got 1"),
     ],
 )
-def test_errors(tmp_path, capsys, options, message):
+def test_errors(tmp_path, lab, options, message):
     path = tmp_path / "out"
-    assert message in lab(capsys, "--output-dir", path, *options, status=2)
+    assert message in lab("--output-dir", path, *options, status=2)
     assert not path.exists()
 
 
-def test_without_scikit_learn(tmp_path, capsys, monkeypatch):
+def test_without_scikit_learn(tmp_path, lab, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    message = lab(capsys, "--output-dir", tmp_path / "out", status=2)
+    message = lab("--output-dir", tmp_path / "out", status=2)
     assert "lab images needs scikit-learn and pillow: pip install 'arfast[lab]'" in message

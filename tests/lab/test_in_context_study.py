@@ -3,13 +3,11 @@
 import collections
 import dataclasses
 import doctest
-import json
 
 import numpy as np
 import pytest
 import torch
 
-from arfast.cli.main import main
 from arfast.data import PackedDataset, prepare_dataset
 from arfast.lab import in_context
 from arfast.lab.in_context import (
@@ -24,6 +22,8 @@ from arfast.lab.in_context import (
 )
 from arfast.lab.string_tasks import OPERATIONS, family_inputs, split_inputs, split_tasks
 from arfast.models import CausalLM, CausalLMConfig
+
+STUDY = "in-context"
 
 WORDS = [a + b + c for a in "bcdfghjk" for b in "aeiou" for c in "lmnprst"]
 
@@ -148,21 +148,18 @@ def test_shares_and_intervals(monkeypatch):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_study(tmp_path, capsys, monkeypatch):
+def test_study(tmp_path, lab, monkeypatch):
     data = tmp_path / "words.txt"
     data.write_text(" ".join(WORDS * 3))
     options = ["--data", data, "--max-tokens", 40_000, "--hidden-size", 32, "--questions", 32]
     options += ["--output-dir", tmp_path / "out"]
-    assert main(["lab", "in-context", *map(str, options)]) == 0
-    text = capsys.readouterr().out
-    found = json.loads(text.splitlines()[-1])
+    text, found = lab(*options)
     assert "numbers, known tasks" in text and "letters, new frames" in text
     assert all(len(one["accuracy"]) == len(SHOTS) for some in found["accuracy"].values() for one in some.values())
     if found["figure"]:
         assert (tmp_path / "out" / "in-context.png").read_bytes().startswith(b"\x89PNG")
     metrics = (tmp_path / "out" / "model" / "metrics.jsonl").read_bytes()
-    assert main(["lab", "in-context", *map(str, options)]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"] == found["accuracy"]
+    assert lab(*options)[1]["accuracy"] == found["accuracy"]
     assert (tmp_path / "out" / "model" / "metrics.jsonl").read_bytes() == metrics
 
 
@@ -175,17 +172,16 @@ def test_study(tmp_path, capsys, monkeypatch):
         (["--data", "nowhere"], "source must exist, got 'nowhere'"),
     ],
 )
-def test_errors(tmp_path, capsys, options, message):
-    assert main(["lab", "in-context", "--output-dir", str(tmp_path / "out"), *options]) == 2
-    assert message in capsys.readouterr().err
+def test_errors(tmp_path, lab, options, message):
+    assert message in lab("--output-dir", tmp_path / "out", *options, status=2)
     assert not (tmp_path / "out").exists()
 
 
-def test_too_few_words(tmp_path, capsys):
+def test_too_few_words(tmp_path, lab):
     data = tmp_path / "words.txt"
     data.write_text("to be or not to be " * 5)
-    assert main(["lab", "in-context", "--data", str(data), "--output-dir", str(tmp_path / "out")]) == 2
-    assert "lab in-context: data must hold 100 frequent words of 3 to 5 letters, got 1" in capsys.readouterr().err
+    error = lab("--data", data, "--output-dir", tmp_path / "out", status=2)
+    assert "lab in-context: data must hold 100 frequent words of 3 to 5 letters, got 1" in error
 
 
 def test_examples():

@@ -1,23 +1,17 @@
 """`arfast lab least-squares`: it forecasts what was held out, of its own series and of a table's column."""
 
-import json
-
 import numpy as np
 import pytest
 from command_line import arfast, last_line
 
-from arfast.cli.main import main
 from arfast.lab.least_squares import read_column, study
 
-
-def lab(*arguments, capsys):
-    assert main(["lab", "least-squares", *map(str, arguments)]) == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+STUDY = "least-squares"
 
 
-def test_own_series(tmp_path, capsys):
+def test_own_series(tmp_path, lab):
     pytest.importorskip("matplotlib")
-    found = lab("--no-speed", "--output-dir", tmp_path, capsys=capsys)
+    _, found = lab("--no-speed", "--output-dir", tmp_path)
     assert found["series"]["sunspots"]["order"] == 9  # as statsmodels' ar_select_order finds
     for one in found["series"].values():
         assert one["mean_error"] < 0.8 * one["naive_error"] and one["inside"] > 0.7
@@ -29,12 +23,12 @@ def table(path, values):
     return path
 
 
-def test_column_of_a_table(tmp_path, capsys):
+def test_column_of_a_table(tmp_path, lab):
     y = 10 * np.sin(np.arange(300) / 7) + 3
     data = table(tmp_path / "weather.csv", y)
     assert np.array_equal(read_column(str(data), "degrees"), y)
     arguments = ("--data", data, "--column", "degrees", "--order", 2, "--no-speed", "--output-dir", tmp_path)
-    found = lab(*arguments, capsys=capsys)["series"]["weather"]
+    found = lab(*arguments)[1]["series"]["weather"]
     assert found["order"] == 2 and found["mean_error"] < 1e-6  # a wave is an autoregression of order 2
 
 
@@ -57,11 +51,10 @@ def test_criterion_finds_the_order():
         ("x\n" + "1\n2\n" * 20, ["--max-order", "30"], "y must be longer than the window of 30 values, got 4"),
     ],
 )
-def test_errors(tmp_path, capsys, content, options, message):
+def test_errors(tmp_path, lab, content, options, message):
     path = tmp_path / "table.csv"
     path.write_text(content)
-    assert main(["lab", "least-squares", "--data", str(path), "--output-dir", str(tmp_path / "out"), *options]) == 2
-    assert message in capsys.readouterr().err
+    assert message in lab("--data", path, "--output-dir", tmp_path / "out", *options, status=2)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,15 +1,15 @@
 """`arfast lab linear-lm`: it finds order where there is some, goes on where it stopped, refuses bad sizes."""
 
-import json
 import random
 
 import numpy as np
 import pytest
 
-from arfast.cli.main import main
 from arfast.data import Tokenizer
 from arfast.lab import linear_lm
 from arfast.lab.linear_lm import describe, frequent_words
+
+STUDY = "linear-lm"
 
 TINY = ["--max-tokens", 512 * 60, "--vocab-size", 261, "--hidden-size", 16, "--window", 3, "--order", 3]
 
@@ -26,18 +26,11 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def lab(capsys, *arguments, status=0):
-    capsys.readouterr()
-    assert main(["lab", "linear-lm", *map(str, arguments)]) == status
-    captured = capsys.readouterr()
-    return captured.err if status else (captured.out, json.loads(captured.out.splitlines()[-1]))
-
-
 @pytest.mark.usefixtures("one_thread")
-def test_study(corpus, tmp_path, capsys, monkeypatch):
+def test_study(corpus, tmp_path, lab, monkeypatch):
     monkeypatch.setattr(linear_lm, "_SEQLEN", 64)
     arguments = ["--data", corpus, "--output-dir", tmp_path, *TINY]
-    text, found = lab(capsys, *arguments)
+    text, found = lab(*arguments)
     models = found["models"]
     assert list(models) == ["counts", "mean", "last 3", "3-gram", "transformer"]
     assert models["3-gram"]["parameters"] == 3 * 16 * 261 and models["mean"]["parameters"] == 2 * 16 * 261
@@ -47,7 +40,7 @@ def test_study(corpus, tmp_path, capsys, monkeypatch):
     if found["figure"]:
         assert (tmp_path / "linear-lm.png").read_bytes().startswith(b"\x89PNG")
     before = (tmp_path / "mean" / "metrics.jsonl").read_bytes()
-    assert lab(capsys, *arguments) == (text, found)
+    assert lab(*arguments) == (text, found)
     assert (tmp_path / "mean" / "metrics.jsonl").read_bytes() == before
 
 
@@ -72,7 +65,7 @@ def test_table():
         (["--data", "nowhere"], "source must exist, got 'nowhere'"),
     ],
 )
-def test_errors(corpus, tmp_path, capsys, options, message):
+def test_errors(corpus, tmp_path, lab, options, message):
     path = tmp_path / "out"
-    assert message in lab(capsys, "--data", corpus, "--output-dir", path, *options, status=2)
+    assert message in lab("--data", corpus, "--output-dir", path, *options, status=2)
     assert not path.exists() or not list(path.iterdir())

@@ -1,13 +1,13 @@
 """`arfast lab objectives`: the whole road on a small corpus, again without training, and what it refuses."""
 
-import json
 import random
 
 import pytest
 
-from arfast.cli.main import main
 from arfast.lab import objectives
 from arfast.lab.conditional import compare_masks
+
+STUDY = "objectives"
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +21,8 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def lab(capsys, *arguments, status=0):
-    capsys.readouterr()
-    assert main(["lab", "objectives", *map(str, arguments)]) == status
-    captured = capsys.readouterr()
-    return captured.err if status else (captured.out, json.loads(captured.out.splitlines()[-1]))
-
-
 @pytest.mark.usefixtures("one_thread")
-def test_study(corpus, tmp_path, capsys, monkeypatch):
+def test_study(corpus, tmp_path, lab, monkeypatch):
     for name, value in (
         ("_PROMPT", 8),
         ("_LENGTHS", (4, 16)),
@@ -40,7 +33,7 @@ def test_study(corpus, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(objectives, name, value)
     options = ["--data", corpus, "--output-dir", tmp_path, "--max-tokens", 5000, "--vocab-size", 261]
     options += ["--hidden-size", 32, "--prompts", 20, "--label-smoothing", 0.3, "--scheduled-sampling", 0.5]
-    text, found = lab(capsys, *options)
+    text, found = lab(*options)
     plain, smooth, sampled = found["objectives"].values()
     assert list(found["objectives"]) == ["plain", "label smoothing 0.3", "scheduled sampling 0.5"]
     assert smooth["confidence"] < plain["confidence"]
@@ -52,7 +45,7 @@ def test_study(corpus, tmp_path, capsys, monkeypatch):
         assert (tmp_path / "objectives.png").read_bytes().startswith(b"\x89PNG")
     metrics = [path.read_bytes() for path in sorted(tmp_path.rglob("metrics.jsonl"))]
     assert len(metrics) == 5
-    assert lab(capsys, *options)[1] == found
+    assert lab(*options)[1] == found
     assert [path.read_bytes() for path in sorted(tmp_path.rglob("metrics.jsonl"))] == metrics
 
 
@@ -75,7 +68,7 @@ def test_both_losses_see_the_same_documents(tmp_path):
         (["--data", "nowhere"], "source must exist, got 'nowhere'"),
     ],
 )
-def test_errors(corpus, tmp_path, capsys, options, message):
+def test_errors(corpus, tmp_path, lab, options, message):
     path = tmp_path / "out"
-    assert message in lab(capsys, "--data", corpus, "--output-dir", path, *options, status=2)
+    assert message in lab("--data", corpus, "--output-dir", path, *options, status=2)
     assert not path.exists() or not list(path.iterdir())

@@ -1,6 +1,5 @@
 """`arfast lab scoring`: passages are what the files hold, scores are sums of the model's own log-probabilities."""
 
-import json
 import re
 
 import numpy as np
@@ -8,16 +7,15 @@ import pytest
 import torch
 
 from arfast import CausalLM
-from arfast.cli.main import main
 from arfast.data import Tokenizer
 from arfast.lab.scoring import Passage, choose, compare_contexts, draw_passages, score_pairs, shuffle_words
 
+STUDY = "scoring"
 
-def test_study(counting_run, tmp_path, capsys):
+
+def test_study(counting_run, tmp_path, lab):
     pytest.importorskip("matplotlib")
-    arguments = ["--model", str(counting_run), "--output-dir", str(tmp_path), "--passages", "20", "--choices", "4"]
-    assert main(["lab", "scoring", *arguments]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    _, found = lab("--model", counting_run, "--output-dir", tmp_path, "--passages", 20, "--choices", 4)
     real, *garbled = found["garbled"]
     assert real["garbled"] == 0 and real["real_is_likelier"] is None
     assert all(row["real_is_likelier"] > 0.9 and row["perplexity"] > real["perplexity"] for row in garbled)
@@ -82,7 +80,6 @@ def test_right_continuation_is_picked(counting_run):
         (["--choices", "5000"], "data must hold files of more than 5000 passages"),
     ],
 )
-def test_errors(counting_run, tmp_path, capsys, options, message):
-    assert main(["lab", "scoring", "--model", str(counting_run), "--output-dir", str(tmp_path / "out"), *options]) == 2
-    assert message in capsys.readouterr().err
+def test_errors(counting_run, tmp_path, lab, options, message):
+    assert message in lab("--model", counting_run, "--output-dir", tmp_path / "out", *options, status=2)
     assert not (tmp_path / "out").exists()

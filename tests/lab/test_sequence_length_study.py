@@ -1,24 +1,22 @@
 """`arfast lab sequence-length`: what is counted by context is what one forward pass per prefix would say."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 from arfast import CausalLM
-from arfast.cli.main import main
 from arfast.lab import sequence_length
 from arfast.lab.sequence_length import by_context, draw_windows
 
+STUDY = "sequence-length"
 
-def test_study(counting_run, tmp_path, capsys, monkeypatch):
+
+def test_study(counting_run, tmp_path, lab, monkeypatch):
     pytest.importorskip("matplotlib")
     costs = {"seqlen": 64, "eager": {"error": "no room"}, "fused": {"seconds": 0.1, "bytes": 1 << 20}}
     monkeypatch.setattr(sequence_length, "measure_sequence_lengths", lambda lengths: [costs | {"seqlen": lengths[0]}])
-    arguments = ["--model", str(counting_run), "--output-dir", str(tmp_path), "--seqlen", "96", "--windows", "12"]
-    assert main(["lab", "sequence-length", *arguments, "--lengths", "64"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    arguments = ["--model", counting_run, "--output-dir", tmp_path, "--seqlen", 96, "--windows", 12]
+    _, found = lab(*arguments, "--lengths", 64)
     rows = found["by_context"]
     assert [(row["first"], row["last"]) for row in rows] == [
         (1, 1),
@@ -68,8 +66,7 @@ def test_windows_lie_within_documents():
         (["--windows", "0"], "data must hold a test document"),
     ],
 )
-def test_errors(counting_run, tmp_path, capsys, options, message):
-    arguments = ["--model", str(counting_run), "--output-dir", str(tmp_path / "out"), "--lengths", *options]
-    assert main(["lab", "sequence-length", *arguments]) == 2
-    assert message in capsys.readouterr().err
+def test_errors(counting_run, tmp_path, lab, options, message):
+    arguments = ["--model", counting_run, "--output-dir", tmp_path / "out", "--lengths", *options]
+    assert message in lab(*arguments, status=2)
     assert not (tmp_path / "out").exists()

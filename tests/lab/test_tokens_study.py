@@ -1,20 +1,13 @@
 """`arfast lab tokens`: its measures against counts by hand, its table, its errors."""
 
-import json
 import re
 
 import pytest
 
-from arfast.cli.main import main
 from arfast.data import Tokenizer
 from arfast.lab.tokens import measure
 
-
-def lab(capsys, *arguments, status=0):
-    capsys.readouterr()
-    assert main(["lab", "tokens", *map(str, arguments)]) == status
-    captured = capsys.readouterr()
-    return captured.err if status else json.loads(captured.out.splitlines()[-1])
+STUDY = "tokens"
 
 
 def test_measure():
@@ -28,8 +21,8 @@ def test_measure():
     )
 
 
-def test_study(tmp_path, capsys):
-    found = lab(capsys, "--max-bytes", 500_000, "--vocab-sizes", 300, 600, "--output-dir", tmp_path)
+def test_study(tmp_path, lab):
+    _, found = lab("--max-bytes", 500_000, "--vocab-sizes", 300, 600, "--output-dir", tmp_path)
     kinds = [one["kind"] for one in found["tokenizers"]]
     assert kinds in (["bpe"] * 2 + ["word"] * 2 + ["character"], ["bpe"] * 2 + ["word"] * 2 + ["character"] * 2)
     by_kind = {one["kind"]: one for one in found["tokenizers"]}
@@ -48,6 +41,6 @@ def test_study(tmp_path, capsys):
         (["--max-bytes", 9], "lab tokens: data must hold at least 10 documents, got "),
     ],
 )
-def test_errors(tmp_path, capsys, options, message):
-    assert re.search(message, lab(capsys, "--output-dir", tmp_path / "out", *options, status=2))
+def test_errors(tmp_path, lab, options, message):
+    assert re.search(message, lab("--output-dir", tmp_path / "out", *options, status=2))
     assert not (tmp_path / "out").exists()

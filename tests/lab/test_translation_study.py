@@ -1,15 +1,15 @@
 """`arfast lab translation`: both models learn, on the same pairs, with as many parameters; scores are sacreBLEU's."""
 
 import itertools
-import json
 
 import pytest
 
-from arfast.cli.main import main
 from arfast.data.parallel import django_pairs
 from arfast.lab import translation
 from arfast.lab.translation import corpus_scores, describe, encoder_decoder_config, matched_decoder
 from arfast.models import CausalLM, EncoderDecoder
+
+STUDY = "translation"
 
 sacrebleu = pytest.importorskip("sacrebleu")
 WORDS = dict(red="rotes", green="grünes", big="großes", small="kleines", old="altes", new="neues")
@@ -27,19 +27,12 @@ def corpus(tmp_path_factory):
     return [str(folder / "en"), str(folder / "de")]
 
 
-def lab(capsys, *arguments, status=0):
-    capsys.readouterr()
-    assert main(["lab", "translation", *map(str, arguments)]) == status
-    captured = capsys.readouterr()
-    return captured.err if status else (captured.out, json.loads(captured.out.splitlines()[-1]))
-
-
 @pytest.mark.usefixtures("one_thread")
-def test_study(corpus, tmp_path, capsys, monkeypatch):
+def test_study(corpus, tmp_path, lab, monkeypatch):
     monkeypatch.setattr(translation, "_SEQLEN", 64)
     monkeypatch.setattr(translation, "_LEARNING_RATE", 0.01)
     arguments = ["--files", *corpus, "--output-dir", tmp_path, *TINY]
-    text, found = lab(capsys, *arguments)
+    text, found = lab(*arguments)
     models = found["models"]
     assert list(models) == ["encoder-decoder", "decoder-only"] and found["pairs"] == 216
     sizes = [one["parameters"] for one in models.values()]
@@ -50,7 +43,7 @@ def test_study(corpus, tmp_path, capsys, monkeypatch):
     if found["figure"]:
         assert (tmp_path / "translation.png").read_bytes().startswith(b"\x89PNG")
     before = (tmp_path / "encoder-decoder" / "metrics.jsonl").read_bytes()
-    assert lab(capsys, *arguments) == (text, found)
+    assert lab(*arguments) == (text, found)
     assert (tmp_path / "encoder-decoder" / "metrics.jsonl").read_bytes() == before
 
 
@@ -94,22 +87,22 @@ def test_table():
         (["--data", "nowhere"], "handbook_pairs: folder must have a folder en-US, got 'nowhere'"),
     ],
 )
-def test_errors(tmp_path, capsys, options, message):
+def test_errors(tmp_path, lab, options, message):
     pytest.importorskip("django")
     path = tmp_path / "out"
-    assert message in lab(capsys, "--output-dir", path, *options, status=2)
+    assert message in lab("--output-dir", path, *options, status=2)
     assert not path.exists() or not list(path.iterdir())
 
 
-def test_packages_that_are_missing(tmp_path, capsys, monkeypatch):
+def test_packages_that_are_missing(tmp_path, lab, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "scores need sacrebleu (pip install 'arfast[lab]')" in lab(capsys, "--output-dir", tmp_path, status=2)
+    assert "scores need sacrebleu (pip install 'arfast[lab]')" in lab("--output-dir", tmp_path, status=2)
     with pytest.raises(ImportError, match="^django_pairs: Django must be installed .*, got none$"):
         django_pairs("de")
 
 
-def test_too_few_pairs(tmp_path, capsys):
+def test_too_few_pairs(tmp_path, lab):
     for name in ("en", "de"):
         (tmp_path / name).write_text("".join(f"{name} {i}\n" for i in range(20)))
-    error = lab(capsys, "--files", tmp_path / "en", tmp_path / "de", "--output-dir", tmp_path / "out", status=2)
+    error = lab("--files", tmp_path / "en", tmp_path / "de", "--output-dir", tmp_path / "out", status=2)
     assert "lab translation: data must hold at least 50 usable pairs, got 20" in error
