@@ -14,13 +14,10 @@ Backward, algorithm 4: with delta_i = dout_i . out_i - dlse_i and ds_ij = p_ij (
 import math
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from arfast.ops._library import in_autocast, needs_grad, register_fake
 
 _ops = torch.ops.arfast
-# Where the CPU multiplies bfloat16 matrices in hardware, torch's kernel, which uses that, is the faster one.
-_HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 def attention(
@@ -80,9 +77,6 @@ def attention(
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if sink is not None and sink.is_floating_point():
         sink = sink.to(statistics_dtype(q))
-    plain = window is None and softcap is None and sink is None and cu_seqlens_q is None and cu_seqlens_k is None
-    if plain and not return_lse and _prefers_torch(q, k, v, causal, softmax_scale):
-        return _torch_attention(q, k, v, causal, softmax_scale)
     options = (max_seqlen_q, max_seqlen_k, softmax_scale, causal, window, softcap)
     if needs_grad(q, k, v, sink):
         # torch.compile takes no tensor twice: self-attention hands over its documents once.
@@ -149,27 +143,6 @@ class _Attention(torch.autograd.Function):
             dout, dlse, q, k, v, out, lse, sink, *cu_seqlens, *ctx.options, deterministic
         )
         return dq, dk, dv, dsink if sink is not None else None, *[None] * 11
-
-
-def _prefers_torch(q, k, v, causal, softmax_scale):
-    """Whether torch's kernel computes exactly this on the CPU, and faster."""
-    return (
-        _HAS_AMX
-        and all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in (q, k, v))
-        and all(x.dim() == 4 and x.numel() > 0 for x in (q, k, v))
-        and k.shape == v.shape
-        and q.shape[::3] == k.shape[::3]
-        and (q.shape[1] == k.shape[1] or not causal)
-        and q.shape[2] % k.shape[2] == 0
-        and (softmax_scale is None or 0 < softmax_scale < math.inf)
-    )
-
-
-def _torch_attention(q, k, v, causal, softmax_scale):
-    heads = [x.transpose(1, 2) for x in (q, k, v)]
-    grouped = q.shape[2] != k.shape[2]
-    out = scaled_dot_product_attention(*heads, is_causal=causal, scale=softmax_scale, enable_gqa=grouped)
-    return out.transpose(1, 2)
 
 
 def statistics_dtype(q):

@@ -1,9 +1,11 @@
 // Attention on the CPU, forward: online softmax over tiles of keys (Dao et al. 2022, arXiv 2205.14135, algorithm 1; the
 // running statistics are those of Milakov and Gimelshein 2018, arXiv 1805.02867). A task is a block of queries of one
-// head; tiles that the mask hides are never touched.
+// head; tiles that the mask hides are never touched. Of bfloat16 on machines with matrix units (kAmx) both products are
+// theirs, and the probabilities are rounded for the second; everything else happens in the same way.
 #include <cmath>
 #include <vector>
 
+#include "attention/attention_amx.h"
 #include "attention/attention_layout.h"
 
 namespace arfast::ARFAST_CPU_TARGET {
@@ -13,7 +15,7 @@ constexpr int64_t kQueryBlock = 128;
 constexpr int64_t kKeyBlock = 128;
 constexpr double kLog2E = 1.4426950408889634;
 
-template <typename T>
+template <typename T, bool kAmx>
 class ForwardBlock {
  public:
   using A = Acc<T>;
@@ -30,7 +32,7 @@ class ForwardBlock {
         score_scale_(problem_.softcap > 0 ? 1 : problem_.softmax_scale),
         exponent_scale_(static_cast<A>(score_scale_ * kLog2E)),
         arena_(2 * Arena<A>::padded(kQueryBlock * ld_) + 2 * Arena<A>::padded(kKeyBlock * ld_) + 2 * kQueryBlock +
-               kKeyBlock * kPanel<A> + 4 * kPanel<A>),
+               2 * kKeyBlock * kPanel<A> + 4 * kPanel<A>),
         queries_(arena_.take(kQueryBlock * ld_)),
         keys_(arena_.take(kKeyBlock * ld_)),
         values_(arena_.take(kKeyBlock * ld_)),
@@ -38,21 +40,22 @@ class ForwardBlock {
         maximum_(arena_.take(kQueryBlock)),
         sum_(arena_.take(kQueryBlock)),
         scores_(arena_.take(kKeyBlock * kPanel<A>)),
+        probabilities_(reinterpret_cast<uint32_t*>(arena_.take(kKeyBlock / 2 * kPanel<A>))),
         factor_(arena_.take(kPanel<A>)) {}
 
   // Queries [query, query + num_queries) of one head; every one of them sees at least one key.
   void run(const Sequence& sequence, int64_t head, int64_t query, int64_t num_queries) {
+    [[maybe_unused]] const std::conditional_t<kAmx, TileShapes, int> shapes{};
     const Visibility visible(problem_, sequence.seqlen_q, sequence.seqlen_k);
     const int64_t kv_head = head / (problem_.num_heads / problem_.num_kv_heads);
-    pack_panels<T>(rows_of<T>(problem_.q, sequence.batch, sequence.q_row + query, head), num_queries, head_dim_,
-                   queries_);
+    pack_queries(rows_of<T>(problem_.q, sequence.batch, sequence.q_row + query, head), num_queries);
     start(head, num_queries);
     const int64_t key_end = visible.key_end(query + num_queries - 1, sequence.seqlen_k);
     for (int64_t key = visible.key_begin(query); key < key_end; key += kKeyBlock) {
       const int64_t num_keys = std::min(kKeyBlock, key_end - key);
       const int64_t row = sequence.k_row + key;
-      pack_rows<T>(rows_of<T>(problem_.k, sequence.batch, row, kv_head), num_keys, head_dim_, keys_, ld_);
-      pack_rows<T>(rows_of<T>(problem_.v, sequence.batch, row, kv_head), num_keys, head_dim_, values_, ld_);
+      pack_keys(rows_of<T>(problem_.k, sequence.batch, row, kv_head), num_keys);
+      pack_values(rows_of<T>(problem_.v, sequence.batch, row, kv_head), num_keys);
       for (int64_t lane = 0; lane < num_queries; lane += kPanel<A>) {
         const int64_t lanes = std::min<int64_t>(kPanel<A>, num_queries - lane);
         Band bands[kKeyBlock / kBandKeys];
@@ -66,6 +69,30 @@ class ForwardBlock {
   }
 
  private:
+  void pack_queries(const StridedRows<T>& rows, int64_t count) {
+    if constexpr (kAmx) {
+      pack_pair_panels(rows, count, head_dim_, reinterpret_cast<uint32_t*>(queries_));
+    } else {
+      pack_panels<T>(rows, count, head_dim_, queries_);
+    }
+  }
+
+  void pack_keys(const StridedRows<T>& rows, int64_t count) {
+    if constexpr (kAmx) {
+      copy_rows(rows, count, head_dim_, reinterpret_cast<BFloat16*>(keys_), head_dim_);
+    } else {
+      pack_rows<T>(rows, count, head_dim_, keys_, ld_);
+    }
+  }
+
+  void pack_values(const StridedRows<T>& rows, int64_t count) {
+    if constexpr (kAmx) {
+      copy_transposed(rows, count, head_dim_, reinterpret_cast<BFloat16*>(values_), kKeyBlock);
+    } else {
+      pack_rows<T>(rows, count, head_dim_, values_, ld_);
+    }
+  }
+
   // A sink is a key with value 0: the softmax starts with its logit as maximum and its own 1 as sum.
   void start(int64_t head, int64_t num_queries) {
     const bool sink = problem_.sink != nullptr;
@@ -76,10 +103,17 @@ class ForwardBlock {
   }
 
   void compute_scores(const Band& band, const Visibility& visible, int64_t query, int64_t lane, int64_t key) {
-    multiply<A, Layout::kRowMajor>(scores_ + band.key_begin * kPanel<A> + band.lane_begin, kPanel<A>,
-                                   keys_ + band.key_begin * ld_, ld_, queries_ + lane * head_dim_ + band.lane_begin,
-                                   kPanel<A>, band.key_end - band.key_begin, band.lane_end - band.lane_begin, head_dim_,
-                                   false);
+    A* scores = scores_ + band.key_begin * kPanel<A> + band.lane_begin;
+    const int64_t num_keys = band.key_end - band.key_begin, num_lanes = band.lane_end - band.lane_begin;
+    if constexpr (kAmx) {
+      multiply_tiles(scores, kPanel<A>, reinterpret_cast<BFloat16*>(keys_) + band.key_begin * head_dim_, head_dim_,
+                     reinterpret_cast<uint32_t*>(queries_) + lane * head_dim_ / 2 + band.lane_begin, kPanel<A>,
+                     round_up_to_tile(num_keys), num_lanes, head_dim_, false);
+    } else {
+      multiply<A, Layout::kRowMajor>(scores, kPanel<A>, keys_ + band.key_begin * ld_, ld_,
+                                     queries_ + lane * head_dim_ + band.lane_begin, kPanel<A>, num_keys, num_lanes,
+                                     head_dim_, false);
+    }
     const A softcap = static_cast<A>(problem_.softcap);
     const A inside = static_cast<A>(problem_.softcap > 0 ? problem_.softmax_scale / problem_.softcap : 0);
     if (!band.masked && softcap == 0) return;
@@ -126,22 +160,40 @@ class ForwardBlock {
   }
 
   void add_values(const Band& band, int64_t lane) {
+    const int64_t num_keys = band.key_end - band.key_begin, num_lanes = band.lane_end - band.lane_begin;
+    A* out = out_ + lane * head_dim_ + band.lane_begin;
+    uint32_t* pairs = probabilities_ + band.lane_begin;  // of this band alone
     for (int64_t i = band.lane_begin; i < band.lane_end; i += kL) {
       const V maximum = load(maximum_ + lane + i);
       const V reference = maximum == -kInfinity<A> ? V{} : maximum;
       V sum{};
-      for (int64_t row = band.key_begin; row < band.key_end; ++row) {
-        A* p = scores_ + row * kPanel<A> + i;
-        const V probability = exp2_bounded((load(p) - reference) * exponent_scale_);
-        sum += probability;
-        store(p, probability);
+      const auto probability = [&](int64_t row) {
+        return exp2_bounded((load(scores_ + row * kPanel<A> + i) - reference) * exponent_scale_);
+      };
+      if constexpr (kAmx) {
+        for (int64_t row = 0; row < round_up_to_tile(num_keys); row += 2) {
+          const V first = row < num_keys ? probability(band.key_begin + row) : V{};
+          const V second = row + 1 < num_keys ? probability(band.key_begin + row + 1) : V{};
+          sum += first + second;
+          store_pairs(pairs + row / 2 * kPanel<A> + i - band.lane_begin, round_rows(first, second));
+        }
+      } else {
+        for (int64_t row = band.key_begin; row < band.key_end; ++row) {
+          const V one = probability(row);
+          sum += one;
+          store(scores_ + row * kPanel<A> + i, one);
+        }
       }
       store(sum_ + lane + i, load(sum_ + lane + i) + sum);
     }
-    multiply<A, Layout::kColumnMajor>(out_ + lane * head_dim_ + band.lane_begin, kPanel<A>,
-                                      values_ + band.key_begin * ld_, ld_,
-                                      scores_ + band.key_begin * kPanel<A> + band.lane_begin, kPanel<A>, head_dim_,
-                                      band.lane_end - band.lane_begin, band.key_end - band.key_begin, true);
+    if constexpr (kAmx) {
+      multiply_tiles(out, kPanel<A>, reinterpret_cast<BFloat16*>(values_) + band.key_begin, kKeyBlock, pairs, kPanel<A>,
+                     head_dim_, num_lanes, round_up_to_tile(num_keys), true);
+    } else {
+      multiply<A, Layout::kColumnMajor>(out, kPanel<A>, values_ + band.key_begin * ld_, ld_,
+                                        scores_ + band.key_begin * kPanel<A> + band.lane_begin, kPanel<A>, head_dim_,
+                                        num_lanes, num_keys, true);
+    }
   }
 
   void finish(const Sequence& sequence, int64_t head, int64_t query, int64_t num_queries) {
@@ -175,11 +227,13 @@ class ForwardBlock {
   const double score_scale_;
   const A exponent_scale_;
   Arena<A> arena_;
-  A* queries_;           // panels [kQueryBlock / kPanel][D][kPanel]
-  A *keys_, *values_;    // [kKeyBlock, ld]
-  A* out_;               // panels like queries_
-  A *maximum_, *sum_;    // [kQueryBlock]
-  A *scores_, *factor_;  // [kKeyBlock, kPanel], [kPanel]
+  A* queries_;               // panels [kQueryBlock / kPanel][D][kPanel]; kAmx: pairs, [D / 2]
+  A *keys_, *values_;        // [kKeyBlock, ld]; kAmx: bfloat16 [kKeyBlock, D] and [D, kKeyBlock]
+  A* out_;                   // panels like queries_, [D]
+  A *maximum_, *sum_;        // [kQueryBlock]
+  A* scores_;                // [kKeyBlock, kPanel]
+  uint32_t* probabilities_;  // kAmx: pairs [kKeyBlock / 2, kPanel]
+  A* factor_;                // [kPanel]
 };
 
 // out 0 and lse of nothing (the sink's logit, where there is one) for rows that see no key.
@@ -196,7 +250,7 @@ void fill_empty_rows(const AttentionForwardParams& params, int64_t batch, int64_
   }
 }
 
-template <typename T>
+template <typename T, bool kAmx>
 void forward(const AttentionForwardParams& params) {
   const AttentionProblem& problem = params.problem;
   struct Work {
@@ -226,15 +280,21 @@ void forward(const AttentionForwardParams& params) {
             [&](int64_t index) {
               const Work& task = work[index];
               const Sequence sequence(problem, task.sequence);
-              ForwardBlock<T>(params).run(sequence, task.head, task.query,
-                                          std::min(kQueryBlock, sequence.seqlen_q - task.query));
+              ForwardBlock<T, kAmx>(params).run(sequence, task.head, task.query,
+                                                std::min(kQueryBlock, sequence.seqlen_q - task.query));
             });
 }
 
 }  // namespace
 
 void attention_forward(const AttentionForwardParams& params) {
-  dispatch_dtype(params.problem.dtype, [&](auto tag) { forward<typename decltype(tag)::type>(params); });
+  dispatch_dtype(params.problem.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (kMayTakeAmx<T>) {
+      if (takes_amx(params.problem)) return forward<T, true>(params);
+    }
+    forward<T, false>(params);
+  });
 }
 
 }  // namespace arfast::ARFAST_CPU_TARGET

@@ -5,29 +5,17 @@
 #include <array>
 
 #include "binding/tensor.h"
+#include "core/amx.h"
 #include "core/bf16_matmul.h"
 #include "core/tasks.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 namespace arfast {
 namespace {
 
-// Matrix units, which oneDNN uses and we do not.
-bool has_amx() {
-#if defined(__x86_64__)
-  unsigned eax, ebx, ecx, edx;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
-#else
-  return false;
-#endif
-}
-
 // GFLOP/s of one thread of a Zen 5 (peak: float32 289, bfloat16 577) on [1024, 512] x [512, 32000], November 2026,
 // torch 2.13: float32 torch (MKL, which keeps to AVX2 there) 112, ours 242; bfloat16 torch (oneDNN) 512, ours 520, and
-// on the transposed products of a backward pass 466 and 493 against 505 and 516; float16 torch 2 to 24.
+// on the transposed products of a backward pass 466 and 493 against 505 and 516; float16 torch 2 to 24. oneDNN uses
+// matrix units, our product does not.
 Matmul own_matmul(DType dtype) {
   static const bool bf16 = has_bf16_products() && !has_amx();
   if (dtype == DType::kFloat32 || dtype == DType::kFloat64) return matmul_cpu;
@@ -60,7 +48,7 @@ Tensor with_zeros_behind_rows(const Matrix& a) {
 
 // oneDNN's.
 void torch_bf16_matmul(const MatmulParams& params) {
-  static const bool amx = has_amx();
+  static const bool amx = machine_has_amx();
   const Tensor out = as_tensor(ScalarType::BFloat16, params.out);
   const bool has_tail = amx && params.a.columns % kRowStep != 0;
   using torch::stable::detail::from;

@@ -7,7 +7,7 @@ namespace arfast {
 enum class CpuTarget { kBaseline, kAvx2, kAvx512 };
 
 // The best target of this machine, or the one that the environment variable ARFAST_CPU_TARGET names
-// (baseline | avx2 | avx512) when the machine has it. Decided once.
+// (baseline | avx2 | avx512; amx: avx512 with matrix units, core/amx.h) when the machine has it. Decided once.
 CpuTarget cpu_target();
 const char* cpu_target_name();
 
