@@ -1,6 +1,9 @@
 // Operands of the matrix units: bfloat16 tiles, packed in the layouts of multiply_tiles.
 #pragma once
 
+#include <cstring>
+#include <utility>
+
 #include "attention/attention.h"
 #include "attention/attention_tile.h"
 #include "core/amx.h"

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "attention/attention_backward_range.h"
+#include "core/buffer.h"
 
 namespace arfast::ARFAST_CPU_TARGET {
 namespace {
@@ -69,9 +70,11 @@ void backward(const AttentionBackwardParams& params) {
     return Sequence(problem, a.sequence).seqlen_k > Sequence(problem, b.sequence).seqlen_k;
   });
   const int64_t num_heads = problem.num_heads, count = static_cast<int64_t>(ranges.size());
-  std::vector<double> dsink(params.dsink != nullptr ? count * num_heads : 0);
+  const bool sink = params.dsink != nullptr;
+  const Buffer<double> dsink(sink ? count * num_heads : 0);
+  std::fill_n(dsink.data(), sink ? count * num_heads : 0, 0.0);
   run_tasks(count, num_scores * problem.head_dim / kMultiplyAddsPerElement, [&](int64_t index) {
-    BackwardRange<T, kAmx>(params, ranges[index]).run(dsink.empty() ? nullptr : dsink.data() + index * num_heads);
+    BackwardRange<T, kAmx>(params, ranges[index]).run(sink ? dsink.data() + index * num_heads : nullptr);
   });
 
   for (int64_t b = 0; b < problem.batch; ++b) {
@@ -92,7 +95,7 @@ void backward(const AttentionBackwardParams& params) {
     fill_zeros<T>(problem, params.dk, 0, k_end, problem.num_keys, problem.num_keys, problem.num_kv_heads);
     fill_zeros<T>(problem, params.dv, 0, k_end, problem.num_keys, problem.num_keys, problem.num_kv_heads);
   }
-  for (int64_t head = 0; head < num_heads && params.dsink != nullptr; ++head) {
+  for (int64_t head = 0; sink && head < num_heads; ++head) {
     double sum = dlse_share<Acc<T>>(params, head);
     for (int64_t index = 0; index < count; ++index) sum += dsink[index * num_heads + head];
     static_cast<Acc<T>*>(params.dsink)[head] = static_cast<Acc<T>>(sum);
