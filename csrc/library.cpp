@@ -3,7 +3,6 @@
 #include <Python.h>
 
 #include "binding/tensor.h"
-#include "core/amx.h"
 #include "core/cpu_target.h"
 #include "core/parallel.h"
 
@@ -24,9 +23,7 @@ const bool parallel_for_installed = [] {
 }();
 
 // "cpu target;cuda architectures": what `arfast info` prints of the build.
-std::string build_info() {
-  return std::string(cpu_target_name()) + (has_amx() ? ", amx" : "") + ";" + ARFAST_CUDA_ARCHITECTURES;
-}
+std::string build_info() { return std::string(cpu_target_name()) + ";" + ARFAST_CUDA_ARCHITECTURES; }
 
 }  // namespace
 

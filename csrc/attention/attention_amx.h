@@ -44,25 +44,19 @@ void copy_rows(const Rows& rows, int64_t count, int64_t size, BFloat16* target, 
   for (int64_t row = count; row < round_up_to_tile(count); ++row) std::fill_n(target + row * ld, size, BFloat16{});
 }
 
-// Left operand: the transposed of rows [count, size], [size, ld], zeros up to the next multiple of two tiles.
+// Left operand: the transposed of rows [count, size], [size, ld], zeros up to the next multiple of a tile.
 template <typename Rows>
 void copy_transposed(const Rows& rows, int64_t count, int64_t size, BFloat16* target, int64_t ld) {
-  const auto lanes = std::make_index_sequence<32>();
-  const auto halves = [&]<size_t... kLane>(std::index_sequence<kLane...>, int high) {
-    return _mm512_set_epi16(static_cast<short>(2 * (31 - kLane) + high)...);
-  };
-  const __m512i even = halves(lanes, 0), odd = halves(lanes, 1);
-  for (int64_t row = 0; row < count; row += 2 * kTile) {
+  for (int64_t row = 0; row < count; row += kTile) {
     for (int64_t column = 0; column < size; column += 2 * kTile) {
       const int64_t pairs = std::min<int64_t>(kTile, (size - column) / 2);
-      VecF first[kTile], second[kTile];
-      load_square(rows, row, count, column, pairs, first);
-      load_square(rows, row + kTile, count, column, pairs, second);
+      VecF square[kTile];
+      load_square(rows, row, count, column, pairs, square);
       for (int64_t i = 0; i < pairs; ++i) {
-        const __m512i a = reinterpret_cast<__m512i>(first[i]), b = reinterpret_cast<__m512i>(second[i]);
+        const VecU both = reinterpret_cast<VecU>(square[i]);
         BFloat16* p = target + (column + 2 * i) * ld + row;
-        _mm512_storeu_si512(p, _mm512_permutex2var_epi16(a, even, b));
-        _mm512_storeu_si512(p + ld, _mm512_permutex2var_epi16(a, odd, b));
+        store_low_halves(p, both);
+        store_low_halves(p + ld, both >> 16);
       }
     }
   }
@@ -101,34 +95,26 @@ void pack_row_pairs(const Rows& rows, int64_t count, int64_t size, uint32_t* tar
   }
 }
 
-inline __m512i round_rows(VecF first, VecF second) {
-  return round_to_bf16(reinterpret_cast<__m512>(first), reinterpret_cast<__m512>(second));
-}
-
-// Two rounded rows, of a left operand.
-inline void store_rows(BFloat16* target, int64_t ld, __m512i rows) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_castsi512_si256(rows));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + ld), _mm512_extracti64x4_epi64(rows, 1));
-}
-
-// The same as pairs along the rows, of a right operand.
-inline void store_pairs(uint32_t* target, __m512i rows) {
-  const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(rows));
-  const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(rows, 1));
-  _mm512_storeu_si512(target, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+// Right operand: of two rows, rounded, the pairs along the rows.
+inline void store_pairs(uint32_t* target, VecF first, VecF second) {
+  const VecU pairs = round_to_bf16(first) | round_to_bf16(second) << 16;
+  std::memcpy(target, &pairs, sizeof(pairs));
 }
 
 #endif
 
-// Whether products of T may be those of the matrix units; whether those of a problem are.
+// Calls f(element, amx) with tags of the element type and of whether the products are those of the matrix units.
+template <typename F>
+void dispatch(const AttentionProblem& problem, const F& f) {
+  dispatch_dtype(problem.dtype, [&](auto element) {
 #if defined(__AVX512F__)
-template <typename T>
-constexpr bool kMayTakeAmx = std::is_same_v<T, BFloat16>;
-#else
-template <typename T>
-constexpr bool kMayTakeAmx = false;
+    if constexpr (std::is_same_v<typename decltype(element)::type, BFloat16>) {
+      if (problem.head_dim % kTile == 0 && has_amx()) return f(element, std::true_type());
+    }
 #endif
-inline bool takes_amx(const AttentionProblem& problem) { return problem.head_dim % kTile == 0 && has_amx(); }
+    f(element, std::false_type());
+  });
+}
 
 }  // namespace
 }  // namespace arfast::ARFAST_CPU_TARGET

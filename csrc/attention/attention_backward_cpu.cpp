@@ -105,13 +105,7 @@ void backward(const AttentionBackwardParams& params) {
 }  // namespace
 
 void attention_backward(const AttentionBackwardParams& params) {
-  dispatch_dtype(params.problem.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if constexpr (kMayTakeAmx<T>) {
-      if (takes_amx(params.problem)) return backward<T, true>(params);
-    }
-    backward<T, false>(params);
-  });
+  dispatch(params.problem, [&](auto element, auto amx) { backward<typename decltype(element)::type, amx>(params); });
 }
 
 }  // namespace arfast::ARFAST_CPU_TARGET

@@ -97,13 +97,13 @@ class BackwardRange {
   void visit_queries(int64_t head, int64_t query, int64_t num_queries) {
     const int64_t begin = std::max(range_.begin, visible_.key_begin(query));
     const int64_t end = std::min(range_.end, visible_.key_end(query + num_queries - 1, sequence_.seqlen_k));
-    std::fill_n(dq_, kQueryBlock * ld_, A{0});
+    std::fill_n(dq_, (kAmx ? kQueryBlock : num_queries) * ld_, A{0});
     std::fill_n(dout_out_, kQueryBlock, A{0});
     if (begin < end) load_queries(head, query, num_queries);
     for (int64_t key = begin; key < end; key += kKeyBlock) {
       visit_tile(query, num_queries, key, std::min(kKeyBlock, end - key));
     }
-    const A* dq = dq_rows();
+    const A* dq = dq_rows(num_queries);
     for (int64_t i = 0; i < num_queries; ++i) {
       const int64_t at = dense_index(problem_, sequence_.batch, sequence_.q_row + query + i, head, problem_.num_queries,
                                      problem_.num_heads);
@@ -116,9 +116,9 @@ class BackwardRange {
   }
 
   // [kQueryBlock, ld]; kAmx: in the place of q_rows_.
-  const A* dq_rows() {
+  const A* dq_rows(int64_t num_queries) {
     if constexpr (!kAmx) return dq_;
-    for (int64_t lane = 0; lane < kQueryBlock; lane += kL) {
+    for (int64_t lane = 0; lane < num_queries; lane += kL) {
       for (int64_t column = 0; column < head_dim_; column += kL) {
         V square[kL];
         for (int i = 0; i < kL; ++i) square[i] = load(dq_ + (column + i) * kQueryBlock + lane);
@@ -292,10 +292,12 @@ class BackwardRange {
         for (int64_t i = band.lane_begin; i < band.lane_end; i += kL) {
           const auto [p, ds] = row < band.key_end ? compute(row, i) : std::pair(V{}, V{});
           const auto [next_p, next_ds] = row + 1 < band.key_end ? compute(row + 1, i) : std::pair(V{}, V{});
-          const auto two_ds = round_rows(ds, next_ds);
-          store_rows(rounded_ + row * kQueryBlock + i, kQueryBlock, round_rows(p, next_p));
-          store_rows(rounded_dscores_ + row * kQueryBlock + i, kQueryBlock, two_ds);
-          store_pairs(dscore_pairs_ + row / 2 * kQueryBlock + i, two_ds);
+          const int64_t at = row * kQueryBlock + i, next = at + kQueryBlock;
+          store(rounded_ + at, p);
+          store(rounded_ + next, next_p);
+          store(rounded_dscores_ + at, ds);
+          store(rounded_dscores_ + next, next_ds);
+          store_pairs(dscore_pairs_ + row / 2 * kQueryBlock + i, ds, next_ds);
         }
       }
     } else {

@@ -175,7 +175,7 @@ class ForwardBlock {
           const V first = row < num_keys ? probability(band.key_begin + row) : V{};
           const V second = row + 1 < num_keys ? probability(band.key_begin + row + 1) : V{};
           sum += first + second;
-          store_pairs(pairs + row / 2 * kPanel<A> + i - band.lane_begin, round_rows(first, second));
+          store_pairs(pairs + row / 2 * kPanel<A> + i - band.lane_begin, first, second);
         }
       } else {
         for (int64_t row = band.key_begin; row < band.key_end; ++row) {
@@ -288,13 +288,7 @@ void forward(const AttentionForwardParams& params) {
 }  // namespace
 
 void attention_forward(const AttentionForwardParams& params) {
-  dispatch_dtype(params.problem.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if constexpr (kMayTakeAmx<T>) {
-      if (takes_amx(params.problem)) return forward<T, true>(params);
-    }
-    forward<T, false>(params);
-  });
+  dispatch(params.problem, [&](auto element, auto amx) { forward<typename decltype(element)::type, amx>(params); });
 }
 
 }  // namespace arfast::ARFAST_CPU_TARGET

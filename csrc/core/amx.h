@@ -3,20 +3,18 @@
 
 #include <cstdint>
 
+#include "core/cpu_target.h"
 #include "core/dtype.h"
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 namespace arfast {
 
-// Whether this machine has them, its system lets this process use them, and ARFAST_CPU_TARGET (unset, or amx) allows
-// it.
-bool has_amx();
-
-// Whether this machine has them, for others that may use them.
+// Whether this machine has them, whoever uses them.
 bool machine_has_amx();
+
+// Asks the system to let this process use them, which it must before it can.
+bool request_amx();
+
+inline bool has_amx() { return cpu_target() == CpuTarget::kAmx; }
 
 // The shapes of this thread's tiles, as long as it lives, are those of multiply_tiles. Whoever has had others before,
 // as oneDNN, finds them again.
@@ -35,14 +33,5 @@ class TileShapes {
 // of `b` holds two neighbours along the depth, of which the first is the low half. Subnormal numbers count as zero.
 void multiply_tiles(float* c, int64_t ldc, const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t rows,
                     int64_t columns, int64_t depth, bool accumulate);
-
-#if defined(__AVX512F__)
-// 32 floats as bfloat16, of machines for which has_amx() holds. Subnormal numbers become zero.
-inline __m512i round_to_bf16(__m512 first, __m512 second) {
-  __m512i rounded;
-  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(rounded) : "v"(second), "v"(first));
-  return rounded;
-}
-#endif
 
 }  // namespace arfast

@@ -270,7 +270,7 @@ void multiply_block(const Operand& a, const Operand& b, uint16_t* out, int64_t o
 }  // namespace
 
 bool has_bf16_products() {
-  static const bool has = cpu_target() == CpuTarget::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  static const bool has = cpu_target() >= CpuTarget::kAvx512 && __builtin_cpu_supports("avx512bf16");
   return has;
 }
 

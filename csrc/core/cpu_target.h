@@ -4,10 +4,11 @@
 
 namespace arfast {
 
-enum class CpuTarget { kBaseline, kAvx2, kAvx512 };
+// kAmx: what kAvx512 is, and matrix units (core/amx.h).
+enum class CpuTarget { kBaseline, kAvx2, kAvx512, kAmx };
 
 // The best target of this machine, or the one that the environment variable ARFAST_CPU_TARGET names
-// (baseline | avx2 | avx512; amx: avx512 with matrix units, core/amx.h) when the machine has it. Decided once.
+// (baseline | avx2 | avx512 | amx) when the machine has it. Decided once.
 CpuTarget cpu_target();
 const char* cpu_target_name();
 
@@ -30,6 +31,7 @@ const char* cpu_target_name();
   }                                              \
   inline void name##_cpu(const Params& params) { \
     switch (cpu_target()) {                      \
+      case CpuTarget::kAmx:                      \
       case CpuTarget::kAvx512:                   \
         return avx512::name(params);             \
       case CpuTarget::kAvx2:                     \

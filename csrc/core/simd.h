@@ -178,22 +178,26 @@ inline VecF load(const Float16* p) {
 
 inline void store(float* p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(double* p, VecD v) { std::memcpy(p, &v, sizeof(v)); }
-inline void store(BFloat16* p, VecF v) {
+// The bits of the nearest bfloat16, in the low half of each lane.
+inline VecU round_to_bf16(VecF v) {
   const VecU bits = reinterpret_cast<VecU>(v);
   const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const VecU chosen = v == v ? rounded : VecU{} + 0x7fc0u;
+  return v == v ? rounded : VecU{} + 0x7fc0u;
+}
+inline void store_low_halves(void* p, VecU v) {
 #if defined(__AVX512F__)
-  const __m256i half = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(chosen));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+  const __m256i half = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(v));
+  _mm256_storeu_si256(static_cast<__m256i*>(p), half);
 #elif defined(__AVX2__)
   // The pack works within 128-bit lanes; the permutation puts the two low halves side by side.
-  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(chosen), reinterpret_cast<__m256i>(chosen));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(v), reinterpret_cast<__m256i>(v));
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 #else
-  const VecU16 half = __builtin_convertvector(chosen, VecU16);
+  const VecU16 half = __builtin_convertvector(v, VecU16);
   std::memcpy(p, &half, sizeof(half));
 #endif
 }
+inline void store(BFloat16* p, VecF v) { store_low_halves(p, round_to_bf16(v)); }
 inline void store(Float16* p, VecF v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
