@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from arfast.doctor import environment
 from arfast.ops import attention, attention_decode, attention_decode_reference, attention_reference
 from arfast.ops.attention_decode import PLAIN, TENSOR_CORES
 
@@ -58,7 +59,7 @@ def training_cases(name, seqlen, heads, head_dim, dtype, *, ours, reference, pee
 
 def plain_cases():
     # Where matrix units do torch's products too, its forward pass is as far from their peak as ours.
-    bfloat16 = (0.95 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 1.3, 1.3)
+    bfloat16 = (0.95 if environment()["cpu instructions"] == "amx" else 1.3, 1.3)
     for dtype in (torch.float32, torch.bfloat16):
         for seqlen, heads, head_dim in ((512, (8, 8), 64), (512, (8, 2), 128), (2048, (2, 2), 64), (2048, (2, 2), 128)):
             yield from training_cases(

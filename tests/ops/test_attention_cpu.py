@@ -4,14 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate, assert_bitwise_equal
-from cpu_targets import run_on_target
+from cpu_targets import other_targets, run_on_target
 from test_attention import DTYPES, check, inputs, packed_inputs, run, upstream_of, with_sink
 from threads import same_for_any_threads
 
 from arfast.ops import attention, attention_reference
-
-HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-HAS_AVX2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -59,14 +56,7 @@ def test_beside_products_of_torch():
         assert_bitwise_equal(calls[index](), expected[index])
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        pytest.param("avx512", marks=pytest.mark.skipif(not HAS_AMX, reason="the machine has no matrix units")),
-        pytest.param("avx2", marks=pytest.mark.skipif(not HAS_AVX2, reason="the machine has one instruction set")),
-        pytest.param("baseline", marks=pytest.mark.slow),
-    ],
-)
+@other_targets("avx512", "avx2", "baseline")
 def test_other_instruction_sets(target):
     few = "cpu and (bfloat16 and forward_and_backward or nan_stays or extreme_values or as_accurate)"
     run_on_target(target, [__file__, __file__.replace("_cpu", "")], few)

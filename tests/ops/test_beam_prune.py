@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
-from cpu_targets import run_on_target
+from cpu_targets import other_targets, run_on_target
 from threads import same_for_any_threads
 
 from arfast.ops import beam_prune, beam_prune_reference
@@ -287,7 +287,7 @@ def test_same_bits_for_every_number_of_threads(groups, beams, vocab_size):
     same_for_any_threads(lambda: beam_prune(logits, scores, num_candidates=2 * beams), (1, 2, 3, 8))
 
 
-@pytest.mark.parametrize("target", [pytest.param("baseline", marks=pytest.mark.slow), "avx2"])
+@other_targets("avx2", "baseline")
 def test_other_instruction_sets(target):
     """The portable code, as machines without AVX-512 run it."""
     tests = ("test_rows_that_have_no_candidates", "test_random_cases_with_many_ties")

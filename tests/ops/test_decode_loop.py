@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
-from cpu_targets import run_on_target
+from cpu_targets import other_targets, run_on_target
 from test_beam_step import start, step_logits, tensors
 from test_decode_step import DTYPES, run
 from test_decode_step import make as make_step
@@ -278,6 +278,6 @@ def test_decode_beams_errors():
         decode_beams(state, [arguments[0][0].requires_grad_(), *arguments[0][1:]], *arguments[1:], steps=1, **options)
 
 
-@pytest.mark.parametrize("target", [pytest.param("baseline", marks=pytest.mark.slow), "avx2"])
+@other_targets("avx2", "baseline")
 def test_other_instruction_sets(target):
     run_on_target(target, [__file__], chosen="tile or decode_beams")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
-from cpu_targets import run_on_target
+from cpu_targets import other_targets, run_on_target
 from threads import same_for_any_threads
 
 from arfast.ops import grouped_mm, moe_combine, moe_experts, moe_experts_reference, moe_permute, moe_route
@@ -221,8 +221,7 @@ def test_same_bits_for_every_number_of_threads(tokens, experts, top_k, dtype):
     same_for_any_threads(lambda: run(moe_experts, arguments, dout))
 
 
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="the machine has one instruction set")
-@pytest.mark.parametrize("target", [pytest.param("baseline", marks=pytest.mark.slow), "avx2"])
+@other_targets("avx2", "baseline")
 def test_other_instruction_sets(target):
     """A few cases of this file and of the routing's."""
     few = "(float32 and (33-8-4 or 257-96) or cpu-sigmoid-96) and not emulated and not cuda"

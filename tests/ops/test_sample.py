@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from accuracy import assert_accurate, assert_bitwise_equal
-from cpu_targets import run_on_target
+from cpu_targets import other_targets, run_on_target
 from filter_errors import FILTER_ERRORS
 from threads import same_for_any_threads
 
@@ -211,7 +211,7 @@ def test_same_bits_for_every_number_of_threads(options):
     same_for_any_threads(lambda: sample(logits, **options, generator_state=state.clone()), (1, 2, 3, 8))
 
 
-@pytest.mark.parametrize("target", [pytest.param("baseline", marks=pytest.mark.slow), "avx2"])
+@other_targets("avx2", "baseline")
 def test_other_instruction_sets(target):
     """The portable code, as machines without AVX-512 run it."""
     files = [f"{__file__}::{test}" for test in ("test_ties", "test_rows_that_are_not_finite", "test_extreme_values")]
