@@ -1,6 +1,7 @@
 // Matrix product on the CPU (Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication"): a tile
-// of the output in registers, its operands packed in the order in which the inner loop reads them, a block of `a` in
-// the second-level cache and a panel of `b` in the first. Sums run over K in order: the same bits at every call.
+// of the output in registers, its operands packed in the order in which the inner loop reads them, a block of `a` and a
+// panel of `b` in the second-level cache, a strip of each in the first. Sums run over K in order: the same bits at
+// every call.
 #include <algorithm>
 #include <cstring>
 
@@ -20,8 +21,9 @@ constexpr int kTileRows = 4;
 #endif
 template <typename T>
 constexpr int kTileColumns = 2 * kLanes<T>;
-constexpr int64_t kBlockRows = 256;
+constexpr int64_t kBlockRows = 384;
 constexpr int64_t kBlockDepth = 256;
+constexpr int64_t kPanelColumns = 256;
 // With fewer rows of the output, an element of `b` is used so seldom that packing it costs more than it saves: from
 // dense rows, and where packing would transpose it.
 constexpr int64_t kFewRows = 32;
@@ -63,18 +65,56 @@ void pack(const T* source, int64_t across, int64_t across_stride, int64_t depth,
   }
 }
 
-// out[rows, columns] (+)= the product of one strip of each operand.
+// Rows of `a` that are dense along K stay so, kBlockDepth apart; what sticks out of the last strip is zero.
 template <typename T>
+void copy_rows(const T* source, int64_t rows, int64_t row_stride, int64_t depth, T* out) {
+  int64_t row = 0;
+  for (; row < rows; ++row) std::memcpy(out + row * kBlockDepth, source + row * row_stride, depth * sizeof(T));
+  for (; row % kTileRows != 0; ++row) std::fill_n(out + row * kBlockDepth, depth, T{0});
+}
+
+// Asks for two cache lines, which the machine fetches while it computes.
+template <bool kToWrite, typename T>
+void fetch_two_lines(const T* p) {
+  constexpr int kCache = kToWrite ? 3 : 2;  // the first level; the second
+  __builtin_prefetch(p, kToWrite, kCache);
+  __builtin_prefetch(p + 64 / sizeof(T), kToWrite, kCache);
+}
+
+// out[rows, columns] (+)= the product of one strip of each operand, `a` from copy_rows (kDense) or pack. On the way it
+// fetches the next tile of the output, below, and kBlockDepth elements from `next` on.
+template <bool kDense, typename T>
 void tile(const T* a, const T* b, int64_t b_stride, int64_t depth, int64_t rows, int64_t columns, bool add, T* out,
-          int64_t out_stride) {
+          int64_t out_stride, const T* next) {
   using V = Vec<T>;
+  constexpr int64_t kSteps = kBlockDepth / kTileRows, kTwoLines = 128 / sizeof(T);
   V sums[kTileRows][2]{};
-  for (int64_t k = 0; k < depth; ++k, a += kTileRows, b += b_stride) {
-    const V b0 = load(b), b1 = load(b + kLanes<T>);
-    for (int i = 0; i < kTileRows; ++i) {
-      sums[i][0] += a[i] * b0;
-      sums[i][1] += a[i] * b1;
+  const auto add_products = [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k, b += b_stride) {
+      const V b0 = load(b), b1 = load(b + kLanes<T>);
+      for (int i = 0; i < kTileRows; ++i) {
+        const T element = kDense ? a[i * kBlockDepth + k] : a[k * kTileRows + i];
+        sums[i][0] += element * b0;
+        sums[i][1] += element * b1;
+      }
     }
+  };
+  int64_t k = 0;
+  for (const T* below = out + kTileRows * out_stride; k + kSteps <= depth; k += kSteps) {
+    fetch_two_lines<true>(below);
+    fetch_two_lines<false>(next);
+    below += out_stride;
+    next += kTwoLines;
+    add_products(k, k + kSteps);
+  }
+  add_products(k, depth);
+  if (rows >= kTileRows && columns == kTileColumns<T>) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i, out += out_stride) {
+      store(out, add ? load(out) + sums[i][0] : sums[i][0]);
+      store(out + kLanes<T>, add ? load(out + kLanes<T>) + sums[i][1] : sums[i][1]);
+    }
+    return;
   }
   for (int i = 0; i < kTileRows; ++i) {
     if (i >= rows) return;
@@ -87,37 +127,85 @@ void tile(const T* a, const T* b, int64_t b_stride, int64_t depth, int64_t rows,
 }
 
 template <typename T>
-void multiply(const Matrix& a, const Matrix& b, const Matrix& out, bool add) {
-  thread_local const Buffer<T> packed_a(kBlockRows * kBlockDepth), packed_b(kTileColumns<T> * kBlockDepth);
-  const bool b_is_dense = b.column_stride == 1 && out.rows < kFewRows;
-  for (int64_t i = 0; i < out.rows; i += kBlockRows) {
-    const int64_t rows = std::min(kBlockRows, out.rows - i);
-    for (int64_t k = 0; k < a.columns; k += kBlockDepth) {
-      const int64_t depth = std::min(kBlockDepth, a.columns - k);
-      pack<kTileRows>(element<T>(a, i, k), rows, a.row_stride, depth, a.column_stride, packed_a.data());
-      for (int64_t j = 0; j < out.columns; j += kTileColumns<T>) {
-        const int64_t columns = std::min<int64_t>(kTileColumns<T>, out.columns - j);
-        const T* strip = element<T>(b, k, j);
-        int64_t stride = b.row_stride;
-        if (!b_is_dense || columns < kTileColumns<T>) {
-          pack<kTileColumns<T>>(strip, columns, b.column_stride, depth, b.row_stride, packed_b.data());
-          strip = packed_b.data();
-          stride = kTileColumns<T>;
+class Product {
+ public:
+  Product(const Matrix& a, const Matrix& b, const Matrix& out, bool add)
+      : a_(a),
+        b_(b),
+        out_(out),
+        add_(add),
+        a_is_dense_(a.column_stride == 1),
+        uses_b_in_place_(b.column_stride == 1 && out.rows < kFewRows) {}
+
+  void run() const {
+    // Blocks of equal heights: of a low last one, packing `b` would cost as much as of a full one.
+    const int64_t blocks = std::max<int64_t>(1, (out_.rows + kBlockRows - 1) / kBlockRows);
+    const int64_t height = ((out_.rows + blocks - 1) / blocks + kTileRows - 1) / kTileRows * kTileRows;
+    for (int64_t row = 0; row < out_.rows; row += height) {
+      const int64_t rows = std::min(height, out_.rows - row);
+      for (int64_t k = 0; k < a_.columns; k += kBlockDepth) {
+        const int64_t depth = std::min(kBlockDepth, a_.columns - k);
+        if (a_is_dense_) {
+          copy_rows(element<T>(a_, row, k), rows, a_.row_stride, depth, packed_a().data());
+        } else {
+          pack<kTileRows>(element<T>(a_, row, k), rows, a_.row_stride, depth, a_.column_stride, packed_a().data());
         }
-        for (int64_t row = 0; row < rows; row += kTileRows) {
-          tile(packed_a.data() + row * depth, strip, stride, depth, rows - row, columns, add || k > 0,
-               const_cast<T*>(element<T>(out, i + row, j)), out.row_stride);
+        for (int64_t column = 0; column < out_.columns; column += kPanelColumns) {
+          multiply_panel(row, rows, k, depth, column, std::min(kPanelColumns, out_.columns - column));
         }
       }
-    }
-    for (int64_t row = i; a.columns == 0 && !add && row < i + rows; ++row) {
-      std::fill_n(const_cast<T*>(element<T>(out, row, 0)), out.columns, T{0});
+      for (int64_t i = row; a_.columns == 0 && !add_ && i < row + rows; ++i) std::fill_n(out(i, 0), out_.columns, T{0});
     }
   }
-}
+
+ private:
+  static const Buffer<T>& packed_a() {
+    thread_local const Buffer<T> buffer(kBlockRows * kBlockDepth);
+    return buffer;
+  }
+  static const Buffer<T>& packed_b() {
+    thread_local const Buffer<T> buffer(kPanelColumns * kBlockDepth);
+    return buffer;
+  }
+
+  T* out(int64_t row, int64_t column) const { return const_cast<T*>(element<T>(out_, row, column)); }
+
+  // Where `b` is read after the panel at (k, column).
+  const T* after(int64_t k, int64_t column) const {
+    if (column + kPanelColumns < out_.columns) return element<T>(b_, k, column + kPanelColumns);
+    return element<T>(b_, k + kBlockDepth < a_.columns ? k + kBlockDepth : 0, 0);
+  }
+
+  void pack_b(int64_t k, int64_t depth, int64_t column, int64_t columns, T* target) const {
+    pack<kTileColumns<T>>(element<T>(b_, k, column), columns, b_.column_stride, depth, b_.row_stride, target);
+  }
+
+  void multiply_panel(int64_t row, int64_t rows, int64_t k, int64_t depth, int64_t column, int64_t columns) const {
+    constexpr int64_t kWidth = kTileColumns<T>;
+    T* packed = packed_b().data();
+    const T* next = after(k, column);
+    if (!uses_b_in_place_) pack_b(k, depth, column, columns, packed);
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      const int64_t width = std::min(kWidth, columns - j);
+      const bool in_place = uses_b_in_place_ && width == kWidth;
+      const T* strip = in_place ? element<T>(b_, k, column + j) : packed + j * depth;
+      const int64_t stride = in_place ? b_.row_stride : kWidth;
+      if (uses_b_in_place_ && !in_place) pack_b(k, depth, column + j, width, packed + j * depth);
+      for (int64_t i = 0; i < rows; i += kTileRows) {
+        const T* left = packed_a().data() + i * (a_is_dense_ ? kBlockDepth : depth);
+        (a_is_dense_ ? tile<true, T> : tile<false, T>)(left, strip, stride, depth, rows - i, width, add_ || k > 0,
+                                                       out(row + i, column + j), out_.row_stride, next);
+        next += b_.row_stride == 1 ? b_.column_stride : b_.row_stride;
+      }
+    }
+  }
+
+  const Matrix &a_, &b_, &out_;
+  const bool add_, a_is_dense_, uses_b_in_place_;
+};
 
 // For few rows, and `b` dense along K: transposes squares of `b` in registers and uses them at once. Every sum runs in
-// the order of `multiply`, so the layout of the operands does not show in the result.
+// the order of `Product`, so the layout of the operands does not show in the result.
 template <typename T>
 void multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& out, bool add) {
   constexpr int kRows = kTileRows / 2, kColumns = kLanes<T>;
@@ -157,7 +245,8 @@ void multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& out, bool
 template <typename T>
 void choose_and_multiply(const MatmulParams& params) {
   const bool few = params.out.rows < kFewRowsTransposed && params.b.row_stride == 1 && params.a.columns > 0;
-  (few ? multiply_few_rows<T> : multiply<T>)(params.a, params.b, params.out, params.add);
+  if (few) return multiply_few_rows<T>(params.a, params.b, params.out, params.add);
+  Product<T>(params.a, params.b, params.out, params.add).run();
 }
 
 }  // namespace
