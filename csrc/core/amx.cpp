@@ -50,21 +50,26 @@ static_assert(sizeof(TileConfig) == 64);
 
 // kCount tiles of c, one below the other.
 template <int kCount>
-ARFAST_AMX_TARGET void multiply_column(float* c, int64_t ldc, const BFloat16* a, int64_t lda, const uint32_t* b,
-                                       int64_t ldb, int64_t depth, bool accumulate) {
+ARFAST_AMX_TARGET void multiply_column(float* c, int64_t ldc, const BFloat16* first_a, int64_t lda,
+                                       const uint32_t* first_b, int64_t ldb, int64_t depth, bool accumulate,
+                                       const TileTerm* terms, int num_terms) {
   if (accumulate) {
     ARFAST_EACH_SUM(ARFAST_LOAD)
   } else {
     ARFAST_EACH_SUM(ARFAST_CLEAR)
   }
-  int64_t k = 0;
-  for (; k + kDepth <= depth; k += kDepth) {
-    _tile_loadd(5, b + k / 2 * ldb, ldb * sizeof(uint32_t));
-    ARFAST_EACH_SUM(ARFAST_ADD)
-  }
-  if (k < depth) {
-    _tile_loadd(7, b + k / 2 * ldb, ldb * sizeof(uint32_t));
-    ARFAST_EACH_SUM(ARFAST_ADD_HALF)
+  for (const TileTerm* term = terms; term != terms + num_terms; ++term) {
+    const BFloat16* a = first_a + term->a;
+    const uint32_t* b = first_b + term->b;
+    int64_t k = 0;
+    for (; k + kDepth <= depth; k += kDepth) {
+      _tile_loadd(5, b + k / 2 * ldb, ldb * sizeof(uint32_t));
+      ARFAST_EACH_SUM(ARFAST_ADD)
+    }
+    if (k < depth) {
+      _tile_loadd(7, b + k / 2 * ldb, ldb * sizeof(uint32_t));
+      ARFAST_EACH_SUM(ARFAST_ADD_HALF)
+    }
   }
   ARFAST_EACH_SUM(ARFAST_STORE)
 }
@@ -96,13 +101,14 @@ TileShapes::TileShapes() {
 TileShapes::~TileShapes() { change_shapes(before_, nullptr); }
 
 ARFAST_AMX_TARGET void multiply_tiles(float* c, int64_t ldc, const BFloat16* a, int64_t lda, const uint32_t* b,
-                                      int64_t ldb, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+                                      int64_t ldb, int64_t rows, int64_t columns, int64_t depth, bool accumulate,
+                                      const TileTerm* terms, int num_terms) {
   constexpr decltype(&multiply_column<1>) kMultiply[] = {multiply_column<1>, multiply_column<2>, multiply_column<3>,
                                                          multiply_column<4>};
   for (int64_t row = 0; row < rows; row += kMostSums * kTile) {
     const auto multiply = kMultiply[std::min(kMostSums, (rows - row) / kTile) - 1];
     for (int64_t column = 0; column < columns; column += kTile) {
-      multiply(c + row * ldc + column, ldc, a + row * lda, lda, b + column, ldb, depth, accumulate);
+      multiply(c + row * ldc + column, ldc, a + row * lda, lda, b + column, ldb, depth, accumulate, terms, num_terms);
     }
   }
 }
@@ -118,7 +124,7 @@ bool request_amx() { return false; }
 TileShapes::TileShapes() : before_{} {}
 TileShapes::~TileShapes() = default;
 void multiply_tiles(float*, int64_t, const BFloat16*, int64_t, const uint32_t*, int64_t, int64_t, int64_t, int64_t,
-                    bool) {}
+                    bool, const TileTerm*, int) {}
 
 }  // namespace arfast
 

@@ -62,6 +62,48 @@ def test_transposed_weights(dtype, device, poisoned):
     assert_bitwise_equal(db[1], torch.zeros_like(db[1]))
 
 
+# Of float32 by matrix units (split_matmul_cpu.cpp), where the CPU has them: edges of tiles (16, pairs over a depth of
+# 32), of slices and strips (64), of panels (128), blocks of rows (256, here) and of depth (512).
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "rows,inner,columns",
+    [(64, 64, 64), (65, 100, 67), (80, 129, 128), (200, 513, 144), (256, 512, 129), (321, 1056, 260), (150, 3000, 70)],
+)
+def test_large_float_products(rows, inner, columns, transposed):
+    a, b, offsets, dout = inputs([rows], inner, columns, torch.float32)
+    a = a * a.exp()  # over several orders of magnitude
+    check(a, b.transpose(1, 2).contiguous().transpose(1, 2) if transposed else b, offsets, dout)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "of_a,of_b",
+    [(0, 1), (1e-30, 1), (1e-30, 1e30), (1e-42, 1e38), (1e-20, 1e-20), (3e38, 1e-10), (3.4028235e38, 1e-38), (1e30, 1)],
+)
+def test_float_products_of_every_magnitude(of_a, of_b):
+    """Also where parts of the numbers are subnormal, or none of their bfloat16 neighbours is finite."""
+    x, y = torch.randn(80, 96).tanh(), torch.randn(96, 70)
+    for a, b in ((x * of_a, y * of_b), (y.t().tanh() * of_a, x.t() * of_b)):
+        product = grouped_mm(a, b[None], torch.tensor([0, len(a)]).int())
+        assert_accurate(product, a.double() @ b.double(), a @ b)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
+def test_float_products_of_what_is_not_finite(value):
+    a, b, offsets, _ = inputs([150], 600, 200, torch.float32)
+    for tensor, index in ((a, (70, 520)), (b, (0, 3, 130))):
+        before = tensor[index].item()
+        tensor[index] = value
+        product, expected = grouped_mm(a, b, offsets), a @ b[0]
+        reached = ~expected.isfinite()
+        assert reached.any()
+        torch.testing.assert_close(product[reached], expected[reached], rtol=0, atol=0, equal_nan=True)
+        assert_accurate(product[~reached], (a.double() @ b[0].double())[~reached], expected[~reached])
+        tensor[index] = before
+
+
 def test_equals_torch():
     a, b, offsets, _ = inputs([16, 0, 48], 32, 64, torch.float32)
     torch.testing.assert_close(grouped_mm(a, b, offsets), torch.nn.functional.grouped_mm(a, b, offs=offsets[1:]))
