@@ -209,6 +209,7 @@ class Product {
 template <typename T>
 void multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& out, bool add) {
   constexpr int kRows = kTileRows / 2, kColumns = kLanes<T>;
+  constexpr int64_t kAhead = 384 / sizeof(T);  // of every column, in a line or two it would be too late
   for (int64_t j = 0; j < out.columns; j += kColumns) {
     const T* columns[kColumns];
     for (int c = 0; c < kColumns; ++c) columns[c] = element<T>(b, 0, std::min(j + c, out.columns - 1));
@@ -222,7 +223,10 @@ void multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& out, bool
         Vec<T> sums[kRows]{};
         for (; k + kColumns <= end; k += kColumns) {
           Vec<T> square[kColumns];
-          for (int c = 0; c < kColumns; ++c) square[c] = load(columns[c] + k);
+          for (int c = 0; c < kColumns; ++c) {
+            square[c] = load(columns[c] + k);
+            __builtin_prefetch(columns[c] + k + kAhead);
+          }
           transpose(square);
           for (int t = 0; t < kColumns; ++t) {
             for (int r = 0; r < kRows; ++r) sums[r] += rows[r][(k + t) * a.column_stride] * square[t];
