@@ -5,10 +5,10 @@ Touvron et al., arXiv 2302.13971, section 2.2. Parameters have the names of tran
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from arfast.nn import Attention, Embedding, KVCache, MoE, RMSNorm, RotaryEmbedding, SwiGLU, TokenLayout
 from arfast.nn.layout import packed_positions
+from arfast.nn.recompute import checkpoint
 
 from .config import CausalLMConfig
 
@@ -46,11 +46,14 @@ class DecoderLayer(nn.Module):
             normed, residual = self.input_layernorm(hidden), hidden
         else:
             normed, residual = self.input_layernorm(hidden, residual)
-        normed, residual = self.post_attention_layernorm(self.self_attn(normed, layout), residual)
-        if self.has_experts:
+        with self.input_layernorm.recomputed(normed, residual):
+            hidden = self.self_attn(normed, layout)
+        normed, residual = self.post_attention_layernorm(hidden, residual)
+        with self.post_attention_layernorm.recomputed(normed, residual):
+            if not self.has_experts:
+                return self.mlp(normed), residual, None, None
             hidden, aux_loss, tokens_per_expert = self.mlp(normed, with_aux_loss)
-            return hidden, residual, aux_loss, tokens_per_expert
-        return self.mlp(normed), residual, None, None
+        return hidden, residual, aux_loss, tokens_per_expert
 
 
 def _experts(config: CausalLMConfig) -> MoE:
@@ -103,7 +106,7 @@ class Decoder(nn.Module):
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             arguments = (hidden, residual, layout, with_aux_loss)
-            outputs = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+            outputs = checkpoint(layer, *arguments) if recompute else layer(*arguments)
             hidden, residual, aux_loss, tokens_per_expert = outputs
             if aux_loss is not None:
                 aux_losses.append(aux_loss)

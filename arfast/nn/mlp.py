@@ -4,6 +4,8 @@ from torch import Tensor, nn
 
 from arfast import ops
 
+from .recompute import recomputed
+
 
 class SwiGLU(nn.Module):
     """down(silu(gate(hidden)) * up(hidden)): hidden [N, d] -> [N, d], without biases."""
@@ -15,4 +17,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(self.gate_proj(hidden), self.up_proj(hidden)))
+        gate, up = self.gate_proj(hidden), self.up_proj(hidden)
+        activation = ops.swiglu(gate, up)
+        with recomputed(activation, ops.swiglu, gate, up):
+            return self.down_proj(activation)

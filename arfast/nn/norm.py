@@ -1,9 +1,13 @@
 """Root-mean-square normalisation (Zhang and Sennrich, arXiv 1910.07467, eq. 4)."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
 from arfast import ops
+
+from .recompute import recomputed
 
 
 class RMSNorm(nn.Module):
@@ -25,3 +29,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         return ops.rms_norm(x, self.weight, self.eps, residual=residual)
+
+    def recomputed(self, normed: Tensor, x: Tensor) -> contextlib.AbstractContextManager:
+        """Layers called within this context do not keep `normed`, which is the norm of x [..., size]; see
+        `arfast.nn.recompute.recomputed`."""
+        return recomputed(normed, ops.rms_norm, x, self.weight.to(x.dtype), self.eps)

@@ -1,17 +1,22 @@
-"""The runs of a plan, one after the other: killed at any time, started again, each of them is done once."""
+"""The runs of a plan, one or several at a time: killed at any time, started again, each of them is done once."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from arfast.data.checks import check_integer
 from arfast.data.files import read_file, write_file
 from arfast.train import Trainer
 from arfast.train.checkpoint import lock_directory
@@ -21,12 +26,14 @@ from .plan import PlannedRun, SweepPlan
 
 RESULTS_NAME = "results.jsonl"
 _MAX_BYTES = 64 << 20
+_MAX_PROCESSES = 1024
 
 
 def run_sweep(
     directory: str | os.PathLike[str],
     *,
     max_runs: int | None = None,
+    processes: int = 1,
     progress: bool = True,
     report: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> list[dict[str, Any]]:
@@ -37,26 +44,71 @@ def run_sweep(
 
     Args:
         max_runs: end after so many.
+        processes: runs at a time, without progress bars and the dearest first; they share torch's CPU threads, and of
+            several GPUs each takes one. They are spawned: a script that calls this needs `if __name__ ==
+            "__main__":`.
         report: takes a line per run.
 
     Raises:
         FileNotFoundError, ValueError: there is no intact plan, or a row is not one of its runs; CheckpointError:
             another process works on the sweep; and what `Trainer` raises.
     """
+    check_integer("run_sweep: processes", processes, 1, _MAX_PROCESSES)
     root = Path(directory)
     plan = SweepPlan.load(root)
     with lock_directory(root):
         rows = _finished(root / RESULTS_NAME, plan)
         todo = [run for run in plan.runs if run.name not in {row["name"] for row in rows}]
-        for run in todo if max_runs is None else todo[:max_runs]:
-            report(
-                f"{run.name} ({len(rows) + 1} of {len(plan.runs)}): {run.parameters:,} parameters, "
-                f"{run.tokens:,} tokens, {run.flops:.3g} FLOPs"
-            )
-            rows.append(_train(root, plan, run, progress))
+        todo = todo[:max_runs]
+        report(f"{len(rows)} of {len(plan.runs)} runs are done, {len(todo)} are to do")
+        new_rows = _one_by_one(root, plan, todo, progress, report)
+        if processes > 1:
+            new_rows = _side_by_side(root, plan, todo, processes)
+        for row in new_rows:
+            rows.append(row)
             write_file(root / RESULTS_NAME, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-            report(f"{run.name}: validation loss {rows[-1]['loss']:.4f}")
+            report(f"{row['name']}: validation loss {row['loss']:.4f}, {len(rows)} of {len(plan.runs)} runs are done")
     return rows
+
+
+def _one_by_one(
+    root: Path, plan: SweepPlan, todo: list[PlannedRun], progress: bool, report: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    for run in todo:
+        report(f"{run.name}: {run.parameters:,} parameters, {run.tokens:,} tokens, {run.flops:.3g} FLOPs")
+        yield _train(root, plan, run, progress)
+
+
+def _side_by_side(root: Path, plan: SweepPlan, todo: list[PlannedRun], processes: int) -> Iterator[dict[str, Any]]:
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // processes)
+    started = context.Value("i", 0)
+    with ProcessPoolExecutor(processes, context, _enter_process, (started, threads)) as pool:
+        # The dearest first: at the end all processes have something to do.
+        futures = [pool.submit(_train, root, plan, run, False) for run in reversed(todo)]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _enter_process(started: Any, threads: int) -> None:
+    """At the start of a process that trains: its share of the machine, and an end with its parent's."""
+    with started.get_lock():
+        index = started.value
+        started.value += 1
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(index % torch.cuda.device_count())
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _train(root: Path, plan: SweepPlan, run: PlannedRun, progress: bool) -> dict[str, Any]:

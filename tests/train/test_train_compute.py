@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from storages import Storages
 from tiny_models import TINY, TINY_EXPERTS
 from train_doubles import TinyConfig, TinyData, TinyLM, make_trainer
 
@@ -54,18 +55,10 @@ def test_checkpointed_activations_need_less_memory():
         engine = Engine(
             CausalLM(TINY.replace(num_hidden_layers=8)), TrainConfig(**SETTINGS, activation_checkpointing=on)
         )
-        own = {tensor.data_ptr() for tensor in (*engine.model.parameters(), *engine.model.buffers())}
-        sizes = {}
-
-        def pack(tensor, own=own, sizes=sizes):
-            if tensor.data_ptr() not in own:
-                sizes[tensor.data_ptr()] = tensor.nbytes
-            return tensor
-
         given = batch(0)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with Storages() as storages:
             loss = engine.compute_model(given.input_ids, labels=given.labels).loss
-        kept[on] = sum(sizes.values())
+        kept[on] = storages.alive()
         loss.backward()
     assert kept[True] < 0.35 * kept[False]
 
