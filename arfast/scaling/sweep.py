@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+import queue
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing.connection import wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +44,13 @@ def run_sweep(
     Args:
         max_runs: end after so many.
         processes: runs at a time, without progress bars and the dearest first; they share torch's CPU threads, and of
-            several GPUs each takes one. They are spawned: a script that calls this needs `if __name__ ==
-            "__main__":`.
+            several GPUs each takes one.
         report: takes a line per run.
 
     Raises:
         FileNotFoundError, ValueError: there is no intact plan, or a row is not one of its runs; CheckpointError:
-            another process works on the sweep; and what `Trainer` raises.
+            another process works on the sweep; RuntimeError: a run side by side failed, as its process says on stderr;
+            and what `Trainer` raises.
     """
     check_integer("run_sweep: processes", processes, 1, _MAX_PROCESSES)
     root = Path(directory)
@@ -63,7 +62,7 @@ def run_sweep(
         report(f"{len(rows)} of {len(plan.runs)} runs are done, {len(todo)} are to do")
         new_rows = _one_by_one(root, plan, todo, progress, report)
         if processes > 1:
-            new_rows = _side_by_side(root, plan, todo, processes)
+            new_rows = _side_by_side(root, todo, processes)
         for row in new_rows:
             rows.append(row)
             write_file(root / RESULTS_NAME, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
@@ -76,42 +75,53 @@ def _one_by_one(
 ) -> Iterator[dict[str, Any]]:
     for run in todo:
         report(f"{run.name}: {run.parameters:,} parameters, {run.tokens:,} tokens, {run.flops:.3g} FLOPs")
-        yield _train(root, plan, run, progress)
+        yield train(root, plan, run, progress)
 
 
-def _side_by_side(root: Path, plan: SweepPlan, todo: list[PlannedRun], processes: int) -> Iterator[dict[str, Any]]:
-    context = multiprocessing.get_context("spawn")
+def _side_by_side(root: Path, todo: list[PlannedRun], processes: int) -> Iterator[dict[str, Any]]:
+    started: list[subprocess.Popen] = []
+    places: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for place in range(processes):
+        places.put(place)
     threads = max(1, torch.get_num_threads() // processes)
-    started = context.Value("i", 0)
-    with ProcessPoolExecutor(processes, context, _enter_process, (started, threads)) as pool:
+
+    def train(run: PlannedRun) -> dict[str, Any]:
+        place = places.get()
+        try:
+            return _train_apart(root, run, place, threads, started)
+        finally:
+            places.put(place)
+
+    with ThreadPoolExecutor(processes) as pool:
         # The dearest first: at the end all processes have something to do.
-        futures = [pool.submit(_train, root, plan, run, False) for run in reversed(todo)]
+        futures = [pool.submit(train, run) for run in reversed(todo)]
         try:
             for future in as_completed(futures):
                 yield future.result()
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                process.terminate()  # it saves, and ends
             raise
 
 
-def _enter_process(started: Any, threads: int) -> None:
-    """At the start of a process that trains: its share of the machine, and an end with its parent's."""
-    with started.get_lock():
-        index = started.value
-        started.value += 1
-    torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(index % torch.cuda.device_count())
+def _train_apart(
+    root: Path, run: PlannedRun, place: int, threads: int, started: list[subprocess.Popen]
+) -> dict[str, Any]:
+    """`train` in a process of its own, which ends when its stdin does, and that when this process does."""
+    request = dict(directory=str(root.resolve()), run=run.name, place=place, threads=threads)
+    command = [sys.executable, "-m", "arfast.scaling.worker", json.dumps(request)]
+    # Python puts the current folder first, and in the source tree that is the package without its compiled library.
+    options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[2])
+    with subprocess.Popen(command, **options) as process:
+        started.append(process)
+        output = process.stdout.read()
+    if process.returncode != 0:
+        raise RuntimeError(f"run_sweep: {run.name} must end with its row, got exit status {process.returncode}")
+    return json.loads(output.splitlines()[-1])
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
-
-def _end_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def _train(root: Path, plan: SweepPlan, run: PlannedRun, progress: bool) -> dict[str, Any]:
+def train(root: Path, plan: SweepPlan, run: PlannedRun, progress: bool) -> dict[str, Any]:
     start = time.perf_counter()
     strategy = OneProcess("cuda" if torch.cuda.is_available() else "cpu")
     model = strategy.build_model(run.model_config())

@@ -92,7 +92,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(planned, capsys, one_thread)
     (directory / "results.jsonl").write_text(mended)
 
 
-def test_runs_side_by_side_are_those_one_by_one_and_end_with_their_parent(planned, tmp_path, one_thread):
+def test_runs_side_by_side_are_those_one_by_one_and_end_with_their_parent(planned, tmp_path, one_thread, capfd):
     directory, _, _ = planned
     expected = {row["name"]: row["loss"] for row in finished(directory)}
     other = tmp_path / "sweep"
@@ -106,11 +106,20 @@ def test_runs_side_by_side_are_those_one_by_one_and_end_with_their_parent(planne
         started = sorted(path.parent.name for path in other.glob("runs/*/metrics.jsonl"))
         time.sleep(0.005)
     assert started[-2:] == [run.name for run in SweepPlan.load(other).runs][-2:]
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    tasks = Path(f"/proc/{process.pid}/task").iterdir()
+    children = [child for task in tasks for child in (task / "children").read_text().split()]
+    assert len(children) == 2
     process.kill()
     process.wait()
     while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert not all((other / "runs" / name / "model.safetensors").exists() for name in started[-2:])
+    in_the_way = other / "runs" / "run-001"  # the last one to be done
+    in_the_way.write_text("")
+    with pytest.raises(RuntimeError, match="^run_sweep: run-001 must end with its row, got exit status 1$"):
+        run_sweep(other, processes=2, report=lambda text: None)
+    assert "run-001: " in capfd.readouterr().err
+    in_the_way.unlink()
     rows = run_sweep(other, processes=2, report=lambda text: None)
     assert {row["name"]: row["loss"] for row in rows} == expected
 
