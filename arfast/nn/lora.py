@@ -5,7 +5,6 @@ frozen weight stays what it was; stacked experts get (W + (alpha / r) B A) as th
 """
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -41,7 +40,9 @@ class LoraConfig:
     def __post_init__(self) -> None:
         known, alpha, dropout = (*LINEAR_TARGETS, HEAD), self.alpha, self.dropout
         _require(type(self.rank) is int and 1 <= self.rank <= 2**14, "rank", "be in [1, 16384]", self.rank)
-        _require(_is_number(alpha) and 0 < alpha <= sys.float_info.max, "alpha", "be a positive number", alpha)
+        # Products take their factor in float32.
+        valid = _is_number(alpha) and 0 < alpha <= torch.finfo(torch.float32).max
+        _require(valid, "alpha", "be a positive number of float32", alpha)
         _require(_is_number(dropout) and 0 <= dropout < 1, "dropout", "be in [0, 1)", dropout)
         valid = len(self.targets) > 0 and all(target in known for target in self.targets)
         _require(valid, "targets", f"be some of {', '.join(known)}", ", ".join(map(str, self.targets)) or "none")

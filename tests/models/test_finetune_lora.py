@@ -194,7 +194,7 @@ class TestRefused:
             ({"init_lora_weights": []}, "init_lora_weights must keep the base, got []"),
             ({"r": "8"}, "r must be an integer, got '8'"),
             ({"r": 4}, "must be floating-point [4, 64], got torch.float32 [3, 64]"),
-            ({"lora_alpha": -1}, "adapter_config.json: alpha must be a positive number, got -1"),
+            ({"lora_alpha": -1}, "adapter_config.json: alpha must be a positive number of float32, got -1"),
             ({"lora_dropout": 1.0}, "dropout must be in [0, 1), got 1.0"),
             ({"use_rslora": 1}, "use_rslora must be true or false, got 1"),
         ],

@@ -196,8 +196,9 @@ def test_compile():
     [
         (dict(rank=0), "apply_lora: rank must be in [1, 16384], got 0"),
         (dict(rank=True), "apply_lora: rank must be in [1, 16384], got True"),
-        (dict(alpha=0), "apply_lora: alpha must be a positive number, got 0"),
-        (dict(alpha=float("nan")), "apply_lora: alpha must be a positive number, got nan"),
+        (dict(alpha=0), "apply_lora: alpha must be a positive number of float32, got 0"),
+        (dict(alpha=float("nan")), "apply_lora: alpha must be a positive number of float32, got nan"),
+        (dict(alpha=1e39), "apply_lora: alpha must be a positive number of float32, got 1e+39"),
         (dict(dropout=1.0), "apply_lora: dropout must be in [0, 1), got 1.0"),
         (dict(targets=()), "apply_lora: targets must be some of q_proj, k_proj"),
         (dict(targets=("query",)), "up_proj, down_proj, lm_head, got query"),
