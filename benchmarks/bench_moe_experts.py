@@ -105,7 +105,7 @@ CASES = []
 for dtype, devices in ((torch.float32, ("cpu",)), (torch.bfloat16, ("cpu", "cuda"))):
     CASES += [forward_case(tokens, *SIZE, dtype, devices=devices) for tokens in (1, 16, 4096)]
     CASES += [gradient_case(256, *SIZE, dtype, devices=devices)]
-    gates = {"grouped_mm": 1.3} if dtype == torch.float32 else {"grouped_mm": 1.5, "transformers": 6.0}
+    gates = {"grouped_mm": 1.5, "transformers": 6.0}
     CASES += [gradient_case(4096, *SIZE, dtype, transformers=True, devices=("cpu",), gates=gates)]
 CASES += [gradient_case(4096, *SIZE, torch.bfloat16, devices=("cuda",), gates={"grouped_mm": 1.3})]
 ON_GPU = (*QWEN3_30B_A3B, torch.bfloat16)
