@@ -28,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("directory", help="with a plan.json")
     run.add_argument("--max-runs", type=int, help="end after so many (default: all)")
-    run.add_argument("--processes", type=int, default=1, help="runs at a time, which share the threads (default: 1)")
     run.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     run.add_argument("--quiet", action="store_true", help="no progress bars")
     fit = actions.add_parser("fit", help="fit the laws, write fit.json and scaling.png")
@@ -119,11 +118,10 @@ def _run(arguments):
     from arfast.data.checks import check_at_least
     from arfast.scaling import run_sweep
 
-    check_at_least("scale", arguments, threads=1, max_runs=1, processes=1)
+    check_at_least("scale", arguments, threads=1, max_runs=1)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    options = dict(max_runs=arguments.max_runs, processes=arguments.processes, progress=not arguments.quiet)
-    rows = run_sweep(arguments.directory, **options)
+    rows = run_sweep(arguments.directory, max_runs=arguments.max_runs, progress=not arguments.quiet)
     return dict(runs=len(rows), results=str(Path(arguments.directory) / "results.jsonl"))
 
 

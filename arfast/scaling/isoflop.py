@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 
@@ -72,11 +72,10 @@ def fit_isoflop(
         num_resamples, confidence, seed: see `fit_power_law`.
 
     Raises:
-        ValueError: see `fit_parametric`; one budget has fewer than 3 sizes, fewer than 2 have a loss with a lowest
-            point, or no parabola has a residual to tell the noise from.
+        ValueError: see `fit_parametric`; there is one budget only, one has fewer than 3 sizes, no parabola has a
+            residual to tell the noise from, or the loss of a budget has no lowest point.
 
-    Always warns (`ScalingWarning`) of the bias; of a lowest point outside the sizes that were run; and of a budget
-    whose loss has none, which is left out.
+    Always warns (`ScalingWarning`) of the bias, and of a lowest point outside the sizes that were run.
 
     >>> law = ParametricLaw(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
     >>> C, scale = (x.ravel() for x in np.meshgrid([1e18, 1e19, 1e20], [0.5, 0.7, 1.0, 1.4, 2.0], indexing="ij"))
@@ -90,17 +89,18 @@ def fit_isoflop(
     points = check_points("fit_isoflop", dict(C=C, N=N, L=L), at_least=7, different={})
     check_bootstrap("fit_isoflop", num_resamples, confidence, seed)
     warnings.warn(BIAS_WARNING, ScalingWarning, stacklevel=2)
-    profiles = _with_lowest_point([_profile(group) for group in _budgets(*points)])
-    for profile in profiles:
-        if not profile.x.min() <= _vertices(profile.curve) <= profile.x.max():
-            message = (
-                f"fit_isoflop: the lowest point at C={profile.budget:.3g} is outside of the sizes that were run there"
-            )
+    groups = _budgets(*points)
+    budgets = np.array([math.exp(np.log(group[0]).mean()) for group in groups])
+    centres = np.array([np.log(group[1]).mean() for group in groups])
+    logs = [np.log(group[1]) - centre for group, centre in zip(groups, centres, strict=True)]
+    curves = np.array([np.polyfit(x, group[2], 2) for x, group in zip(logs, groups, strict=True)])
+    for budget, curve, x in zip(budgets, curves, logs, strict=True):
+        if curve[0] <= 0:
+            raise ValueError(f"fit_isoflop: L must have a lowest point at each C, got none at C={budget:.3g}")
+        if not x.min() <= _vertices(curve) <= x.max():
+            message = f"fit_isoflop: the lowest point at C={budget:.3g} is outside of the sizes that were run there"
             warnings.warn(message, ScalingWarning, stacklevel=2)
-    samples, residuals = _resample(profiles, num_resamples, seed)
-    budgets, centres, curves = (
-        np.array([getattr(p, name) for p in profiles]) for name in ("budget", "centre", "curve")
-    )
+    samples, residuals = _resample(budgets, centres, logs, [group[2] for group in groups], curves, num_resamples, seed)
     lowest = _vertices(curves)
     A, alpha = _line(budgets, centres + lowest)
     return IsoflopLaw(
@@ -115,16 +115,6 @@ def fit_isoflop(
         residuals=residuals,
         confidence=confidence,
     )
-
-
-class _Profile(NamedTuple):
-    """Runs of one budget: x = log N - centre, their losses L, and the parabola [3] of L over x."""
-
-    budget: float
-    centre: float
-    x: np.ndarray
-    L: np.ndarray
-    curve: np.ndarray
 
 
 def parabola_bias(
@@ -154,28 +144,9 @@ def _budgets(C, N, L):
         if (found := len(np.unique(group[1]))) < 3:
             budget = f"C={group[0].mean():.3g}"
             raise ValueError(f"fit_isoflop: N must have at least 3 different values at each C, got {found} at {budget}")
-    return groups
-
-
-def _profile(group):
-    _, N, L = group
-    centre = np.log(N).mean()
-    x = np.log(N) - centre
-    return _Profile(math.exp(np.log(group[0]).mean()), centre, x, L, np.polyfit(x, L, 2))
-
-
-def _with_lowest_point(profiles):
-    """Those whose parabola opens upwards."""
-    kept = [profile for profile in profiles if profile.curve[0] > 0]
-    for profile in profiles:
-        if profile.curve[0] <= 0:
-            message = f"fit_isoflop: left out C={profile.budget:.3g}, where the loss has no lowest point"
-            warnings.warn(message, ScalingWarning, stacklevel=3)
-    if len(kept) < 2:
-        raise ValueError(f"fit_isoflop: L must have a lowest point at 2 or more C, got {len(kept)} of {len(profiles)}")
-    if all(len(profile.x) == 3 for profile in kept):
+    if len(C) == 3 * len(groups):
         raise ValueError("fit_isoflop: N must have more than 3 values at some C to tell the noise, got 3 at each")
-    return kept
+    return groups
 
 
 def _vertices(curves):
@@ -189,18 +160,17 @@ def _line(budgets, log_N):
     return np.array([np.exp(log_A), alpha])
 
 
-def _resample(profiles, num_resamples, seed):
+def _resample(budgets, centres, logs, losses, curves, num_resamples, seed):
     """Residual bootstrap over all parabolas together, as in `arfast.scaling.power_sum.resample`."""
-    values = [np.polyval(profile.curve, profile.x) for profile in profiles]
-    residuals = np.concatenate([profile.L - value for profile, value in zip(profiles, values, strict=True)])
-    residuals *= math.sqrt(len(residuals) / (len(residuals) - 3 * len(profiles)))
+    values = [np.polyval(curve, x) for curve, x in zip(curves, logs, strict=True)]
+    residuals = np.concatenate([loss - value for loss, value in zip(losses, values, strict=True)])
+    residuals *= math.sqrt(len(residuals) / (len(residuals) - 3 * len(budgets)))
     generator = np.random.default_rng(seed)
-    points = []
-    for profile, value in zip(profiles, values, strict=True):
-        drawn = generator.choice(residuals, (len(value), num_resamples))
-        again = np.polyfit(profile.x, value[:, None] + drawn, 2).T
+    lowest = []
+    for x, value in zip(logs, values, strict=True):
+        drawn = generator.choice(residuals, (len(x), num_resamples))
+        again = np.polyfit(x, value[:, None] + drawn, 2).T
         again[again[:, 0] <= 0] = np.nan  # a parabola that the noise turned over
-        points.append(profile.centre + _vertices(again))
-    points = np.array(points)  # [m, R]
-    budgets = np.array([profile.budget for profile in profiles])
+        lowest.append(_vertices(again))
+    points = centres[:, None] + np.array(lowest)  # [m, R]
     return _line(budgets, points.T[np.isfinite(points).all(axis=0)]).T, residuals

@@ -41,10 +41,6 @@ ALLOWED = {
         "doctor/sequence_lengths.py",
         "subprocess",
     ): "this interpreter with this module, to measure in a process of its own",
-    (
-        "scaling/sweep.py",
-        "subprocess",
-    ): "this interpreter with a module of the package, to train in a process of its own",
     ("train/config.py", "compile"): "the name of a setting",
 }
 
