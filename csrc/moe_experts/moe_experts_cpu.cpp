@@ -127,17 +127,16 @@ void forward_rows(const MoeExpertsForwardParams& params, const RowTask& task, co
   const MoeExpertsShape& shape = params.shape;
   const int64_t d = shape.hidden_size, size = shape.intermediate_size;
   const int64_t row = task.scratch_row(), expert = task.segment.expert;
-  // Where the backward pass reads it, unless the padding would fall on the rows of the next expert.
   T* kept = params.h == nullptr ? nullptr : at<T>(params.h, (task.segment.first + task.begin) * 2 * size);
-  const bool copies = kept != nullptr && task.filled() < task.rows();
-  T* h = kept == nullptr || copies ? scratch.h + row * 2 * size : kept;
+  // Padding must not fall on the rows that the next expert keeps.
+  T* h = kept != nullptr && task.filled() == task.rows() ? kept : scratch.h + row * 2 * size;
   T* activation = scratch.activation + row * size;
   gather(shape, task, params.hidden, params.hidden_stride, scratch.x + row * d);
   shape.matmul({shape.dtype, dense_matrix(scratch.x + row * d, task.rows(), d),
                 transposed(expert_matrix<T>(params.w_gate_up, expert, 2 * size, d)),
                 dense_matrix(h, task.rows(), 2 * size)});
   for (int64_t i = 0; i < task.rows(); ++i) swiglu_row(size, h + i * 2 * size, activation + i * size);
-  if (copies) std::memcpy(kept, h, task.filled() * 2 * size * sizeof(T));
+  if (kept != nullptr && h != kept) std::memcpy(kept, h, task.filled() * 2 * size * sizeof(T));
   shape.matmul({shape.dtype, dense_matrix(activation, task.rows(), size),
                 transposed(expert_matrix<T>(params.w_down, expert, d, size)),
                 dense_matrix(scratch.y + row * d, task.rows(), d)});
