@@ -107,12 +107,17 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    """The short hash, with a mark when the tree differs from it."""
-    try:
-        command = ["git", "describe", "--always", "--dirty"]
+def _commit(directory: Path = Path(__file__).parent) -> str:
+    """The short hash, with a mark when the tree differs from it, but for the results that a run itself writes."""
+
+    def git(*arguments: str) -> str:
         return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ["git", *arguments], cwd=directory, capture_output=True, text=True, check=True
         ).stdout.strip()
+
+    try:
+        tree = (":(top)", ":(top,exclude)benchmarks/results")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *tree)
+        return git("describe", "--always") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

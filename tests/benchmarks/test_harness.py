@@ -1,6 +1,8 @@
 """The benchmark harness refuses what must not be measured, and reports what it measured."""
 
 import json
+import shutil
+import subprocess
 from types import SimpleNamespace
 
 import harness
@@ -238,3 +240,21 @@ def test_nominal_rates(monkeypatch):
         assert peaks.nominal_matmul_rate("cuda", torch.float32) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
     assert peaks.nominal_matmul_rate("cuda", torch.bfloat16) is None
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_commit_is_marked_when_what_is_measured_differs_from_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    code, results = tmp_path / "benchmarks" / "bench_op.py", tmp_path / "benchmarks" / "results" / "cpu.md"
+    results.parent.mkdir(parents=True)
+    code.write_text("before")
+    results.write_text("before")
+    assert report._commit(code.parent) == "unknown"
+    author = ["-c", "user.name=Nobody", "-c", "user.email=nobody@example.org"]
+    for command in (["init", "--quiet"], ["add", "."], [*author, "commit", "--quiet", "--message", "All"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    commit = report._commit(code.parent)
+    results.write_text("after")
+    assert report._commit(code.parent) == commit and len(commit) >= 7
+    code.write_text("after")
+    assert report._commit(code.parent) == f"{commit}-dirty"
