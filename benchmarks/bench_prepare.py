@@ -153,6 +153,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=1.0, help="at most, for a stage of the first table; 0: none")
     arguments = parser.parse_args()
     pages = handbook_pages(arguments.handbook)
+    if arguments.handbook and not pages:
+        parser.error(f"--handbook must be a folder with pages, got {arguments.handbook!r}")
     if arguments.seconds:
         time_stages(random.Random(0).sample(pages, len(pages)), arguments.seconds)
     lines = {"code": [line for document in builtin("python") for line in document.text.split("\n")]}
