@@ -33,9 +33,4 @@ class RMSNorm(nn.Module):
     def recomputed(self, normed: Tensor, x: Tensor) -> contextlib.AbstractContextManager:
         """Layers called within this context do not keep `normed`, which is the norm of x [..., size]; see
         `arfast.nn.recompute.recomputed`."""
-        return recomputed(normed, _rms_norm, x, self.weight, self.eps)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As under autocast, which a backward pass is not in."""
-    return ops.rms_norm(x, weight.to(x.dtype), eps)
+        return recomputed(normed, ops.rms_norm, x, self.weight, self.eps)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint as torch_checkpoint
 
+from arfast.ops._library import in_autocast
+
 _thread = threading.local()
 
 
@@ -23,7 +25,8 @@ def recomputed(output: Tensor, function: Callable[..., Tensor], *arguments: Any)
 
     Args:
         output: what the function returned for the arguments; it must live as long as the context.
-        function: gives the same bits every time. It runs once for all that kept it, without autograd or autocast.
+        function: gives the same bits every time. It runs once for all that kept it, without autograd, and under the
+            autocast that this context began under.
         arguments: those that are tensors stay in memory until the backward pass.
 
     A compiler decides for itself what to keep, and a `checkpoint` keeps neither: there the context does nothing.
@@ -60,7 +63,8 @@ class _Call:
 
     def __init__(self, output: Tensor, function: Callable[..., Tensor], arguments: tuple):
         self._identity = _identity(output)
-        self._device_type = output.device.type
+        device, on = output.device.type, in_autocast(output)
+        self._autocast = dict(device_type=device, enabled=on, dtype=torch.get_autocast_dtype(device) if on else None)
         self._function = function
         self._arguments = [_Kept(value.detach()) if isinstance(value, Tensor) else value for value in arguments]
         self._places = self._read = 0
@@ -77,7 +81,7 @@ class _Call:
             return packed.get()
         if self._value is None:
             arguments = [value.get() if isinstance(value, _Kept) else value for value in self._arguments]
-            with torch.no_grad(), torch.autocast(self._device_type, enabled=False):
+            with torch.no_grad(), torch.autocast(**self._autocast):
                 self._value = self._function(*arguments)
         value = self._value
         self._read = (self._read + 1) % self._places
