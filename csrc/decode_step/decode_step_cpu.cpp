@@ -4,6 +4,7 @@
 // that itself. No result depends on how rows are divided into tasks.
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 
 #include "core/arena.h"
 #include "core/bf16_matmul.h"
@@ -17,10 +18,7 @@
 namespace arfast::ARFAST_CPU_TARGET {
 namespace {
 
-// Of weights in a task: few enough that no thread waits long for the last one. Where reading them is all the work, many
-// enough that a thread seldom fetches ahead what another one will read: two threads read 200 MB of float32 at 22 GB/s
-// in tasks of 32 KB, at 28 to 30 in tasks of 256 KB, 100 MB of bfloat16 at 33 and 43 (Granite Rapids, November 2026).
-constexpr int64_t kLeastTaskBytes = 32 << 10, kMostTaskBytes = 256 << 10, kTasksPerThread = 4;
+constexpr int64_t kTaskBytes = 32 << 10;  // of weights: few enough that no thread waits long for the last task
 constexpr int64_t kNormRows = 8;
 constexpr int64_t kManyRows = 8;
 
@@ -54,20 +52,52 @@ void convert(const T* x, int64_t size, U* out) {
   for_each_vector<float>(size, [&](int64_t i, int count) { store_lanes(out + i, load_lanes(x + i, count), count); });
 }
 
-// Rows of a matrix [count, depth] as tasks, whole blocks of the products that share them.
+// The rows of a few matrices [., depth], one after the other, as tasks of whole blocks of the products that share them.
 template <typename T>
-struct RowTasks {
-  int64_t count, rows;
+class RowTasks {
+ public:
+  struct Matrix {
+    const void* weight;
+    int64_t rows;
+  };
+  // What a task multiplies: rows [begin, end) of a matrix.
+  struct Rows {
+    int matrix;
+    int64_t begin, end;
+  };
 
-  RowTasks(const DecodeStepParams& params, int64_t count_, int64_t depth, int64_t matrices = 1) : count(count_) {
-    const int64_t bytes = matrices * depth * static_cast<int64_t>(sizeof(T));
-    const int64_t most = params.batch * params.num_tokens < kManyRows ? kMostTaskBytes : kLeastTaskBytes;
-    const int64_t share = count * bytes / (kTasksPerThread * params.num_threads);
-    rows = std::max<int64_t>(std::clamp(share, kLeastTaskBytes, most) / bytes / kFloatLanes, 1) * kFloatLanes;
+  // together: how many matrices a task reads the same rows of.
+  RowTasks(int64_t depth, std::initializer_list<Matrix> matrices, int64_t together = 1) : depth_(depth) {
+    const int64_t bytes = together * depth * static_cast<int64_t>(sizeof(T));
+    block_ = std::max<int64_t>(kTaskBytes / bytes / kFloatLanes, 1) * kFloatLanes;
+    for (const Matrix& matrix : matrices) matrices_[num_matrices_++] = matrix;
   }
-  int64_t tasks() const { return divide_up(count, rows); }
-  int64_t begin(int64_t task) const { return task * rows; }
-  int64_t end(int64_t task) const { return std::min((task + 1) * rows, count); }
+
+  int64_t block() const { return block_; }
+  int64_t count() const {
+    int64_t count = 0;
+    for (int i = 0; i < num_matrices_; ++i) count += tasks_of(i);
+    return count;
+  }
+  Rows rows(int64_t task) const {
+    int i = 0;
+    for (; i + 1 < num_matrices_ && task >= tasks_of(i); ++i) task -= tasks_of(i);
+    const int64_t rows = matrices_[i].rows;
+    return {i, std::min(task * block_, rows), std::min((task + 1) * block_, rows)};
+  }
+  const T* weight(int matrix) const { return static_cast<const T*>(matrices_[matrix].weight); }
+  // The first weight of a task.
+  const T* begin(int64_t task) const {
+    const Rows rows = this->rows(task);
+    return weight(rows.matrix) + rows.begin * depth_;
+  }
+
+ private:
+  int64_t tasks_of(int matrix) const { return divide_up(matrices_[matrix].rows, block_); }
+
+  Matrix matrices_[3];
+  int num_matrices_ = 0;
+  int64_t depth_, block_;
 };
 
 // Everything that the threads share. X: what vectors are multiplied in, see multiply_rows.
@@ -94,20 +124,21 @@ class DecodeStep {
         gated_(take<X>(wide_)) {}
 
   void run() {
-    const int64_t most =
-        std::max({RowTasks<T>(params_, params_.vocab_size, size_).tasks(),
-                  RowTasks<T>(params_, wide_, size_, 2).tasks(), params_.batch * params_.num_kv_heads});
-    run_phases(most, [&](Phases& phases) {
+    const int64_t most = std::max({head_rows().count(), params_.batch * params_.num_kv_heads,
+                                   params_.num_layers > 0 ? gate_rows(params_.layers[0]).count() : 0});
+    run_phases(std::min(params_.num_threads, most), [&](Phases& phases) {
       for (int64_t layer = 0; layer < params_.num_layers; ++layer) {
         const DecodeStepLayer& weights = params_.layers[layer];
         norm(phases, weights.input_norm, nullptr, layer == 0);
         project_qkv(phases, weights);
         phases.run(params_.batch * params_.num_kv_heads,
                    [&](int64_t task) { attend(layer, task / params_.num_kv_heads, task % params_.num_kv_heads); });
-        project(phases, weights.o, attended_, q_size_);
+        project(phases, o_rows(weights), attended_, q_size_, begin(phases, gate_rows(weights)));
         norm(phases, weights.post_norm, weights.o_bias, false);
         gate(phases, weights);
-        project(phases, weights.down, gated_, wide_);
+        const bool last = layer + 1 == params_.num_layers;
+        project(phases, down_rows(weights), gated_, wide_,
+                begin(phases, last ? head_rows() : qkv_rows(params_.layers[layer + 1])));
       }
       norm(phases, params_.norm, nullptr, params_.num_layers == 0);
       project_logits(phases);
@@ -127,10 +158,25 @@ class DecodeStep {
     return buffer + row * padded(size);
   }
 
-  void multiply(const void* weight, int64_t depth, int64_t begin, int64_t end, const X* x, float* out,
-                int64_t out_stride) const {
-    multiply_rows<T, X>({static_cast<const T*>(weight), depth, begin, end}, x, padded(depth), num_rows_, out,
-                        out_stride);
+  RowTasks<T> qkv_rows(const DecodeStepLayer& weights) const {
+    return {size_, {{weights.q, q_size_}, {weights.k, kv_size_}, {weights.v, kv_size_}}};
+  }
+  RowTasks<T> o_rows(const DecodeStepLayer& weights) const { return {q_size_, {{weights.o, size_}}}; }
+  RowTasks<T> gate_rows(const DecodeStepLayer& weights) const { return {size_, {{weights.gate, wide_}}, 2}; }
+  RowTasks<T> down_rows(const DecodeStepLayer& weights) const { return {wide_, {{weights.down, size_}}}; }
+  RowTasks<T> head_rows() const { return {size_, {{params_.head, params_.vocab_size}}}; }
+
+  // The weight that this thread will read first of a phase.
+  static const T* begin(const Phases& phases, const RowTasks<T>& rows) {
+    return rows.begin(phases.own_share(rows.count()).begin);
+  }
+  // The weight that it reads after a task of the phase; `next` after its last one.
+  static const T* after(const Phases& phases, const RowTasks<T>& rows, int64_t task, const T* next) {
+    return task + 1 == phases.own_share(rows.count()).end ? next : rows.begin(task + 1);
+  }
+
+  void multiply(const WeightRows<T>& weight, const X* x, float* out, int64_t out_stride) const {
+    multiply_rows<T, X>(weight, x, padded(weight.depth), num_rows_, out, out_stride);
   }
 
   // hidden += update + bias (or the embedding at first); normed = norm(hidden)
@@ -150,37 +196,37 @@ class DecodeStep {
   }
 
   void project_qkv(Phases& phases, const DecodeStepLayer& weights) {
-    const RowTasks<T> q(params_, q_size_, size_), kv(params_, kv_size_, size_);
-    phases.run(q.tasks() + 2 * kv.tasks(), [&](int64_t task) {
-      const bool is_q = task < q.tasks(), is_v = task >= q.tasks() + kv.tasks();
-      const RowTasks<T>& rows = is_q ? q : kv;
-      const int64_t index = task - (is_q ? 0 : q.tasks()) - (is_v ? kv.tasks() : 0);
-      const int64_t begin = rows.begin(index), end = rows.end(index);
-      float* out = qkv_ + (is_q ? 0 : q_size_) + (is_v ? kv_size_ : 0);
-      multiply(is_q ? weights.q : is_v ? weights.v : weights.k, size_, begin, end, normed_, out, padded(qkv_size_));
-      const void* bias = is_q ? weights.q_bias : is_v ? weights.v_bias : weights.k_bias;
-      if (bias == nullptr) return;
+    const RowTasks<T> rows = qkv_rows(weights);
+    const T* next = begin(phases, o_rows(weights));
+    const void* const biases[] = {weights.q_bias, weights.k_bias, weights.v_bias};
+    const int64_t offsets[] = {0, q_size_, q_size_ + kv_size_};
+    phases.run(rows.count(), [&](int64_t task) {
+      const auto [i, begin, end] = rows.rows(task);
+      float* out = qkv_ + offsets[i];
+      multiply({rows.weight(i), size_, begin, end, after(phases, rows, task, next)}, normed_, out, padded(qkv_size_));
+      if (biases[i] == nullptr) return;
       for (int64_t b = 0; b < num_rows_; ++b) {
-        add_to(static_cast<const T*>(bias) + begin, end - begin, out + b * padded(qkv_size_) + begin);
+        add_to(static_cast<const T*>(biases[i]) + begin, end - begin, out + b * padded(qkv_size_) + begin);
       }
     });
   }
 
   // update = weight x
-  void project(Phases& phases, const void* weight, const X* x, int64_t depth) {
-    const RowTasks<T> rows(params_, size_, depth);
-    phases.run(rows.tasks(), [&](int64_t task) {
-      multiply(weight, depth, rows.begin(task), rows.end(task), x, update_, padded(size_));
+  void project(Phases& phases, const RowTasks<T>& rows, const X* x, int64_t depth, const T* next) {
+    phases.run(rows.count(), [&](int64_t task) {
+      const auto [i, begin, end] = rows.rows(task);
+      multiply({rows.weight(i), depth, begin, end, after(phases, rows, task, next)}, x, update_, padded(size_));
     });
   }
 
   // gated = silu(gate_proj normed) * up_proj normed
   void gate(Phases& phases, const DecodeStepLayer& weights) {
-    const RowTasks<T> rows(params_, wide_, size_, 2);
-    phases.run(rows.tasks(), [&](int64_t task) {
-      const int64_t begin = rows.begin(task), end = rows.end(task);
-      multiply(weights.gate, size_, begin, end, normed_, gate_, padded(wide_));
-      multiply(weights.up, size_, begin, end, normed_, up_, padded(wide_));
+    const RowTasks<T> rows = gate_rows(weights);
+    const T *up_proj = static_cast<const T*>(weights.up), *next = begin(phases, down_rows(weights));
+    phases.run(rows.count(), [&](int64_t task) {
+      const auto [i, begin, end] = rows.rows(task);
+      multiply({rows.weight(i), size_, begin, end, up_proj + begin * size_}, normed_, gate_, padded(wide_));
+      multiply({up_proj, size_, begin, end, after(phases, rows, task, next)}, normed_, up_, padded(wide_));
       for (int64_t b = 0; b < num_rows_; ++b) {
         const float* gate = row_of(gate_, b, wide_) + begin;
         const float* up = row_of(up_, b, wide_) + begin;
@@ -194,7 +240,7 @@ class DecodeStep {
 
   // Of many rows a task computes whole tiles of columns: the fewer cache lines of the logits are two tasks'.
   void project_logits(Phases& phases) {
-    const int64_t block = RowTasks<T>(params_, params_.vocab_size, size_).rows;
+    const int64_t block = head_rows().block();
     const int64_t columns = num_rows_ >= kManyRows || params_.tile_sums != nullptr ? kTile : block;
     phases.run(divide_up(params_.vocab_size, columns), [&](int64_t task) {
       const int64_t begin = task * columns, end = std::min(begin + columns, params_.vocab_size);
@@ -205,13 +251,14 @@ class DecodeStep {
 
   void project_logits(int64_t begin, int64_t end) const {
     const int64_t vocab_size = params_.vocab_size;
+    const T* head = static_cast<const T*>(params_.head);
     T* logits = static_cast<T*>(params_.logits);
     if constexpr (std::is_same_v<T, float>) {
-      multiply(params_.head, size_, begin, end, normed_, logits, vocab_size);
+      multiply({head, size_, begin, end, head + end * size_}, normed_, logits, vocab_size);
     } else {
       const int64_t stride = padded(end - begin);
       float* tile = thread_scratch<float, LogitsTile>(num_rows_ * stride);
-      multiply(static_cast<const T*>(params_.head) + begin * size_, size_, 0, end - begin, normed_, tile, stride);
+      multiply({head + begin * size_, size_, 0, end - begin, head + end * size_}, normed_, tile, stride);
       for (int64_t b = 0; b < num_rows_; ++b) {
         convert(tile + b * stride, end - begin, logits + b * vocab_size + begin);
       }

@@ -12,16 +12,23 @@
 
 namespace arfast::ARFAST_CPU_TARGET {
 
-// A tile is kFloatLanes pairs of a row and a vector: this many rows for a number of vectors.
+// A tile is kFloatLanes pairs of a row and a vector: this many rows for a number of vectors. A tile of many rows is
+// read in groups of rows that are kGroups apart: of rows that follow each other, two or more share a page of memory,
+// and of two streams in a page the processor's own prefetching loses track. Two threads read rows of 2 KB at 34 GB/s
+// eight in a row, at 38 two apart (Granite Rapids, November 2026).
 template <int kVectors>
 constexpr int kProductRows = kFloatLanes / kVectors;
+template <int kVectors>
+constexpr int kGroupRows = std::min(kProductRows<kVectors>, 8);
+template <int kVectors>
+constexpr int kGroups = kProductRows<kVectors> / kGroupRows<kVectors>;
 
-// sums[vector][row] = the lanes' partial sums of the products of rows [depth] and vectors [depth]. Lane i adds the
-// elements i, i + kLanes, ... in order, so a product has the same bits in every tile. What lies `ahead` of the rows is
-// read soon.
-template <typename T, int kRows, int kVectors>
-inline void add_products(const T* const* rows, const float* const* vectors, int64_t depth, int64_t ahead, VecF* sums,
-                         int sums_stride) {
+// sums[vector][row] = the lanes' partial sums of the products of vectors [depth] and the rows [depth] of a group, in
+// their places in the tile. Lane i adds the elements i, i + kLanes, ... in order, so a product has the same bits in
+// every tile. `ahead` is where the rows that are read next begin, as far apart as these.
+template <typename T, int kVectors>
+inline void add_products(const T* const* rows, const float* const* vectors, int64_t depth, const T* ahead, VecF* sums) {
+  constexpr int kRows = kGroupRows<kVectors>, kStep = kGroups<kVectors>;
   VecF sum[kVectors][kRows]{};
   const auto step = [&](const auto& row_at, const auto& vector_at) {
     VecF row[kRows];
@@ -36,10 +43,9 @@ inline void add_products(const T* const* rows, const float* const* vectors, int6
   };
   int64_t i = 0;
   for (; i + kFloatLanes <= depth; i += kFloatLanes) {
-    // Of so many short streams the processor's own prefetching loses track: one thread reads 50 MB of bfloat16 at 23
-    // GB/s without this, at 31 to 38 with it (Zen 5, November 2026).
+    // One thread reads 50 MB of bfloat16 at 23 GB/s without this, at 31 to 38 with it (Zen 5, November 2026).
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(rows[r] + ahead + i);
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead + r * kStep * depth + i);
     step([&](const T* p) { return load(p + i); }, [&](const float* p) { return load(p + i); });
   }
   if (i < depth) {
@@ -50,21 +56,32 @@ inline void add_products(const T* const* rows, const float* const* vectors, int6
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sums[v * sums_stride + r] = sum[v][r];
+    for (int r = 0; r < kRows; ++r) sums[(v * kRows + r) * kStep] = sum[v][r];
   }
 }
 
-// Rows [begin, end) of a weight [N, depth].
+// Rows [begin, end) of a weight [N, depth], and what is read after them.
 template <typename T>
 struct WeightRows {
   const T* data;
   int64_t depth, begin, end;
+  const T* next;
 };
 
-// The rows of a tile from n on: `count` of them, the last one repeated for those that are missing.
-template <typename T, int kRows>
-inline void locate_rows(const WeightRows<T>& weight, int64_t n, int first, int count, const T** rows) {
-  for (int r = 0; r < kRows; ++r) rows[r] = weight.data + (n + std::min(first + r, count - 1)) * weight.depth;
+// The rows of a group in the tile of `count` rows from n on, the last one repeated for those that are missing.
+template <int kVectors, typename T>
+inline void locate_rows(const WeightRows<T>& weight, int64_t n, int group, int count, const T** rows) {
+  for (int r = 0; r < kGroupRows<kVectors>; ++r) {
+    rows[r] = weight.data + (n + std::min(group + r * kGroups<kVectors>, count - 1)) * weight.depth;
+  }
+}
+
+// What is read after a group of the tile from n on; the tile itself where the weight need not come from memory.
+template <int kVectors, typename T>
+inline const T* locate_next(const WeightRows<T>& weight, int64_t n, int group, bool fresh) {
+  const bool last = group + 1 == kGroups<kVectors>, ends = n + kProductRows<kVectors> >= weight.end;
+  if (fresh && last && ends) return weight.next;
+  return weight.data + (n + (!fresh ? 0 : last ? kProductRows<kVectors> : group + 1)) * weight.depth;
 }
 
 template <int kVectors>
@@ -84,15 +101,15 @@ inline void store_tile(const VecF (&sums)[kFloatLanes], int64_t n, int count, fl
 // out[v][n] = weight[n] . vectors[v]; fresh: whether the weight still has to come from memory.
 template <typename T, int kVectors>
 inline void multiply_vectors(const WeightRows<T>& weight, const float* const* vectors, bool fresh, float* const* out) {
-  constexpr int kRows = kProductRows<kVectors>, kGroup = std::min(kRows, 8);
+  constexpr int kRows = kProductRows<kVectors>;
   for (int64_t n = weight.begin; n < weight.end; n += kRows) {
     const int count = static_cast<int>(std::min<int64_t>(kRows, weight.end - n));
     VecF sums[kFloatLanes];
-    for (int group = 0; group < kRows; group += kGroup) {
-      const T* rows[kGroup];
-      locate_rows<T, kGroup>(weight, n, group, count, rows);
-      add_products<T, kGroup, kVectors>(rows, vectors, weight.depth, fresh ? kGroup * weight.depth : 0, sums + group,
-                                        kRows);
+    for (int group = 0; group < kGroups<kVectors>; ++group) {
+      const T* rows[kGroupRows<kVectors>];
+      locate_rows<kVectors>(weight, n, group, count, rows);
+      add_products<T, kVectors>(rows, vectors, weight.depth, locate_next<kVectors>(weight, n, group, fresh),
+                                sums + group);
     }
     store_tile<kVectors>(sums, n, count, out);
   }
@@ -123,36 +140,37 @@ ARFAST_BF16_TARGET inline void add_pair_step(const BFloat16* const* rows, const 
   }
 }
 
-template <int kRows, int kVectors>
+template <int kVectors>
 ARFAST_BF16_TARGET inline void add_pair_products(const BFloat16* const* rows, const BFloat16* const* vectors,
-                                                 int64_t depth, int64_t ahead, VecF* sums, int sums_stride) {
+                                                 int64_t depth, const BFloat16* ahead, VecF* sums) {
+  constexpr int kRows = kGroupRows<kVectors>, kStep = kGroups<kVectors>;
   __m512 sum[kVectors][kRows]{};
   int64_t i = 0;
   for (; i + kPairStep <= depth; i += kPairStep) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(rows[r] + ahead + i);
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead + r * kStep * depth + i);
     add_pair_step<kRows, kVectors, true>(rows, vectors, i, depth, sum);
   }
   if (i < depth) add_pair_step<kRows, kVectors, false>(rows, vectors, i, depth, sum);
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sums[v * sums_stride + r] = reinterpret_cast<VecF>(sum[v][r]);
+    for (int r = 0; r < kRows; ++r) sums[(v * kRows + r) * kStep] = reinterpret_cast<VecF>(sum[v][r]);
   }
 }
 
 template <int kVectors>
 ARFAST_BF16_TARGET void multiply_pairs(const WeightRows<BFloat16>& weight, const BFloat16* const* vectors, bool fresh,
                                        float* const* out) {
-  constexpr int kRows = kProductRows<kVectors>, kGroup = std::min(kRows, 8);
+  constexpr int kRows = kProductRows<kVectors>;
   for (int64_t n = weight.begin; n < weight.end; n += kRows) {
     const int count = static_cast<int>(std::min<int64_t>(kRows, weight.end - n));
     VecF sums[kFloatLanes];
-    for (int group = 0; group < kRows; group += kGroup) {
-      const BFloat16* rows[kGroup];
-      locate_rows<BFloat16, kGroup>(weight, n, group, count, rows);
-      add_pair_products<kGroup, kVectors>(rows, vectors, weight.depth, fresh ? kGroup * weight.depth : 0, sums + group,
-                                          kRows);
+    for (int group = 0; group < kGroups<kVectors>; ++group) {
+      const BFloat16* rows[kGroupRows<kVectors>];
+      locate_rows<kVectors>(weight, n, group, count, rows);
+      add_pair_products<kVectors>(rows, vectors, weight.depth, locate_next<kVectors>(weight, n, group, fresh),
+                                  sums + group);
     }
     store_tile<kVectors>(sums, n, count, out);
   }

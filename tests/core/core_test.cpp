@@ -235,7 +235,7 @@ void test_phases() {
     for (int round = 0; round < 50; ++round) {
       std::vector<std::vector<int64_t>> sums;
       for (const int64_t count : kCounts) sums.emplace_back(count, -1);
-      run_phases(100, [&](Phases& phases) {
+      run_phases(4, [&](Phases& phases) {
         for (size_t phase = 0; phase < std::size(kCounts); ++phase) {
           phases.run(kCounts[phase], [&](int64_t task) {
             int64_t sum = 1;
@@ -268,7 +268,7 @@ void test_throwing_phases() {
     std::atomic<int64_t> runs{0};
     bool thrown = false;
     try {
-      run_phases(64, [&](Phases& phases) {
+      run_phases(4, [&](Phases& phases) {
         for (int phase = 0; phase < 3; ++phase) {
           phases.run(64, [&](int64_t task) {
             ++runs;
