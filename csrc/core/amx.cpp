@@ -17,14 +17,17 @@ namespace {
 
 constexpr int64_t kTile = 16;     // rows of a tile, and 4-byte elements of a row
 constexpr int64_t kDepth = 32;    // bfloat16 elements of a row
-constexpr int64_t kMostSums = 4;  // tiles 0 to 3; 4 and 5 are operands, 6 and 7 operands of half the depth
+constexpr int64_t kMostSums = 4;  // tiles 0 to 3; 4 to 7 are operands, in multiply_tiles 6 and 7 of half the depth
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 32, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 8};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 static_assert(sizeof(TileConfig) == 64);
+constexpr TileConfig kSplitTiles;
+constexpr TileConfig kHalfDepthTiles{.row_bytes = {64, 64, 64, 64, 64, 64, 32, 64},
+                                     .rows = {16, 16, 16, 16, 16, 16, 16, 8}};
 
 // STEP(i) for each tile of sums: the intrinsics want the number of a tile as a literal.
 #define ARFAST_EACH_SUM(STEP) \
@@ -50,28 +53,83 @@ static_assert(sizeof(TileConfig) == 64);
 
 // kCount tiles of c, one below the other.
 template <int kCount>
-ARFAST_AMX_TARGET void multiply_column(float* c, int64_t ldc, const BFloat16* first_a, int64_t lda,
-                                       const uint32_t* first_b, int64_t ldb, int64_t depth, bool accumulate,
-                                       const TileTerm* terms, int num_terms) {
+ARFAST_AMX_TARGET void multiply_column(float* c, int64_t ldc, const BFloat16* a, int64_t lda, const uint32_t* b,
+                                       int64_t ldb, int64_t depth, bool accumulate) {
   if (accumulate) {
     ARFAST_EACH_SUM(ARFAST_LOAD)
   } else {
     ARFAST_EACH_SUM(ARFAST_CLEAR)
   }
-  for (const TileTerm* term = terms; term != terms + num_terms; ++term) {
-    const BFloat16* a = first_a + term->a;
-    const uint32_t* b = first_b + term->b;
-    int64_t k = 0;
-    for (; k + kDepth <= depth; k += kDepth) {
-      _tile_loadd(5, b + k / 2 * ldb, ldb * sizeof(uint32_t));
-      ARFAST_EACH_SUM(ARFAST_ADD)
-    }
-    if (k < depth) {
-      _tile_loadd(7, b + k / 2 * ldb, ldb * sizeof(uint32_t));
-      ARFAST_EACH_SUM(ARFAST_ADD_HALF)
-    }
+  int64_t k = 0;
+  for (; k + kDepth <= depth; k += kDepth) {
+    _tile_loadd(5, b + k / 2 * ldb, ldb * sizeof(uint32_t));
+    ARFAST_EACH_SUM(ARFAST_ADD)
+  }
+  if (k < depth) {
+    _tile_loadd(7, b + k / 2 * ldb, ldb * sizeof(uint32_t));
+    ARFAST_EACH_SUM(ARFAST_ADD_HALF)
   }
   ARFAST_EACH_SUM(ARFAST_STORE)
+}
+
+// STEP(tile, row, column) for each tile of sums of multiply_split.
+#define ARFAST_EACH_SPLIT_SUM(STEP)          \
+  STEP(0, 0, 0)                              \
+  if constexpr (kColumns > 1) {              \
+    STEP(1, 0, 1)                            \
+  }                                          \
+  if constexpr (kRows > 1) {                 \
+    STEP(2, 1, 0)                            \
+  }                                          \
+  if constexpr (kRows > 1 && kColumns > 1) { \
+    STEP(3, 1, 1)                            \
+  }
+#define ARFAST_SPLIT_CLEAR(tile, i, j) _tile_zero(tile);
+#define ARFAST_SPLIT_LOAD(tile, i, j) _tile_loadd(tile, c + i * c_row + j * kTile * kTile, kTile * sizeof(float));
+#define ARFAST_SPLIT_STORE(tile, i, j) _tile_stored(tile, c + i * c_row + j * kTile * kTile, kTile * sizeof(float));
+
+template <int kRows>
+ARFAST_AMX_TARGET inline void load_left(const uint32_t* a) {
+  _tile_loadd(4, a, kSplitPairs * sizeof(uint32_t));
+  if constexpr (kRows > 1) _tile_loadd(5, a + kTile * kSplitPairs, kSplitPairs * sizeof(uint32_t));
+}
+
+template <int kColumns>
+ARFAST_AMX_TARGET inline void load_right(const uint32_t* b) {
+  _tile_loadd(6, b, kTile * sizeof(uint32_t));
+  if constexpr (kColumns > 1) _tile_loadd(7, b + kTile * kSplitPairs, kTile * sizeof(uint32_t));
+}
+
+template <int kRows, int kColumns>
+ARFAST_AMX_TARGET inline void add_products() {
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (kColumns > 1) _tile_dpbf16ps(1, 4, 7);
+  if constexpr (kRows > 1) _tile_dpbf16ps(2, 5, 6);
+  if constexpr (kRows > 1 && kColumns > 1) _tile_dpbf16ps(3, 5, 7);
+}
+
+// The largest product comes last, and each but the first shares a part with the one before it: 14 tiles are loaded for
+// 24 products. In ns per product of one thread: 5.2 without loads, 7.7 so, 9.1 where each is of a new part of `a` and
+// one tile of `b` (Granite Rapids, November 2026).
+template <int kRows, int kColumns>
+ARFAST_AMX_TARGET void multiply_split(float* c, int64_t c_row, const uint32_t* a, const uint32_t* b, int64_t pairs,
+                                      bool accumulate) {
+  if (accumulate) {
+    ARFAST_EACH_SPLIT_SUM(ARFAST_SPLIT_LOAD)
+  } else {
+    ARFAST_EACH_SPLIT_SUM(ARFAST_SPLIT_CLEAR)
+  }
+  for (int64_t k = 0; k < pairs; k += kDepth / 2) {
+    const auto left = [&](int part) { load_left<kRows>(a + part * kSplitPart + k); };
+    const auto right = [&](int part) { load_right<kColumns>(b + part * kSplitPart + k * kTile); };
+    left(2), right(0), add_products<kRows, kColumns>();
+    left(1), add_products<kRows, kColumns>();
+    right(1), add_products<kRows, kColumns>();
+    left(0), add_products<kRows, kColumns>();
+    right(2), add_products<kRows, kColumns>();
+    right(0), add_products<kRows, kColumns>();
+  }
+  ARFAST_EACH_SPLIT_SUM(ARFAST_SPLIT_STORE)
 }
 
 ARFAST_AMX_TARGET void change_shapes(const void* shapes, void* before) {
@@ -93,24 +151,27 @@ bool request_amx() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-TileShapes::TileShapes() {
-  static constexpr TileConfig kConfig;
-  change_shapes(&kConfig, before_);
-}
+TileShapes::TileShapes(Kind kind) { change_shapes(kind == kSplit ? &kSplitTiles : &kHalfDepthTiles, before_); }
 
 TileShapes::~TileShapes() { change_shapes(before_, nullptr); }
 
 ARFAST_AMX_TARGET void multiply_tiles(float* c, int64_t ldc, const BFloat16* a, int64_t lda, const uint32_t* b,
-                                      int64_t ldb, int64_t rows, int64_t columns, int64_t depth, bool accumulate,
-                                      const TileTerm* terms, int num_terms) {
+                                      int64_t ldb, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
   constexpr decltype(&multiply_column<1>) kMultiply[] = {multiply_column<1>, multiply_column<2>, multiply_column<3>,
                                                          multiply_column<4>};
   for (int64_t row = 0; row < rows; row += kMostSums * kTile) {
     const auto multiply = kMultiply[std::min(kMostSums, (rows - row) / kTile) - 1];
     for (int64_t column = 0; column < columns; column += kTile) {
-      multiply(c + row * ldc + column, ldc, a + row * lda, lda, b + column, ldb, depth, accumulate, terms, num_terms);
+      multiply(c + row * ldc + column, ldc, a + row * lda, lda, b + column, ldb, depth, accumulate);
     }
   }
+}
+
+void multiply_split_tiles(float* c, int64_t c_row, const uint32_t* a, const uint32_t* b, int64_t row_tiles,
+                          int64_t column_tiles, int64_t depth, bool accumulate) {
+  constexpr decltype(&multiply_split<1, 1>) kMultiply[2][2] = {{multiply_split<1, 1>, multiply_split<1, 2>},
+                                                               {multiply_split<2, 1>, multiply_split<2, 2>}};
+  kMultiply[row_tiles - 1][column_tiles - 1](c, c_row, a, b, depth / 2, accumulate);
 }
 
 }  // namespace arfast
@@ -121,10 +182,11 @@ namespace arfast {
 
 bool machine_has_amx() { return false; }
 bool request_amx() { return false; }
-TileShapes::TileShapes() : before_{} {}
+TileShapes::TileShapes(Kind) : before_{} {}
 TileShapes::~TileShapes() = default;
 void multiply_tiles(float*, int64_t, const BFloat16*, int64_t, const uint32_t*, int64_t, int64_t, int64_t, int64_t,
-                    bool, const TileTerm*, int) {}
+                    bool) {}
+void multiply_split_tiles(float*, int64_t, const uint32_t*, const uint32_t*, int64_t, int64_t, int64_t, bool) {}
 
 }  // namespace arfast
 
