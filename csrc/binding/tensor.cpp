@@ -149,9 +149,9 @@ DType float_dtype(const char* op, const char* argument, const Tensor& tensor) {
   }
 }
 
-Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype, Pages pages) {
   Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
-  advise_huge_pages(tensor, tensor.numel() * item_size(dtype));
+  if (pages == Pages::kHuge) advise_huge_pages(tensor, tensor.numel() * item_size(dtype));
   emulated::allocated(tensor);
   return tensor;
 }

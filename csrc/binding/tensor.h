@@ -56,8 +56,12 @@ inline ScalarType statistics_dtype(const Tensor& tensor) {
 }
 
 // Uninitialised tensors on the device of `like`. Large ones on the CPU ask the kernel for huge pages: touching fresh 4
-// KiB pages costs more time than the arithmetic that fills them.
-Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
+// KiB pages costs more time than the arithmetic that fills them. kSmall does not ask, for what lives on while other
+// work is done: a virtual machine may give free huge pages back to its host meanwhile, and then gets them at 0.4 to 0.8
+// GB/s, where 4 KiB pages come at 3 to 5 (Linux 6.18, free page reporting, 2 threads, November 2026).
+enum class Pages { kHuge, kSmall };
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype,
+                 Pages pages = Pages::kHuge);
 Tensor new_zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
 
 // The tensor itself when its last dimension is dense, else a contiguous copy.

@@ -85,7 +85,7 @@ MoeExpertsResult moe_experts_forward(Tensor hidden, Tensor expert_weights, Tenso
   const ScalarType dtype = hidden.scalar_type();
   const int64_t d = shape.hidden_size, size = shape.intermediate_size;
   Tensor out = new_empty(hidden, {shape.num_tokens, d}, dtype);
-  Tensor h = new_empty(hidden, {save_h ? shape.num_tokens * shape.top_k : 0, 2 * size}, dtype);
+  Tensor h = new_empty(hidden, {save_h ? shape.num_tokens * shape.top_k : 0, 2 * size}, dtype, Pages::kSmall);
   Tensor scratch = new_empty(hidden, {shape.wave_rows, 2 * d + 3 * size}, dtype);
   Tensor accumulator = accumulator_for(out);
   moe_experts_forward_cpu({
@@ -116,8 +116,8 @@ MoeExpertsGradients moe_experts_backward(Tensor dout, Tensor hidden, Tensor expe
   const int64_t d = shape.hidden_size, size = shape.intermediate_size, experts = shape.num_experts;
   Tensor dhidden = new_empty(hidden, {needs_hidden ? shape.num_tokens : 0, d}, dtype);
   Tensor dexpert_weights = new_empty(hidden, {shape.num_tokens, shape.top_k}, statistics_dtype(hidden));
-  Tensor dw_gate_up = new_empty(hidden, {needs_experts ? experts : 0, 2 * size, d}, dtype);
-  Tensor dw_down = new_empty(hidden, {needs_experts ? experts : 0, d, size}, dtype);
+  Tensor dw_gate_up = new_empty(hidden, {needs_experts ? experts : 0, 2 * size, d}, dtype, Pages::kSmall);
+  Tensor dw_down = new_empty(hidden, {needs_experts ? experts : 0, d, size}, dtype, Pages::kSmall);
   Tensor scratch = new_empty(hidden, {shape.wave_rows, 3 * d + 3 * size}, dtype);
   Tensor accumulator = accumulator_for(dhidden);
   moe_experts_backward_cpu({
