@@ -178,7 +178,8 @@ void test_shapes_of_others() {
       expect(!same(store_shapes(), before), "shapes of multiply_tiles");
       const Shapes ours = store_shapes();
       {
-        const TileShapes again;
+        const TileShapes again(TileShapes::kSplit);
+        expect(!same(store_shapes(), ours), "shapes of multiply_split_tiles");
       }
       expect(same(store_shapes(), ours), "shapes of multiply_tiles after a second object");
       Matrices(48, 32, 48).check();

@@ -1,6 +1,7 @@
 // Tests csrc/core for the CPU target that it is compiled for: conversions over every 16-bit value, exp and tanh against
 // double precision, reductions and partial vectors at every length, the ranges that parallel_for hands out, and phases.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cfloat>
 #include <chrono>
@@ -233,9 +234,10 @@ void test_phases() {
        {before, ParallelFor{threaded_for}, ParallelFor{indexwise_for}, ParallelFor{late_for}}) {
     set_parallel_for(implementation);
     for (int round = 0; round < 50; ++round) {
+      const int64_t num_shares = std::array{1, 4, 100}[round % 3];  // fewer and more than tasks and threads
       std::vector<std::vector<int64_t>> sums;
       for (const int64_t count : kCounts) sums.emplace_back(count, -1);
-      run_phases(4, [&](Phases& phases) {
+      run_phases(num_shares, [&](Phases& phases) {
         for (size_t phase = 0; phase < std::size(kCounts); ++phase) {
           phases.run(kCounts[phase], [&](int64_t task) {
             int64_t sum = 1;
