@@ -23,9 +23,9 @@ Matmul own_matmul(DType dtype) {
 }
 
 // Rows, columns and depth from which packing both operands anew pays. GFLOP/s of one thread of an Intel Xeon with AMX,
-// November 2026, torch 2.13, 16 products in turns, none in the cache: torch (MKL), ours, ours by the matrix units
-// [264, 512] x [1024, 512]^T 133, 138, 163; [264, 1024] x [1024, 512] 145, 135, 148. Both threads at once: 173, 263 in
-// all (forward and backward pass of experts, other work included).
+// November 2026, torch 2.13, 16 products one after the other, none in the cache: torch (MKL), ours, ours by the matrix
+// units [264, 512] x [1024, 512]^T 140, 137, 178; [264, 1024] x [1024, 512] 145, 130, 149. Forward and backward pass of
+// experts on both threads, other work included: 320, 167 by torch's grouped_mm.
 constexpr int64_t kWorthSplitting = 64;
 
 Matmul float_matmul(const MatmulParams& params) {
