@@ -24,6 +24,7 @@ def op_checks(device: str) -> Iterator[Check]:
         beam_prune=_beam_prune,
         beam_step=_beam_step,
         sample=_sample,
+        sample_step=_sample_step,
         speculative_verify=_speculative_verify,
     )
     for name, check in checks.items():
@@ -195,6 +196,18 @@ def _sample(device: str) -> Outcome:
         expected, _ = ops.sample_reference(logits, **options, generator_state=state)
         same &= torch.equal(ops.sample(logits, **options, generator_state=state.clone())[0], expected)
     return same, f"tokens {'equal' if same else 'differ'}"
+
+
+def _sample_step(device: str) -> Outcome:
+    """Sequences that end at different lengths."""
+    generator = torch.arange(24, device=device).view(8, 3)
+    states = [ops.SampleState.start(generator.clone(), 5, ends=range(0, 101, 3), top_k=50) for _ in range(2)]
+    for _ in range(5):
+        logits = torch.randn(8, 101, device=device)
+        ops.sample_step(logits, states[0])
+        ops.sample_step_reference(logits, states[1])
+    same = all(torch.equal(*(getattr(state, name) for state in states)) for name in ("tokens", "lengths", "status"))
+    return same, f"{int(states[0].lengths.sum())} tokens {'equal' if same else 'differ'}"
 
 
 def _speculative_verify(device: str) -> Outcome:

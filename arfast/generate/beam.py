@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arfast import ops
-from arfast.generate.decode import DecodeStep, looks_up
+from arfast.generate.decode import STEPS_AT_ONCE, DecodeStep, looks_up
 from arfast.generate.options import GenerationOptions
 from arfast.generate.processors import Processor, make_processors
 from arfast.generate.prompts import stored_prompts
@@ -17,7 +17,6 @@ from arfast.nn import BranchedKVCache
 from arfast.ops.beam_step import CAN_CHANGE, GO_ON, NOT_FINITE
 
 GOES_ON = CAN_CHANGE | GO_ON
-STEPS_AT_ONCE = 8  # of a model that does not come back to Python for each, where the user may interrupt it
 
 
 class BeamSearch:

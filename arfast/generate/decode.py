@@ -13,6 +13,8 @@ from arfast.generate.dense_step import DenseStep, has_hooks
 from arfast.models import CausalLM
 from arfast.nn import KVCache, PaddedSource
 
+STEPS_AT_ONCE = 8  # of a model that does not come back to Python for each, where the user may interrupt it
+
 
 def decode_one_token(model: Any, tokens: Tensor, cache: KVCache) -> Tensor:
     """Store one token per sequence [B]; the logits [B, V] that follow."""

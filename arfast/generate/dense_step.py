@@ -75,7 +75,16 @@ class DenseStep:
 
     def search(self, state: ops.BeamState, steps: int) -> int:
         """Up to `steps` steps of a beam search in this cache, whose slots are the state's; how many there were."""
-        done = self._call(functools.partial(ops.decode_beams, state, steps=steps), steps)
+        return self._take_steps(functools.partial(ops.decode_beams, state, steps=steps), steps)
+
+    def draw(self, state: ops.SampleState, steps: int) -> int:
+        """Up to `steps` tokens more for the sequences in this cache; how many there were."""
+        op = functools.partial(ops.decode_samples, state, steps=steps, beam_slots=self.cache.slots)
+        return self._take_steps(op, steps)
+
+    def _take_steps(self, op: Callable, steps: int) -> int:
+        """An op that stores up to as many tokens, and says how many."""
+        done = self._call(op, steps)
         if done < steps:
             self.cache.set_lengths(self.cache.lengths)
         return done

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from arfast.generate.beam import beam_search
-from arfast.generate.decode import DecodeStep, looks_up
+from arfast.generate.decode import STEPS_AT_ONCE, DecodeStep, looks_up
 from arfast.generate.decoding_state import DecodingState
 from arfast.generate.options import GenerationOptions, describe, require, special_tokens
 from arfast.generate.output import GenerationOutput
@@ -166,7 +166,7 @@ def generate(
                 statistics = draft_statistics or DraftStatistics()
                 output = speculate(model, input_ids, mask, options, speculation, seeds, streamer, statistics)
             else:
-                output = _extend(model, input_ids, mask, options, seeds, streamer, return_dict_in_generate)
+                output = _extend(model, input_ids, mask, options, seeds, streamer)
         finally:
             if streamer is not None:
                 streamer.end()
@@ -180,7 +180,6 @@ def _extend(
     options: GenerationOptions,
     seeds: list[int],
     streamer: Streamer | None,
-    with_logprobs: bool,
 ) -> GenerationOutput:
     """The prompts [B, P], each num_return_sequences times, with what greedy decoding or sampling adds."""
     copies, batch = options.num_return_sequences, len(input_ids)
@@ -190,18 +189,24 @@ def _extend(
     logits, input_ids = logits[prompt_of], input_ids[prompt_of]
     processors = make_processors(options, (~mask).sum(-1), input_ids.shape[1], batch)
     streams = [(seed, sample) for seed in seeds for sample in range(copies)]
-    state = DecodingState(input_ids, options, streams, processors, with_logprobs)
+    state = DecodingState(input_ids, options, streams, processors)
+    state.choose(state.process(logits, 0))
     decode = DecodeStep(model, cache, None if processors else state.choose)
-    for step in range(options.max_new_tokens):
-        if step > 0:
-            logits = decode(state.tokens)
-        if step == 0 or processors:
-            state.choose(state.process(logits, step))
+    dense, step = None if processors else decode.dense, 0
+    while True:
         if streamer is not None:
             streamer.put(state.tokens.to("cpu", copy=True))  # the next step overwrites them
-        if (streamer is not None or looks_up(step, options.max_new_tokens, logits)) and state.is_done(step):
-            break
-    return state.result()
+        asks = streamer is not None or looks_up(step, options.max_new_tokens, logits)
+        if (asks and state.is_done(step)) or step + 1 == options.max_new_tokens:
+            return state.result()
+        if dense is not None:
+            at_once = 1 if streamer is not None else STEPS_AT_ONCE
+            step += dense.draw(state.state, min(at_once, options.max_new_tokens - 1 - step))
+            continue
+        step += 1
+        logits = decode(state.tokens)
+        if processors:
+            state.choose(state.process(logits, step))
 
 
 def _seeds_of(seed: int | Sequence[int] | None, batch: int) -> list[int]:

@@ -7,6 +7,7 @@ from arfast.ops.beam_prune import beam_prune, beam_prune_reference
 from arfast.ops.beam_step import BeamState, beam_step, beam_step_reference
 from arfast.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from arfast.ops.decode_beams import decode_beams, decode_beams_reference
+from arfast.ops.decode_samples import decode_samples, decode_samples_reference
 from arfast.ops.decode_step import decode_step, decode_step_reference
 from arfast.ops.grouped_mm import grouped_mm, grouped_mm_reference
 from arfast.ops.kv_append import kv_append, kv_append_reference
@@ -24,12 +25,14 @@ from arfast.ops.router_losses import (
     router_z_loss_reference,
 )
 from arfast.ops.sample import sample, sample_reference
+from arfast.ops.sample_step import SampleState, sample_step, sample_step_reference
 from arfast.ops.speculative_verify import speculative_verify, speculative_verify_reference
 from arfast.ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
     "BeamState",
     "Routing",
+    "SampleState",
     "attention",
     "attention_decode",
     "attention_decode_reference",
@@ -44,6 +47,8 @@ __all__ = [
     "cross_entropy_reference",
     "decode_beams",
     "decode_beams_reference",
+    "decode_samples",
+    "decode_samples_reference",
     "decode_step",
     "decode_step_reference",
     "grouped_mm",
@@ -71,6 +76,8 @@ __all__ = [
     "router_z_loss_reference",
     "sample",
     "sample_reference",
+    "sample_step",
+    "sample_step_reference",
     "speculative_verify",
     "speculative_verify_reference",
     "swiglu",

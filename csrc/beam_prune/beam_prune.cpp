@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <type_traits>
 
 #include "binding/decoding.h"
 
@@ -107,24 +106,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune(Tensor logits, Tensor scor
   return {pruning.out_scores, pruning.parents, pruning.tokens, pruning.lse};
 }
 
-template <typename T>
-constexpr ScalarType kScalarType = std::is_same_v<T, float>     ? ScalarType::Float
-                                   : std::is_same_v<T, int32_t> ? ScalarType::Int
-                                   : std::is_same_v<T, int64_t> ? ScalarType::Long
-                                                                : ScalarType::Bool;
-
-// A tensor of the state: of this shape and type, dense, with the logits.
-template <typename T>
-T* state_data(const char* name, const Tensor& tensor, const char* shape, std::initializer_list<int64_t> sizes,
-              const Tensor& logits) {
-  constexpr const char* kOp = "beam_step";
-  check_shape(kOp, name, tensor, shape, sizes);
-  check_dtype(kOp, name, tensor, kScalarType<T>);
-  check_same_device(kOp, name, tensor, "logits", logits);
-  if (!tensor.is_contiguous()) fail(kOp, name, "be contiguous", "strides of " + shape_of(tensor));
-  return static_cast<T*>(tensor.data_ptr());
-}
-
 }  // namespace
 
 void beam_step(Tensor logits, std::optional<Tensor> banned, bool log_probs, Tensor ends, Tensor length_powers,
@@ -158,38 +139,40 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, bool log_probs, Tens
       .max_length = length,
       .min_length = min_length,
       .num_ends = num_ends,
-      .ends = state_data<int64_t>("ends", ends, "[number of end tokens]", {num_ends}, logits),
-      .length_powers = state_data<float>("length_powers", length_powers, "[L + 1]", {length + 1}, logits),
+      .ends = state_data<int64_t>(kOp, "ends", ends, "[number of end tokens]", {num_ends}, logits),
+      .length_powers = state_data<float>(kOp, "length_powers", length_powers, "[L + 1]", {length + 1}, logits),
       .early_stopping = static_cast<EarlyStopping>(early_stopping),
       .longest_counts = longest_counts,
-      .lengths = state_data<int32_t>("lengths", lengths, "[B]", {groups}, logits),
-      .running = state_data<float>("running", running, "[B, K]", {groups, beams}, logits),
-      .parents = state_data<int32_t>("parents", parents, "[L, B, K]", {length, groups, beams}, logits),
-      .tokens = state_data<int32_t>("tokens", tokens, "[L, B, K]", {length, groups, beams}, logits),
-      .log_probs = state_data<float>("log_probs", token_log_probs, "[L, B, K]", {length, groups, beams}, logits),
-      .scores = state_data<float>("scores", scores, "[B, K]", {groups, beams}, logits),
-      .endings = state_data<int32_t>("endings", endings, "[B, K, 3]", {groups, beams, 3}, logits),
-      .ending_log_probs = state_data<float>("ending_log_probs", ending_log_probs, "[B, K]", {groups, beams}, logits),
-      .improvable = state_data<bool>("improvable", improvable, "[B]", {groups}, logits),
-      .status = state_data<int32_t>("status", status, "[B]", {groups}, logits),
-      .next_tokens = state_data<int64_t>("next_tokens", next_tokens, "[B*K]", {groups * beams}, logits),
-      .rows = state_data<int64_t>("rows", rows, "[B*K]", {groups * beams}, logits),
+      .lengths = state_data<int32_t>(kOp, "lengths", lengths, "[B]", {groups}, logits),
+      .running = state_data<float>(kOp, "running", running, "[B, K]", {groups, beams}, logits),
+      .parents = state_data<int32_t>(kOp, "parents", parents, "[L, B, K]", {length, groups, beams}, logits),
+      .tokens = state_data<int32_t>(kOp, "tokens", tokens, "[L, B, K]", {length, groups, beams}, logits),
+      .log_probs = state_data<float>(kOp, "log_probs", token_log_probs, "[L, B, K]", {length, groups, beams}, logits),
+      .scores = state_data<float>(kOp, "scores", scores, "[B, K]", {groups, beams}, logits),
+      .endings = state_data<int32_t>(kOp, "endings", endings, "[B, K, 3]", {groups, beams, 3}, logits),
+      .ending_log_probs =
+          state_data<float>(kOp, "ending_log_probs", ending_log_probs, "[B, K]", {groups, beams}, logits),
+      .improvable = state_data<bool>(kOp, "improvable", improvable, "[B]", {groups}, logits),
+      .status = state_data<int32_t>(kOp, "status", status, "[B]", {groups}, logits),
+      .next_tokens = state_data<int64_t>(kOp, "next_tokens", next_tokens, "[B*K]", {groups * beams}, logits),
+      .rows = state_data<int64_t>(kOp, "rows", rows, "[B*K]", {groups * beams}, logits),
       .slots = nullptr,
       .cache_length = 0,
       .prompt_lengths = nullptr,
       .own_slots = nullptr,
   };
   if (slots) {
-    state.slots = state_data<int32_t>("slots", *slots, "[B*K, S]", {groups * beams, kAny}, logits);
+    state.slots = state_data<int32_t>(kOp, "slots", *slots, "[B*K, S]", {groups * beams, kAny}, logits);
     state.cache_length = slots->size(1);
-    state.prompt_lengths = state_data<int32_t>("prompt_lengths", *prompt_lengths, "[B]", {groups}, logits);
+    state.prompt_lengths = state_data<int32_t>(kOp, "prompt_lengths", *prompt_lengths, "[B]", {groups}, logits);
   }
-  if (own_slots) state.own_slots = state_data<int32_t>("own_slots", *own_slots, "[B*K]", {groups * beams}, logits);
+  if (own_slots) state.own_slots = state_data<int32_t>(kOp, "own_slots", *own_slots, "[B*K]", {groups * beams}, logits);
   const Tensor so_far = first ? torch::stable::narrow(running, 1, 0, 1) : running;
   const int64_t num_candidates = std::max<int64_t>(2, 1 + num_ends) * beams;  // leaves K that do not end
   Pruning pruning(kOp, logits, so_far, num_candidates, banned, log_probs);
   if (generator_state) {
-    pruning.generator_state = state_data<int64_t>("generator_state", *generator_state, "[B, 3]", {groups, 3}, logits);
+    pruning.generator_state =
+        state_data<int64_t>(kOp, "generator_state", *generator_state, "[B, 3]", {groups, 3}, logits);
   }
   if (tile_sums) {
     if (banned || log_probs || generator_state || min_length > 0 || !on_cpu(logits)) {
@@ -198,7 +181,7 @@ void beam_step(Tensor logits, std::optional<Tensor> banned, bool log_probs, Tens
     }
     const int64_t tiles = num_logits_tiles(logits.size(1));
     pruning.tile_sums =
-        state_data<float>("tile_sums", *tile_sums, "[2, tiles, B*K]", {2, tiles, logits.size(0)}, logits);
+        state_data<float>(kOp, "tile_sums", *tile_sums, "[2, tiles, B*K]", {2, tiles, logits.size(0)}, logits);
   }
   pruning.run(state);
 }

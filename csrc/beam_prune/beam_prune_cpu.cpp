@@ -10,6 +10,7 @@
 #include "core/logits_scan.h"
 #include "core/parallel.h"
 #include "core/simd.h"
+#include "core/tile_sums.h"
 
 namespace arfast::ARFAST_CPU_TARGET {
 namespace {
@@ -121,7 +122,7 @@ struct Beam {
 Beam collect_beam(const BeamPruneParams& params, int64_t row, const Workspace& workspace) {
   const int64_t first_unit = row * workspace.units_per_row;
   const RowSum row_sum = merge_sums(workspace.sums.get() + first_unit, workspace.units_per_row);
-  float lse = static_cast<float>(row_sum.max + std::log(row_sum.sum));
+  float lse = static_cast<float>(row_sum.lse());
   if (params.log_probs && std::isfinite(lse)) lse = 0;
   const int64_t first_index = row % params.num_beams * params.vocab_size;
   Beam beam{params, row / params.num_beams, lse, params.scores[row], first_index, TopList(workspace.list_capacity)};
@@ -188,75 +189,18 @@ void merge_group(const BeamPruneParams& params, int64_t group, const Workspace& 
   write_group<T>(params, group, beams, best);
 }
 
-// The maxima and sums of the tiles of a group's beams, [K, tiles] each.
-struct TileSums {
-  TileSums(const BeamPruneParams& params, int64_t group)
-      : count(num_logits_tiles(params.vocab_size)), maxima(new float[2 * params.num_beams * count]) {
-    const int64_t beams = params.num_beams, rows = params.num_groups * beams;
-    sums = maxima.get() + beams * count;
-    for (int64_t i = 0; i < count; ++i) {
-      const float* tile = params.tile_sums + i * rows + group * beams;
-      for (int64_t k = 0; k < beams; ++k) {
-        maxima[k * count + i] = tile[k];
-        sums[k * count + i] = tile[count * rows + k];
-      }
-    }
-  }
-
-  float lse(int64_t beam) const {
-    const float *my_maxima = maxima.get() + beam * count, *my_sums = sums + beam * count;
-    float largest = -kInfinity<float>;
-    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, my_maxima[i]);
-    VecF total{};
-    const float base = std::isfinite(largest) ? largest : 0.0f;
-    for_each_vector<float>(count, [&](int64_t i, int lanes) {
-      const VecF weight = exp_term(-max(base - load_lanes(my_maxima + i, lanes), VecF{}));
-      total += weight * load_lanes(my_sums + i, lanes);
-    });
-    const float sum = reduce_add(total);
-    return std::isfinite(largest) || std::isnan(sum) ? largest + std::log(sum) : largest;
-  }
-
-  int64_t count;
-  std::unique_ptr<float[]> maxima;
-  float* sums;
-};
-
-// Pushes the tokens of a tile that score above the threshold. Tokens ascend, so an equal one comes too late.
-template <typename T>
-void push_tile(const BeamPruneParams& params, const Beam& beam, int64_t row, int64_t first, TopList& best) {
-  alignas(64) float converted[kTile];
-  const int64_t count = std::min<int64_t>(kTile, params.vocab_size - first);
-  const float* tile = load_tile(row_logits<T>(params, row) + first, count, converted);
-  for (int i = 0; i < kTile; i += kFloatLanes) {
-    const VecF score = (load(tile + i) - splat<VecF>(beam.lse)) + splat<VecF>(beam.running);
-    uint32_t lanes = lanes_greater(score, splat<VecF>(best.threshold()));
-    for (; lanes != 0; lanes &= lanes - 1) {
-      const int lane = __builtin_ctz(lanes);
-      best.push({score[lane], static_cast<int32_t>(beam.first_index + first + i + lane)});
-    }
-  }
-}
-
-template <typename T>
-void prefetch_tile(const BeamPruneParams& params, int64_t row, int64_t first) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  const T* logits = row_logits<T>(params, row) + first;
-  const int64_t count = std::min<int64_t>(kTile, params.vocab_size - first);
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(logits + i);
-}
-
 // merge_group without a scan: the M-th largest of the tiles' best scores is a bound from below, and the few tiles with
 // a better one hold all candidates.
 template <typename T>
 void select_from_tiles(const BeamPruneParams& params, int64_t group) {
-  const TileSums tiles(params, group);
-  const int64_t first_row = group * params.num_beams, num_scores = params.num_beams * tiles.count;
+  const int64_t first_row = group * params.num_beams, all_rows = params.num_groups * params.num_beams;
+  const TileSums tiles(params.tile_sums, params.vocab_size, all_rows, first_row, params.num_beams);
+  const int64_t num_scores = params.num_beams * tiles.count;
   std::vector<Beam> beams;
   beams.reserve(params.num_beams);
   std::unique_ptr<float[]> scores(new float[num_scores]), bounds(new float[num_scores]);
   for (int64_t k = 0; k < params.num_beams; ++k) {
-    const float lse = params.lse[first_row + k] = tiles.lse(k);
+    const float lse = params.lse[first_row + k] = static_cast<float>(tiles.row_sum(k).lse());
     const Beam& beam =
         beams.emplace_back(Beam{params, group, lse, params.scores[first_row + k], k * params.vocab_size, TopList(1)});
     for (int64_t i = k * tiles.count; i < (k + 1) * tiles.count; ++i) {
@@ -268,11 +212,17 @@ void select_from_tiles(const BeamPruneParams& params, int64_t group) {
   best.raise_threshold(bounds.get(), num_scores);
   const auto for_each_better = [&](const auto& visit) {
     for (int64_t i = 0; i < num_scores; ++i) {
-      if (scores[i] > best.threshold()) visit(i / tiles.count, i % tiles.count * kTile);
+      if (!(scores[i] > best.threshold())) continue;
+      const int64_t k = i / tiles.count, first = i % tiles.count * kTile;
+      visit(beams[k], row_logits<T>(params, first_row + k) + first, first,
+            std::min<int64_t>(kTile, params.vocab_size - first));
     }
   };
-  for_each_better([&](int64_t k, int64_t first) { prefetch_tile<T>(params, first_row + k, first); });
-  for_each_better([&](int64_t k, int64_t first) { push_tile<T>(params, beams[k], first_row + k, first, best); });
+  for_each_better([](const Beam&, const T* logits, int64_t, int64_t count) { prefetch_tile(logits, count); });
+  for_each_better([&](const Beam& beam, const T* logits, int64_t first, int64_t count) {
+    const auto score = [&](VecF x) { return (x - splat<VecF>(beam.lse)) + splat<VecF>(beam.running); };
+    push_tile(logits, count, beam.first_index + first, score, best);
+  });
   best.sort();
   write_group<T>(params, group, beams, best);
 }

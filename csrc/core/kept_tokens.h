@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/logits_scan.h"
+#include "core/tile_sums.h"
 #include "core/token_weights.h"
 
 namespace arfast::ARFAST_CPU_TARGET {
@@ -76,9 +77,15 @@ class KeptTokens {
         // So many more than top_k that ties with the last one rarely go beyond the list.
         list_(filters.top_k <= kLongestListed ? 2 * filters.top_k + 32 : 1) {}
 
-  void read(const T* logits) {
+  // `tiles`: of this row alone, of which then only the few tiles are read that can hold a listed token.
+  void read(const T* logits, const TileSums* tiles = nullptr) {
     logits_ = logits;
-    scan();
+    list_.clear();
+    if (tiles != nullptr) {
+      scan_tiles(*tiles);
+    } else {
+      scan();
+    }
     best_ = score(sum_.max);
     mass_ = 0;
     count_ = 0;
@@ -131,7 +138,6 @@ class KeptTokens {
   int64_t token_of(int64_t i) const { return is_list_ ? tokens_[i] : i; }
 
   void scan() {
-    list_.clear();
     for (int64_t i = 0; i < num_segments_; ++i) {
       segment_.first_token = i * kSegment;
       segment_.size = std::min(kSegment, vocab_size_ - segment_.first_token);
@@ -141,6 +147,26 @@ class KeptTokens {
       if (listed()) select_from_segment(segment_, list_);
     }
     sum_ = merge_sums(sums_.get(), num_segments_);
+  }
+
+  void scan_tiles(const TileSums& tiles) {
+    sum_ = tiles.row_sum(0);
+    if (!listed()) return;
+    // What ties with the last of top_k is listed, too: where no division makes ties, that is all there is to list.
+    const int64_t most = filters_.temperature == 1 ? filters_.top_k : list_.capacity();
+    std::unique_ptr<float[]> bounds(new float[tiles.count]);
+    std::copy_n(tiles.maxima.get(), tiles.count, bounds.get());
+    list_.raise_threshold(bounds.get(), tiles.count, most);
+    const auto for_each_better = [&](const auto& visit) {
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        const int64_t first = i * kTile;
+        if (tiles.maxima[i] > list_.threshold()) visit(first, std::min<int64_t>(kTile, vocab_size_ - first));
+      }
+    };
+    for_each_better([&](int64_t first, int64_t count) { prefetch_tile(logits_ + first, count); });
+    for_each_better([&](int64_t first, int64_t count) {
+      push_tile(logits_ + first, count, first, [](VecF x) { return x; }, list_);
+    });
   }
 
   uint64_t rank(float x, int64_t token) const {

@@ -268,6 +268,8 @@ void select_from_segment(const Segment<T>& segment, TopList& list) {
 struct RowSum {
   float max;
   double sum;
+
+  double lse() const { return max + std::log(sum); }
 };
 
 inline RowSum merge_sums(const PartialSum* sums, int64_t count) {

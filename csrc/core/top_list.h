@@ -30,6 +30,7 @@ class TopList {
  public:
   explicit TopList(int64_t capacity) : capacity_(capacity), buffer_(new Candidate[2 * capacity]) {}
 
+  int64_t capacity() const { return capacity_; }
   int64_t size() const { return size_; }
   bool full() const { return size_ == capacity_; }
   const Candidate* begin() const { return buffer_.get(); }
@@ -63,16 +64,18 @@ class TopList {
   }
 
   // Raises the threshold, given values of different candidates that are going to be pushed, if they pass it; overwrites
-  // `values`. It spares an empty list, or one whose candidates keep getting better, most of the pushes.
-  void raise_threshold(float* values, int64_t count) {
-    if (count < capacity_) return;
+  // `values`. It spares an empty list, or one whose candidates keep getting better, most of the pushes. Of fewer than
+  // `capacity` wanted, those that tie with the last of them pass, too.
+  void raise_threshold(float* values, int64_t count, int64_t wanted) {
+    if (count < wanted) return;
     // The larger of two values is a value of a candidate, too; the fewer are left, the faster is the selection.
-    for (; count >= 4 * capacity_; count -= count / 2) {
+    for (; count >= 4 * wanted; count -= count / 2) {
       for (int64_t i = 0; i < count / 2; ++i) values[i] = std::max(values[i], values[count - count / 2 + i]);
     }
-    std::nth_element(values, values + capacity_ - 1, values + count, Better());
-    threshold_ = std::max(threshold_, std::nextafter(values[capacity_ - 1], -kInfinity<float>));
+    std::nth_element(values, values + wanted - 1, values + count, Better());
+    threshold_ = std::max(threshold_, std::nextafter(values[wanted - 1], -kInfinity<float>));
   }
+  void raise_threshold(float* values, int64_t count) { raise_threshold(values, count, capacity_); }
 
  private:
   int64_t capacity_;

@@ -143,8 +143,7 @@ __device__ void finish_row(const SampleParams& params, const Workspace& workspac
   __syncthreads();
   if (threadIdx.x != 0) return;
   const int64_t token = static_cast<int64_t>(smem.chosen);
-  params.tokens[row] = token;
-  params.logprobs[row] = to_float(logits[token]) - sum.max - logf(sum.sum);
+  write_token(params, row, token, to_float(logits[token]) - sum.max - logf(sum.sum));
   advance_state(state, params.state_column_stride, 1);
 }
 
@@ -153,6 +152,11 @@ __global__ void __launch_bounds__(kSampleThreads, 3) sample_kernel(SampleParams 
   SampleSmem& smem = shared_storage<SampleSmem>();
   const Workspace workspace = workspace_of(params);
   const int64_t num_parts = sample_parts(params), part = blockIdx.x % num_parts, row = blockIdx.x / num_parts;
+  // All blocks of a row see the same: its state changes when the last of them has arrived.
+  if (!takes_token(params, row)) {
+    if (part == 0 && threadIdx.x == 0) feed_padding(params.state, row);
+    return;
+  }
   scan_part<T>(params, workspace, row, part, smem);
   if (arrive_last(params.num_arrived + row, static_cast<uint32_t>(num_parts), smem.is_last))
     finish_row<T>(params, workspace, row, smem);

@@ -1,4 +1,5 @@
-"""What decode_step does for a loop: it counts the tokens, and leaves of its logits what beam_step can choose from."""
+"""What decode_step does for a loop: it counts the tokens, and leaves of its logits what beam_step and sample_step can
+choose from; and loops without Python."""
 
 import copy
 import dataclasses
@@ -13,7 +14,17 @@ from test_decode_step import DTYPES, run
 from test_decode_step import make as make_step
 from threads import same_for_any_threads
 
-from arfast.ops import beam_step, beam_step_reference, decode_beams, decode_beams_reference, decode_step
+from arfast.ops import (
+    SampleState,
+    beam_step,
+    beam_step_reference,
+    decode_beams,
+    decode_beams_reference,
+    decode_samples,
+    decode_samples_reference,
+    decode_step,
+    sample_step,
+)
 from arfast.ops.decode_step import tile_sums_reference
 
 NAN, INF = math.nan, math.inf
@@ -278,6 +289,86 @@ def test_decode_beams_errors():
         decode_beams(state, [arguments[0][0].requires_grad_(), *arguments[0][1:]], *arguments[1:], steps=1, **options)
 
 
+def samples(name, dtype, rows, max_length, ends=(), slots=False, **filters):
+    """Sequences after their first token, their model and their caches, which hold prompts of 1 to 3 tokens."""
+    arguments, options = make_step(name, dtype, rows + slots, length=20)
+    _, weights, cos, sin, k_cache, v_cache, _ = arguments
+    generator = torch.arange(3 * rows).view(rows, 3)
+    state = SampleState.start(generator, max_length, ends=ends, pad_token=1, **filters)
+    sample_step(torch.randn(rows, weights[0].shape[0]), state)
+    seqlens = torch.arange(rows, dtype=torch.int32) % 3 + 1
+    if slots:  # every sequence in the slot before its own
+        options["beam_slots"] = torch.arange(rows, dtype=torch.int32)[:, None].repeat(1, k_cache.shape[2]) + 1
+    caches = [torch.randn(cache.shape).to(dtype) for cache in (k_cache, v_cache)]
+    return state, [weights, cos, sin, *caches, seqlens], options
+
+
+def draw_by_draw(state, weights, cos, sin, *cached, steps, **options):
+    done = 0
+    while done < steps and any(flags & 1 for flags in state.status.tolist()) and not (state.status & 2).any():
+        options |= dict(advance=True, with_tile_sums=True)
+        logits, sums = decode_step(state.next_tokens, weights, cos, sin, *cached, **options)
+        sample_step(logits, state, tile_sums=sums)
+        done += 1
+    return done
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name,slots", [("grouped", True), ("norms, biases", False), ("window", False)])
+def test_decode_samples(name, slots, dtype):
+    """The bits of its two ops in turn, for any number of threads and however the steps are divided; some sequences end
+    before the others."""
+    state, arguments, options = samples(name, dtype, 4, 9, range(0, 300, 7), slots, temperature=1.5, top_k=60)
+    state.status.fill_(1)
+    done, expected = after(draw_by_draw, state, arguments, options, steps=20)
+    taken, actual = after(decode_samples, state, arguments, options, steps=20)
+    assert 3 <= taken == done <= 8
+    for a, e in zip(actual, expected, strict=True):
+        assert_bitwise_equal(a, e)
+    same_for_any_threads(lambda: after(decode_samples, state, arguments, options, steps=20)[1])
+    for steps in [2] + [1] * (done - 2):
+        assert decode_samples(state, *arguments, steps=steps, **options) == steps
+    for a, e in zip([*tensors(state).values(), *arguments[3:]], expected, strict=True):
+        assert_bitwise_equal(a, e)
+    assert len(set(state.lengths.tolist())) > 1
+
+
+@pytest.mark.parametrize("filters", [dict(temperature=0.0), dict(top_k=9), {}], ids=str)
+def test_decode_samples_equals_its_reference(filters):
+    state, arguments, options = samples("long rows", torch.float32, 3, 12, range(0, 300, 9), **filters)
+    state.status.fill_(1)
+    done, expected = after(decode_samples_reference, state, arguments, options, steps=11)
+    taken, actual = after(decode_samples, state, arguments, options, steps=11)
+    assert taken == done
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+def test_decode_samples_stops():
+    """When all sequences have ended, and at logits that are not finite."""
+    state, arguments, options = samples("grouped", torch.float32, 2, 4)
+    assert decode_samples(state, *arguments, steps=9, **options) == 3
+    assert state.lengths.tolist() == [4, 4] and arguments[-1].tolist() == [4, 5]
+    state, arguments, options = samples("grouped", torch.float32, 2, 9)
+    arguments[0][1][0] = NAN
+    assert decode_samples(state, *arguments, steps=8, **options) == 1
+    assert state.status.tolist() == [2, 2]
+
+
+def test_decode_samples_errors():
+    state, arguments, options = samples("grouped", torch.float32, 2, 30)
+    with pytest.raises(RuntimeError, match="decode_samples: steps must be at least 1, got 0"):
+        decode_samples(state, *arguments, steps=0, **options)
+    full = [*arguments[:-1], torch.full_like(arguments[-1], 20)]
+    with pytest.raises(RuntimeError, match=r"decode_step: seqlens must be in \[1, 22\], .*, got 23 at position 0"):
+        decode_samples(state, *full, steps=8, **options)
+    assert full[-1].tolist() == [22, 22] and state.lengths.tolist() == [3, 3]  # what was done before
+    with pytest.raises(RuntimeError, match="sample_step: lengths must have shape"):
+        decode_samples(dataclasses.replace(state, lengths=state.lengths[:1]), *arguments, steps=1, **options)
+    with pytest.raises(RuntimeError, match="decode_samples: inputs must not require a gradient"):
+        decode_samples(state, [arguments[0][0].requires_grad_(), *arguments[0][1:]], *arguments[1:], steps=1, **options)
+
+
 @other_targets("avx2", "baseline")
 def test_other_instruction_sets(target):
-    run_on_target(target, [__file__], chosen="tile or decode_beams")
+    run_on_target(target, [__file__], chosen="tile or decode_beams or decode_samples")
