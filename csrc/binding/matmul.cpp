@@ -30,7 +30,7 @@ constexpr int64_t kWorthSplitting = 64;
 
 Matmul float_matmul(const MatmulParams& params) {
   const bool worth = std::min({params.out.rows, params.out.columns, params.a.columns}) >= kWorthSplitting;
-  return worth && has_amx() ? split_matmul_cpu : matmul_cpu;
+  return worth && has_amx() ? tile_matmul_cpu : matmul_cpu;
 }
 
 // Views of raw memory carry no autograd state: the caller's thread may be one that autograd knows nothing of.
@@ -68,6 +68,16 @@ void torch_bf16_matmul(const MatmulParams& params) {
       from(as_tensor(ScalarType::BFloat16, params.b)), from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes over the reference that the call returns
+}
+
+// GFLOP/s of each of two threads of the same machine: torch (oneDNN), ours by the matrix units [264, 512] x
+// [1024, 512]^T 571, 793; [264, 1024] x [1024, 512] 844, 859; [512, 528]^T x [528, 512] 558, 837; with 16 instead of
+// 264 rows 165, 213; [64, 64] x [64, 64] 26, 242. Deeper ones lose: [512, 2048] x [512, 2048]^T 880, 767.
+Matmul tile_matmul_or_torch(const MatmulParams& params) {
+  const auto is_dense = [](const Matrix& m) { return std::min(m.row_stride, m.column_stride) == 1; };
+  const int64_t depth = params.a.columns;
+  const bool serves = depth >= 1 && depth <= kTileMatmulDepth && is_dense(params.a) && is_dense(params.b);
+  return serves && has_amx() ? tile_matmul_cpu : torch_bf16_matmul;
 }
 
 // torch multiplies float16 element by element where the machine has no float16 arithmetic.
@@ -137,7 +147,7 @@ void fastest_matmul(const MatmulParams& params) {
   if (params.out.rows == 0 || params.out.columns == 0) return;
   if (params.dtype == DType::kFloat32) return float_matmul(params)(params);
   if (const Matmul matmul = own_matmul(params.dtype)) return matmul(params);
-  (params.dtype == DType::kBFloat16 ? torch_bf16_matmul : float16_matmul)(params);
+  (params.dtype == DType::kBFloat16 ? tile_matmul_or_torch(params) : float16_matmul)(params);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) { m.def("matmul_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> bool"); }

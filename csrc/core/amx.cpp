@@ -25,7 +25,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 static_assert(sizeof(TileConfig) == 64);
-constexpr TileConfig kSplitTiles;
+constexpr TileConfig kWholeTiles;
 constexpr TileConfig kHalfDepthTiles{.row_bytes = {64, 64, 64, 64, 64, 64, 32, 64},
                                      .rows = {16, 16, 16, 16, 16, 16, 16, 8}};
 
@@ -72,8 +72,8 @@ ARFAST_AMX_TARGET void multiply_column(float* c, int64_t ldc, const BFloat16* a,
   ARFAST_EACH_SUM(ARFAST_STORE)
 }
 
-// STEP(tile, row, column) for each tile of sums of multiply_split.
-#define ARFAST_EACH_SPLIT_SUM(STEP)          \
+// STEP(tile, row, column) for each tile of sums of multiply_strip.
+#define ARFAST_EACH_STRIP_SUM(STEP)          \
   STEP(0, 0, 0)                              \
   if constexpr (kColumns > 1) {              \
     STEP(1, 0, 1)                            \
@@ -84,21 +84,16 @@ ARFAST_AMX_TARGET void multiply_column(float* c, int64_t ldc, const BFloat16* a,
   if constexpr (kRows > 1 && kColumns > 1) { \
     STEP(3, 1, 1)                            \
   }
-#define ARFAST_SPLIT_CLEAR(tile, i, j) _tile_zero(tile);
-#define ARFAST_SPLIT_LOAD(tile, i, j) _tile_loadd(tile, c + i * c_row + j * kTile * kTile, kTile * sizeof(float));
-#define ARFAST_SPLIT_STORE(tile, i, j) _tile_stored(tile, c + i * c_row + j * kTile * kTile, kTile * sizeof(float));
+#define ARFAST_STRIP_CLEAR(tile, i, j) _tile_zero(tile);
+#define ARFAST_STRIP_LOAD(tile, i, j) _tile_loadd(tile, c + i * c_row + j * kTile * kTile, kTile * sizeof(float));
+#define ARFAST_STRIP_STORE(tile, i, j) _tile_stored(tile, c + i * c_row + j * kTile * kTile, kTile * sizeof(float));
 
-template <int kRows>
-ARFAST_AMX_TARGET inline void load_left(const uint32_t* a) {
-  _tile_loadd(4, a, kSplitPairs * sizeof(uint32_t));
-  if constexpr (kRows > 1) _tile_loadd(5, a + kTile * kSplitPairs, kSplitPairs * sizeof(uint32_t));
-}
-
-template <int kColumns>
-ARFAST_AMX_TARGET inline void load_right(const uint32_t* b) {
-  _tile_loadd(6, b, kTile * sizeof(uint32_t));
-  if constexpr (kColumns > 1) _tile_loadd(7, b + kTile * kSplitPairs, kTile * sizeof(uint32_t));
-}
+// A tile of an operand and the one beside it.
+#define ARFAST_LOAD_STRIP(first, second, kCount, strip)                                   \
+  _tile_loadd(first, strip, kTile * sizeof(uint32_t));                                    \
+  if constexpr (kCount > 1) {                                                             \
+    _tile_loadd(second, (strip) + kTile * slice_pairs(kParts), kTile * sizeof(uint32_t)); \
+  }
 
 template <int kRows, int kColumns>
 ARFAST_AMX_TARGET inline void add_products() {
@@ -108,29 +103,38 @@ ARFAST_AMX_TARGET inline void add_products() {
   if constexpr (kRows > 1 && kColumns > 1) _tile_dpbf16ps(3, 5, 7);
 }
 
-// The largest product comes last, and each but the first shares a part with the one before it: 14 tiles are loaded for
-// 24 products. In ns per product of one thread: 5.2 without loads, 7.7 so, 9.1 where each is of a new part of `a` and
-// one tile of `b` (Granite Rapids, November 2026).
-template <int kRows, int kColumns>
-ARFAST_AMX_TARGET void multiply_split(float* c, int64_t c_row, const uint32_t* a, const uint32_t* b, int64_t pairs,
+// Of three parts the largest product comes last, and each but the first shares a part with the one before it: 14 tiles
+// are loaded for 24 products. In ns per product of one thread: 5.2 without loads, 7.7 so, 9.1 where each is of a new
+// part of `a` and one tile of `b` (Granite Rapids, November 2026).
+template <int kParts, int kRows, int kColumns>
+ARFAST_AMX_TARGET void multiply_strip(float* c, int64_t c_row, const uint32_t* a, const uint32_t* b, int64_t pairs,
                                       bool accumulate) {
   if (accumulate) {
-    ARFAST_EACH_SPLIT_SUM(ARFAST_SPLIT_LOAD)
+    ARFAST_EACH_STRIP_SUM(ARFAST_STRIP_LOAD)
   } else {
-    ARFAST_EACH_SPLIT_SUM(ARFAST_SPLIT_CLEAR)
+    ARFAST_EACH_STRIP_SUM(ARFAST_STRIP_CLEAR)
   }
-  for (int64_t k = 0; k < pairs; k += kDepth / 2) {
-    const auto left = [&](int part) { load_left<kRows>(a + part * kSplitPart + k); };
-    const auto right = [&](int part) { load_right<kColumns>(b + part * kSplitPart + k * kTile); };
-    left(2), right(0), add_products<kRows, kColumns>();
-    left(1), add_products<kRows, kColumns>();
-    right(1), add_products<kRows, kColumns>();
-    left(0), add_products<kRows, kColumns>();
-    right(2), add_products<kRows, kColumns>();
-    right(0), add_products<kRows, kColumns>();
+  for (int64_t k = 0; k < pairs * kTile; k += kTile * kTile) {
+    const auto left = [&](int part) { ARFAST_LOAD_STRIP(4, 5, kRows, a + part * slice_part(kParts) + k) };
+    const auto right = [&](int part) { ARFAST_LOAD_STRIP(6, 7, kColumns, b + part * slice_part(kParts) + k) };
+    if constexpr (kParts == 3) {
+      left(2), right(0), add_products<kRows, kColumns>();
+      left(1), add_products<kRows, kColumns>();
+      right(1), add_products<kRows, kColumns>();
+      left(0), add_products<kRows, kColumns>();
+      right(2), add_products<kRows, kColumns>();
+      right(0), add_products<kRows, kColumns>();
+    } else {
+      left(0), right(0), add_products<kRows, kColumns>();
+    }
   }
-  ARFAST_EACH_SPLIT_SUM(ARFAST_SPLIT_STORE)
+  ARFAST_EACH_STRIP_SUM(ARFAST_STRIP_STORE)
 }
+
+template <int kParts>
+constexpr decltype(&multiply_strip<kParts, 1, 1>) kMultiplyStrip[2][2] = {
+    {multiply_strip<kParts, 1, 1>, multiply_strip<kParts, 1, 2>},
+    {multiply_strip<kParts, 2, 1>, multiply_strip<kParts, 2, 2>}};
 
 ARFAST_AMX_TARGET void change_shapes(const void* shapes, void* before) {
   if (before != nullptr) _tile_storeconfig(before);
@@ -151,7 +155,7 @@ bool request_amx() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-TileShapes::TileShapes(Kind kind) { change_shapes(kind == kSplit ? &kSplitTiles : &kHalfDepthTiles, before_); }
+TileShapes::TileShapes(Kind kind) { change_shapes(kind == kWhole ? &kWholeTiles : &kHalfDepthTiles, before_); }
 
 TileShapes::~TileShapes() { change_shapes(before_, nullptr); }
 
@@ -167,11 +171,10 @@ ARFAST_AMX_TARGET void multiply_tiles(float* c, int64_t ldc, const BFloat16* a, 
   }
 }
 
-void multiply_split_tiles(float* c, int64_t c_row, const uint32_t* a, const uint32_t* b, int64_t row_tiles,
-                          int64_t column_tiles, int64_t depth, bool accumulate) {
-  constexpr decltype(&multiply_split<1, 1>) kMultiply[2][2] = {{multiply_split<1, 1>, multiply_split<1, 2>},
-                                                               {multiply_split<2, 1>, multiply_split<2, 2>}};
-  kMultiply[row_tiles - 1][column_tiles - 1](c, c_row, a, b, depth / 2, accumulate);
+void multiply_strips(int parts, float* c, int64_t c_row, const uint32_t* a, const uint32_t* b, int64_t row_tiles,
+                     int64_t column_tiles, int64_t depth, bool accumulate) {
+  const auto& multiply = parts == 1 ? kMultiplyStrip<1> : kMultiplyStrip<3>;
+  multiply[row_tiles - 1][column_tiles - 1](c, c_row, a, b, depth / 2, accumulate);
 }
 
 }  // namespace arfast
@@ -186,7 +189,7 @@ TileShapes::TileShapes(Kind) : before_{} {}
 TileShapes::~TileShapes() = default;
 void multiply_tiles(float*, int64_t, const BFloat16*, int64_t, const uint32_t*, int64_t, int64_t, int64_t, int64_t,
                     bool) {}
-void multiply_split_tiles(float*, int64_t, const uint32_t*, const uint32_t*, int64_t, int64_t, int64_t, bool) {}
+void multiply_strips(int, float*, int64_t, const uint32_t*, const uint32_t*, int64_t, int64_t, int64_t, bool) {}
 
 }  // namespace arfast
 

@@ -36,8 +36,11 @@ using Matmul = void (*)(const MatmulParams& params);
 // Our own product of float and double.
 ARFAST_CPU_FUNCTION(matmul, MatmulParams)
 
-// That of float by matrix units, where has_amx(): as accurate, and faster where every element is used often. The bits
-// of an element depend on its row of `a`, its column of `b` and the matrices' largest elements.
-ARFAST_CPU_FUNCTION(split_matmul, MatmulParams)
+// That of float and bfloat16 by matrix units, where has_amx(). Of float it is as accurate, faster where every element
+// is used often, and the bits of an element depend on its row of `a`, its column of `b` and the matrices' largest
+// elements. Of bfloat16 the sum is kept in float and rounded once, its bits depend on row and column alone, and
+// subnormal numbers count as zero; K is 1 to kTileMatmulDepth, and one stride of `a` and of `b` is 1.
+constexpr int64_t kTileMatmulDepth = 1024;
+ARFAST_CPU_FUNCTION(tile_matmul, MatmulParams)
 
 }  // namespace arfast

@@ -96,59 +96,63 @@ void test_products() {
 }
 
 // Parts that are multiples of 1/8 as well, each its own number: a product of two that should not count shows.
-void test_split_products() {
-  const TileShapes shapes(TileShapes::kSplit);
+template <int kParts>
+void test_strips(int64_t rows, int64_t columns, int64_t depth) {
   constexpr int64_t kTile = 16, kTileSums = kTile * kTile, kRowOfTiles = 3 * kTileSums;  // a tile that is nobody's
-  constexpr int kCounts[kSplitParts][kSplitParts] = {{1, 1, 1}, {1, 1, 0}, {1, 0, 0}};
+  constexpr int64_t kPairs = slice_pairs(kParts);
+  constexpr int kCounts[3][3] = {{1, 1, 1}, {1, 1, 0}, {1, 0, 0}};
   std::mt19937 random(7);
   std::uniform_int_distribution<int> eighths(-40, 40);
-  for (const int64_t depth : {32, 64}) {
-    for (const int64_t rows : {1, 2}) {
-      for (const int64_t columns : {1, 2}) {
-        float a[kSplitParts][kSplitWidth][2 * kSplitPairs], b[kSplitParts][2 * kSplitPairs][kSplitWidth];
-        std::vector<uint32_t> packed_a(kSplitParts * kSplitPart), packed_b(kSplitParts * kSplitPart);
-        const auto bits = [](float value) {
-          uint32_t bits;
-          std::memcpy(&bits, &value, sizeof(bits));
-          return bits >> 16;
-        };
-        for (int64_t part = 0; part < kSplitParts; ++part) {
-          for (int64_t i = 0; i < kSplitWidth; ++i) {
-            for (int64_t k = 0; k < 2 * kSplitPairs; ++k) {
-              a[part][i][k] = static_cast<float>(eighths(random)) / 8;
-              b[part][k][i] = static_cast<float>(eighths(random)) / 8;
-            }
-            for (int64_t pair = 0; pair < kSplitPairs; ++pair) {
-              packed_a[part * kSplitPart + i * kSplitPairs + pair] =
-                  bits(a[part][i][2 * pair]) | bits(a[part][i][2 * pair + 1]) << 16;
-              packed_b[part * kSplitPart + (i / kTile * kSplitPairs + pair) * kTile + i % kTile] =
-                  bits(b[part][2 * pair][i]) | bits(b[part][2 * pair + 1][i]) << 16;
-            }
-          }
-        }
-        std::vector<float> c(2 * kRowOfTiles, std::numeric_limits<float>::quiet_NaN());
-        for (int times = 1; times <= 2; ++times) {
-          multiply_split_tiles(c.data(), kRowOfTiles, packed_a.data(), packed_b.data(), rows, columns, depth,
-                               times > 1);
-          bool right = true;
-          int64_t written = 0;
-          for (int64_t i = 0; i < rows * kTile; ++i) {
-            for (int64_t j = 0; j < columns * kTile; ++j) {
-              double exact = 0;
-              for (int p = 0; p < kSplitParts; ++p) {
-                for (int q = 0; q < kSplitParts; ++q) {
-                  for (int64_t k = 0; k < kCounts[p][q] * depth; ++k) exact += double{a[p][i][k]} * b[q][k][j];
-                }
-              }
-              right &=
-                  times * exact == c[i / kTile * kRowOfTiles + j / kTile * kTileSums + i % kTile * kTile + j % kTile];
-            }
-          }
-          for (const float value : c) written += !std::isnan(value);
-          expect(right, times == 1 ? "split product" : "accumulated split product", rows, columns, depth);
-          expect(written == rows * columns * kTileSums, "tiles of a split product", rows, columns, depth);
-        }
+  const auto bits = [](float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return bits >> 16;
+  };
+  static float a[kParts][kStripWidth][2 * kPairs], b[kParts][2 * kPairs][kStripWidth];
+  std::vector<uint32_t> packed_a(kParts * slice_part(kParts)), packed_b(kParts * slice_part(kParts));
+  for (int64_t part = 0; part < kParts; ++part) {
+    for (int64_t i = 0; i < kStripWidth; ++i) {
+      for (int64_t k = 0; k < 2 * kPairs; ++k) {
+        a[part][i][k] = static_cast<float>(eighths(random)) / 8;
+        b[part][k][i] = static_cast<float>(eighths(random)) / 8;
       }
+      for (int64_t pair = 0; pair < kPairs; ++pair) {
+        const int64_t tile = part * slice_part(kParts) + (i / kTile * kPairs + pair / kTile * kTile) * kTile;
+        packed_a[tile + i % kTile * kTile + pair % kTile] = bits(a[part][i][2 * pair]) | bits(a[part][i][2 * pair + 1])
+                                                                                             << 16;
+        packed_b[tile + pair % kTile * kTile + i % kTile] = bits(b[part][2 * pair][i]) | bits(b[part][2 * pair + 1][i])
+                                                                                             << 16;
+      }
+    }
+  }
+  std::vector<float> c(2 * kRowOfTiles, std::numeric_limits<float>::quiet_NaN());
+  for (int times = 1; times <= 2; ++times) {
+    multiply_strips(kParts, c.data(), kRowOfTiles, packed_a.data(), packed_b.data(), rows, columns, depth, times > 1);
+    bool right = true;
+    int64_t written = 0;
+    for (int64_t i = 0; i < rows * kTile; ++i) {
+      for (int64_t j = 0; j < columns * kTile; ++j) {
+        double exact = 0;
+        for (int p = 0; p < kParts; ++p) {
+          for (int q = 0; q < kParts; ++q) {
+            for (int64_t k = 0; k < kCounts[p][q] * depth; ++k) exact += double{a[p][i][k]} * b[q][k][j];
+          }
+        }
+        right &= times * exact == c[i / kTile * kRowOfTiles + j / kTile * kTileSums + i % kTile * kTile + j % kTile];
+      }
+    }
+    for (const float value : c) written += !std::isnan(value);
+    expect(right, times == 1 ? "product of strips" : "accumulated product of strips", rows, columns, depth);
+    expect(written == rows * columns * kTileSums, "tiles of a product of strips", rows, columns, depth);
+  }
+}
+
+void test_strips() {
+  const TileShapes shapes(TileShapes::kWhole);
+  for (const int64_t rows : {1, 2}) {
+    for (const int64_t columns : {1, 2}) {
+      for (const int64_t depth : {32, 64}) test_strips<3>(rows, columns, depth);
+      for (const int64_t depth : {32, 64, 256}) test_strips<1>(rows, columns, depth);
     }
   }
 }
@@ -178,8 +182,8 @@ void test_shapes_of_others() {
       expect(!same(store_shapes(), before), "shapes of multiply_tiles");
       const Shapes ours = store_shapes();
       {
-        const TileShapes again(TileShapes::kSplit);
-        expect(!same(store_shapes(), ours), "shapes of multiply_split_tiles");
+        const TileShapes again(TileShapes::kWhole);
+        expect(!same(store_shapes(), ours), "shapes of multiply_strips");
       }
       expect(same(store_shapes(), ours), "shapes of multiply_tiles after a second object");
       Matrices(48, 32, 48).check();
@@ -198,7 +202,7 @@ int main() {
     return 77;
   }
   test_products();
-  test_split_products();
+  test_strips();
   test_shapes_of_others();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;

@@ -62,15 +62,18 @@ def test_transposed_weights(dtype, device, poisoned):
     assert_bitwise_equal(db[1], torch.zeros_like(db[1]))
 
 
-# Of float32 by matrix units (split_matmul_cpu.cpp), where the CPU has them: edges of tiles (16, pairs over a depth of
-# 32), of strips (32), of slices and panels (64), blocks of rows (320) and of depth (512).
+# By matrix units (tile_matmul_cpu.cpp), where the CPU has them: edges of tiles (16, pairs over a depth of 32), strips
+# (32), panels (64), slices (64, of bfloat16 256), blocks of rows (320, 512) and of depth (512, 1024).
+TILED = [(64, 64, 64), (65, 100, 67), (80, 129, 128), (200, 513, 144), (256, 512, 129), (321, 1056, 260)]
+TILED += [(150, 3000, 70), (513, 1024, 65), (515, 1025, 31), (1, 1, 1), (2, 300, 17), (15, 257, 16), (17, 255, 15)]
+TILED += [(33, 16, 63), (48, 31, 200), (16, 33, 1)]
+
+
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(
-    "rows,inner,columns",
-    [(64, 64, 64), (65, 100, 67), (80, 129, 128), (200, 513, 144), (256, 512, 129), (321, 1056, 260), (150, 3000, 70)],
-)
-def test_large_float_products(rows, inner, columns, transposed):
-    a, b, offsets, dout = inputs([rows], inner, columns, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows,inner,columns", TILED)
+def test_large_products(rows, inner, columns, dtype, transposed):
+    a, b, offsets, dout = inputs([rows], inner, columns, dtype)
     a = a * a.exp()  # over several orders of magnitude
     check(a, b.transpose(1, 2).contiguous().transpose(1, 2) if transposed else b, offsets, dout)
 
@@ -92,18 +95,21 @@ def test_float_products_of_every_magnitude(of_a, of_b):
         assert_accurate(product, a.double() @ b.double(), a @ b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [NAN, NAN_OF_ONES, INF, -INF], ids=["nan", "nan of ones", "inf", "-inf"])
-def test_float_products_of_what_is_not_finite(value):
-    a, b, offsets, _ = inputs([150], 600, 200, torch.float32)
-    for tensor, index in ((a, (70, 520)), (b, (0, 3, 130))):
+def test_products_of_what_is_not_finite(value, dtype):
+    """It reaches its row or its column, and no other."""
+    a, b, offsets, _ = inputs([150], 600, 200, dtype)
+    for tensor, index in ((a, (70, 520)), (a, (70, 599)), (b, (0, 3, 130)), (b, (0, 599, 199))):
         before = tensor[index].item()
         tensor[index] = value
-        assert value is not NAN_OF_ONES or tensor[index].view(torch.int32) == 0x7FFFFFFF
-        product, expected = grouped_mm(a, b, offsets), a @ b[0]
+        assert value is not NAN_OF_ONES or dtype != torch.float32 or tensor[index].view(torch.int32) == 0x7FFFFFFF
+        product, expected = grouped_mm(a, b, offsets), a.float() @ b[0].float()
         reached = ~expected.isfinite()
-        assert reached.any()
-        torch.testing.assert_close(product[reached], expected[reached], rtol=0, atol=0, equal_nan=True)
-        assert_accurate(product[~reached], (a.double() @ b[0].double())[~reached], expected[~reached])
+        assert reached.any() and torch.equal(product.isfinite(), ~reached)
+        torch.testing.assert_close(product[reached].float(), expected[reached], rtol=0, atol=0, equal_nan=True)
+        exact = (a.double() @ b[0].double())[~reached]
+        assert_accurate(product[~reached], exact, expected[~reached].to(dtype))
         tensor[index] = before
 
 
