@@ -34,7 +34,7 @@ class DecodingState:
         streams: list[tuple[int, int]],
         processors: Sequence[Processor] = (),
     ):
-        self.options, self.processors, self.prompt_length = options, processors, prompts.shape[1]
+        self.processors, self.prompt_length = processors, prompts.shape[1]
         self.history = F.pad(prompts, (0, options.max_new_tokens), value=options.pad_token_id)
         self.state = ops.SampleState.start(
             generator_state_of(streams, prompts.device),
