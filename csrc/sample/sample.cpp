@@ -14,7 +14,6 @@ struct Draw {
   const char* op;
   Tensor logits, generator_state;
   TokenFilters filters;
-  const float* tile_sums = nullptr;
 
   Draw(const char* op, const Tensor& from, double temperature, int64_t top_k, double top_p, double min_p,
        const Tensor& generator_state)
@@ -27,9 +26,8 @@ struct Draw {
     logits = with_dense_rows(from);
   }
 
-  // Writes to the state, or without one to tokens and logprobs.
-  void run(int64_t* tokens, float* logprobs, const SampleState& state) const {
-    SampleParams params{
+  SampleParams params(int64_t* tokens, float* logprobs) const {
+    return {
         .dtype = float_dtype(op, "logits", logits),
         .num_rows = logits.size(0),
         .vocab_size = logits.size(1),
@@ -41,11 +39,13 @@ struct Draw {
         .state_column_stride = generator_state.stride(1),
         .tokens = tokens,
         .logprobs = logprobs,
-        .tile_sums = tile_sums,
-        .state = state,
         .workspace = nullptr,
         .num_arrived = nullptr,
     };
+  }
+
+  template <typename Params>
+  void run(Params params, void (*cpu)(const Params&), const char* (*cuda)(const Params&, void*)) const {
     Tensor workspace, num_arrived;
     if (!on_cpu(logits)) {
       workspace = new_empty(logits, {sample_workspace_bytes(params)}, ScalarType::Byte);
@@ -53,7 +53,7 @@ struct Draw {
       params.workspace = workspace.data_ptr();
       params.num_arrived = static_cast<uint32_t*>(num_arrived.data_ptr());
     }
-    arfast::run(op, logits, params, sample_cpu, sample_cuda);
+    arfast::run(op, logits, params, cpu, cuda);
   }
 };
 
@@ -63,7 +63,9 @@ std::tuple<Tensor, Tensor> sample(Tensor logits, double temperature, int64_t top
   const Draw draw("sample", logits, temperature, top_k, top_p, min_p, generator_state);
   Tensor tokens = new_empty(logits, {logits.size(0)}, ScalarType::Long);
   Tensor logprobs = new_empty(logits, {logits.size(0)}, ScalarType::Float);
-  draw.run(static_cast<int64_t*>(tokens.data_ptr()), static_cast<float*>(logprobs.data_ptr()), {});
+  const SampleParams params =
+      draw.params(static_cast<int64_t*>(tokens.data_ptr()), static_cast<float*>(logprobs.data_ptr()));
+  draw.run(params, sample_cpu, sample_cuda);
   return {tokens, logprobs};
 }
 
@@ -73,7 +75,7 @@ void sample_step(Tensor logits, double temperature, int64_t top_k, double top_p,
                  Tensor ends, int64_t pad_token, Tensor lengths, Tensor tokens, Tensor log_probs, Tensor status,
                  Tensor next_tokens, std::optional<Tensor> tile_sums) {
   constexpr const char* kOp = "sample_step";
-  Draw draw(kOp, logits, temperature, top_k, top_p, min_p, generator_state);
+  const Draw draw(kOp, logits, temperature, top_k, top_p, min_p, generator_state);
   const int64_t rows = logits.size(0);
   check_shape(kOp, "ends", ends, "[number of end tokens]", {kAny});
   check_shape(kOp, "tokens", tokens, "[R, L]", {rows, kAny});
@@ -84,7 +86,8 @@ void sample_step(Tensor logits, double temperature, int64_t top_k, double top_p,
   if ((length > 1 && tokens.stride(1) != 1) || (rows > 1 && tokens.stride(0) < length)) {
     fail(kOp, "tokens", "have dense rows in memory of their own", "strides that are not");
   }
-  const SampleState state{
+  SampleStepParams params{draw.params(nullptr, nullptr), {}, nullptr};
+  params.state = {
       .max_length = length,
       .num_ends = ends.size(0),
       .ends = state_data<int64_t>(kOp, "ends", ends, "[number of end tokens]", {ends.size(0)}, logits),
@@ -99,9 +102,9 @@ void sample_step(Tensor logits, double temperature, int64_t top_k, double top_p,
   if (tile_sums) {
     if (!on_cpu(logits)) fail(kOp, "tile_sums", "be None but on the CPU", "a tensor");
     const int64_t tiles = num_logits_tiles(logits.size(1));
-    draw.tile_sums = state_data<float>(kOp, "tile_sums", *tile_sums, "[2, tiles, R]", {2, tiles, rows}, logits);
+    params.tile_sums = state_data<float>(kOp, "tile_sums", *tile_sums, "[2, tiles, R]", {2, tiles, rows}, logits);
   }
-  draw.run(nullptr, nullptr, state);
+  draw.run(params, sample_step_cpu, sample_step_cuda);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(arfast, m) {

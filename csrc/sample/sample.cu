@@ -1,6 +1,8 @@
 // Sampling on the GPU in one launch. A block scans a part of a row that fits its registers: its log-sum-exp and, for a
 // small top_k, its best tokens. The last block of a row to finish draws: from the lists of best tokens if they hold all
 // that top_k leaves, else from the row.
+#include <type_traits>
+
 #include "core/last_block.cuh"
 #include "core/log_sum.cuh"
 #include "core/runtime.cuh"
@@ -11,6 +13,8 @@ namespace arfast {
 namespace {
 
 constexpr int kHeldTokens = 32;  // of a thread
+template <typename Params>
+constexpr bool kIsStep = std::is_same_v<Params, SampleStepParams>;
 
 // Where the parts of the rows leave what the last block needs.
 struct Workspace {
@@ -127,8 +131,8 @@ __device__ void draw_from_row(const SampleParams& params, const T* logits, const
   draw_by(weight, params.vocab_size, number, smem.sums, smem);
 }
 
-template <typename T>
-__device__ void finish_row(const SampleParams& params, const Workspace& workspace, int64_t row, SampleSmem& smem) {
+template <typename T, typename Params>
+__device__ void finish_row(const Params& params, const Workspace& workspace, int64_t row, SampleSmem& smem) {
   const int64_t first_part = row * sample_parts(params), capacity = sample_listed(params);
   const T* logits = row_logits<T>(params, row);
   int64_t* state = params.generator_state + row * params.state_stride;
@@ -143,35 +147,47 @@ __device__ void finish_row(const SampleParams& params, const Workspace& workspac
   __syncthreads();
   if (threadIdx.x != 0) return;
   const int64_t token = static_cast<int64_t>(smem.chosen);
-  write_token(params, row, token, to_float(logits[token]) - sum.max - logf(sum.sum));
+  if constexpr (kIsStep<Params>) {
+    append(params.state, row, token, to_float(logits[token]) - sum.max - logf(sum.sum));
+  } else {
+    params.tokens[row] = token;
+    params.logprobs[row] = to_float(logits[token]) - sum.max - logf(sum.sum);
+  }
   advance_state(state, params.state_column_stride, 1);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kSampleThreads, 3) sample_kernel(SampleParams params) {
+// A step needs a few registers more than 80, the most that leave room for three blocks.
+template <typename T, typename Params>
+__global__ void __launch_bounds__(kSampleThreads, kIsStep<Params> ? 2 : 3) sample_kernel(Params params) {
   SampleSmem& smem = shared_storage<SampleSmem>();
   const Workspace workspace = workspace_of(params);
   const int64_t num_parts = sample_parts(params), part = blockIdx.x % num_parts, row = blockIdx.x / num_parts;
-  // All blocks of a row see the same: its state changes when the last of them has arrived.
-  if (!takes_token(params, row)) {
-    if (part == 0 && threadIdx.x == 0) feed_padding(params.state, row);
-    return;
+  if constexpr (kIsStep<Params>) {
+    // All blocks of a row see the same: its state changes when the last of them has arrived.
+    if (!goes_on(params.state, row)) {
+      if (part == 0 && threadIdx.x == 0) feed_padding(params.state, row);
+      return;
+    }
   }
   scan_part<T>(params, workspace, row, part, smem);
   if (arrive_last(params.num_arrived + row, static_cast<uint32_t>(num_parts), smem.is_last))
     finish_row<T>(params, workspace, row, smem);
 }
 
-}  // namespace
-
-const char* sample_cuda(const SampleParams& params, void* stream) {
+template <typename Params>
+const char* launch_sample(const Params& params, void* stream) {
   const int64_t blocks = params.num_rows * sample_parts(params);
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "R * V is too large for one launch";
   const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(kSampleThreads), sizeof(SampleSmem)};
   return dispatch_gpu_dtype(params.dtype, [&](auto tag) {
-    return launch(sample_kernel<typename decltype(tag)::type>, shape, stream, params);
+    return launch(sample_kernel<typename decltype(tag)::type, Params>, shape, stream, params);
   });
 }
+
+}  // namespace
+
+const char* sample_cuda(const SampleParams& params, void* stream) { return launch_sample(params, stream); }
+const char* sample_step_cuda(const SampleStepParams& params, void* stream) { return launch_sample(params, stream); }
 
 }  // namespace arfast

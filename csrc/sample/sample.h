@@ -22,13 +22,17 @@ struct SampleParams {
   int64_t* generator_state;  // [R, 3] of seed, sample, step; the step rises by 1
   int64_t state_stride;
   int64_t state_column_stride;
-  int64_t* tokens;         // [R], dense
-  float* logprobs;         // [R], dense
-  const float* tile_sums;  // of the CPU implementation: [2, tiles, R], see core/logits_tiles.h; nullptr: none
-  SampleState state;       // of sample_step, which writes it instead of tokens and logprobs
+  int64_t* tokens;  // [R], dense
+  float* logprobs;  // [R], dense
   // Of the CUDA implementation.
   void* workspace;        // sample_workspace_bytes(...)
   uint32_t* num_arrived;  // [R], 0
+};
+
+// sample_step: draws for the sequences that go on, and writes their state instead of tokens and logprobs.
+struct SampleStepParams : SampleParams {
+  SampleState state;
+  const float* tile_sums;  // of the CPU implementation: [2, tiles, R], see core/logits_tiles.h; nullptr: none
 };
 
 // The tokens of a row that one block holds in registers: 32 for each of 256 threads, but for a vector that begins
@@ -51,18 +55,9 @@ constexpr int64_t sample_workspace_bytes(const SampleParams& params) {
   return params.num_rows * sample_parts(params) * (sample_listed(params) + 1) * 8;
 }
 
-// Whether a row takes a token; if not, its sequence has ended and goes on with padding.
-static constexpr bool takes_token(const SampleParams& params, int64_t row) {
-  return params.state.lengths == nullptr || goes_on(params.state, row);
-}
-
-static constexpr void write_token(const SampleParams& params, int64_t row, int64_t token, float logprob) {
-  if (params.state.lengths != nullptr) return append(params.state, row, token, logprob);
-  params.tokens[row] = token;
-  params.logprobs[row] = logprob;
-}
-
 ARFAST_CPU_FUNCTION(sample, SampleParams)
+ARFAST_CPU_FUNCTION(sample_step, SampleStepParams)
 ARFAST_CUDA_FUNCTION(sample, SampleParams)
+ARFAST_CUDA_FUNCTION(sample_step, SampleStepParams)
 
 }  // namespace arfast

@@ -16,7 +16,7 @@ struct SampleState {
   int64_t num_ends;
   const int64_t* ends;  // [num_ends], the tokens that end a sequence
   int64_t pad_token;    // what one that has ended is fed with
-  int32_t* lengths;     // [R]; nullptr: there is no state
+  int32_t* lengths;     // [R]
   int64_t* tokens;      // [R, L]
   int64_t tokens_stride;
   float* log_probs;      // [R, L], dense
