@@ -54,7 +54,7 @@ def vocab_parallel_cross_entropy(
         targets: int64 [N], each in [0, V) or `ignore_index`, the same on every rank.
         ignore_index, label_smoothing, z_loss, softcap, reduction, num_items: see `arfast.ops.cross_entropy`.
         chunk_bytes: bound on a block of logits in the dtype of the statistics (at least one row), of which up to three
-            exist at a time; 128 MiB by default, on a GPU 1 GiB.
+            exist at a time; 64 MiB by default, on a GPU 1 GiB.
 
     Returns:
         The loss of the whole vocabulary in float32 (float64), [] or, for reduction="none", [N]; the same bits on every

@@ -19,7 +19,7 @@ _ops = torch.ops.arfast
 def default_chunk_bytes(device_type: str) -> int:
     """Bound on a block of logits, in bytes. Small blocks make small products; a GPU has more memory, and needs larger
     products to be busy."""
-    return 128 << 20 if device_type == "cpu" else 1 << 30
+    return 64 << 20 if device_type == "cpu" else 1 << 30
 
 
 def linear_cross_entropy(
@@ -46,7 +46,7 @@ def linear_cross_entropy(
         bias: [V], the dtype of `hidden`, or None.
         class_weight: [V] per class, or None (`weight` of `cross_entropy`).
         ignore_index, label_smoothing, z_loss, softcap, reduction, num_items: as in `cross_entropy`.
-        chunk_bytes: upper bound on the block of logits held at a time, in bytes (at least one row); 128 MiB by
+        chunk_bytes: upper bound on the block of logits held at a time, in bytes (at least one row); 64 MiB by
             default, on a GPU 1 GiB.
             On the CPU a block is kept per thread and used again by the next call.
 

@@ -124,20 +124,38 @@ void on_threads(Matmul matmul, const MatmulParams& params, int64_t item) {
   });
 }
 
-// out = a b or out + a b by our own product, on all threads. False, and nothing done, where we have none for the type.
-// The bits of a row do not depend on how many there are, hence always the same one.
+// What a thread multiplies a block by, or nullptr where torch's product on all threads is faster or the only one. With
+// matrix units, TFLOP/s of two threads, torch and a block per thread, November 2026:
+//   our product [32000, 1024] x [1024, 512] 1.27, 1.46 (depth 512: 1.44, 1.60; 256: 1.29, 1.42; 64: 0.78, 0.68),
+//     [1024, 512] x [512, 32000] 1.77, 1.64 and x [512, 50257] 1.47, 1.51, [1024, 256] x [256, 32000] 1.53, 1.41;
+//   oneDNN's, of which torch leaves some products to one thread, with 16384 deep: [1024, .] x [., 256] 1.84, 1.81,
+//     x [., 384] 0.90, 1.62, x [., 512] 0.89, 1.65, x [., 896] 1.86, 1.65; [256, .] x [., 512] 1.53, 1.24,
+//     [512, .] 0.82, 1.41, [1280, .] 0.92, 1.72, [2048, .] 1.78, 1.77.
+Matmul block_matmul(const MatmulParams& params) {
+  constexpr int64_t kWorthTiles = 512;  // of depth
+  if (params.dtype != DType::kBFloat16 || !has_amx()) return own_matmul(params.dtype);
+  const Matmul matmul = tile_matmul_or_torch(params);
+  if (matmul == tile_matmul_cpu) return params.a.columns >= kWorthTiles ? matmul : nullptr;
+  const bool on_one_thread = params.out.rows >= 512 && params.out.rows < 1536 && params.out.columns >= 256 &&
+                             params.out.columns < 1024 && params.a.columns > kTileMatmulDepth;
+  return on_one_thread && !params.add && params.a.columns % kRowStep == 0 ? matmul : nullptr;
+}
+
+// out = a b or out + a b on all threads. False, and nothing done, where torch is to do it.
+// By our own product, the bits of a row do not depend on how many there are.
 bool matmul_(Tensor out, Tensor a, Tensor b, bool add) {
-  const Matmul matmul = own_matmul(float_dtype("matmul_", "out", out));
-  if (matmul == nullptr) return false;
+  const DType dtype = float_dtype("matmul_", "out", out);
   check_shape("matmul_", "a", a, "[M, K]", {kAny, kAny});
   check_shape("matmul_", "b", b, "[K, N]", {a.size(1), kAny});
   check_shape("matmul_", "out", out, "[M, N]", {a.size(0), b.size(1)});
   check_same_dtype("matmul_", "a", a, "out", out);
   check_same_dtype("matmul_", "b", b, "out", out);
   check(out.size(1) <= 1 || out.stride(1) == 1, "matmul_", "out", "have dense rows", std::to_string(out.stride(1)));
+  const MatmulParams params{dtype, matrix_of(a), matrix_of(b), matrix_of(out), add};
+  const Matmul matmul = block_matmul(params);
+  if (matmul == nullptr) return false;
   if (out.numel() == 0) return true;
-  const DType dtype = float_dtype("matmul_", "out", out);
-  on_threads(matmul, {dtype, matrix_of(a), matrix_of(b), matrix_of(out), add}, out.element_size());
+  on_threads(matmul, params, out.element_size());
   return true;
 }
 
