@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 
 #include "core/bf16_matmul.h"
@@ -12,21 +11,32 @@
 
 namespace arfast::ARFAST_CPU_TARGET {
 
-// A tile is kFloatLanes pairs of a row and a vector: this many rows for a number of vectors. A tile of many rows is
-// read in groups of rows that are kGroups apart: of rows that follow each other, two or more share a page of memory,
-// and of two streams in a page the processor's own prefetching loses track. Two threads read rows of 2 KB at 34 GB/s
-// eight in a row, at 38 two apart (Granite Rapids, November 2026).
-template <int kVectors>
-constexpr int kProductRows = kFloatLanes / kVectors;
-template <int kVectors>
-constexpr int kGroupRows = std::min(kProductRows<kVectors>, 8);
-template <int kVectors>
-constexpr int kGroups = kProductRows<kVectors> / kGroupRows<kVectors>;
+// A tile is kProductRows rows for a number of vectors: few enough that the sums of a group of rows stay in registers.
+// It is read in groups of rows that are kGroups apart: of rows that follow each other, two or more share a page of
+// memory, and of two streams in a page the processor's own prefetching loses track. Two threads read rows of 2 KB at
+// 34 GB/s eight in a row, at 38 two apart (Granite Rapids, November 2026).
+constexpr int kProductRows = kFloatLanes;
+constexpr int kMostVectors = 6;
 
-// sums[vector][row] = the lanes' partial sums of the products of vectors [depth] and the rows [depth] of a group, in
-// their places in the tile. Lane i adds the elements i, i + kLanes, ... in order, so a product has the same bits in
-// every tile. `ahead` is where the rows that are read next begin, as far apart as these.
-template <typename T, int kVectors>
+// With a vector's elements and, where several vectors use them, those of the rows.
+constexpr int registers_of(int vectors, int rows) { return vectors * rows + 1 + (vectors > 1 ? rows : 0); }
+
+constexpr int group_rows(int vectors) {
+  constexpr int kRegisters = kVectorBytes == 64 ? 32 : 16;
+  int rows = std::min(8, kProductRows);
+  while (rows > 1 && registers_of(vectors, rows) > kRegisters) rows /= 2;
+  return rows;
+}
+
+template <int kVectors>
+constexpr int kGroupRows = group_rows(kVectors);
+template <int kVectors>
+constexpr int kGroups = kProductRows / kGroupRows<kVectors>;
+
+// sums [vectors, kProductRows] = the lanes' partial sums of the products of vectors [depth] and the rows [depth] of a
+// group, in their places in the tile. Lane i adds the elements i, i + kLanes, ... in order, so a product has the same
+// bits in every tile. `ahead` is where the rows that are read next begin, as far apart as these.
+template <typename T, int kVectors, bool kFresh>
 inline void add_products(const T* const* rows, const float* const* vectors, int64_t depth, const T* ahead, VecF* sums) {
   constexpr int kRows = kGroupRows<kVectors>, kStep = kGroups<kVectors>;
   VecF sum[kVectors][kRows]{};
@@ -34,7 +44,7 @@ inline void add_products(const T* const* rows, const float* const* vectors, int6
     VecF row[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) row[r] = row_at(rows[r]);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int v = 0; v < kVectors; ++v) {
       const VecF vector = vector_at(vectors[v]);
 #pragma GCC unroll 8
@@ -45,7 +55,7 @@ inline void add_products(const T* const* rows, const float* const* vectors, int6
   for (; i + kFloatLanes <= depth; i += kFloatLanes) {
     // One thread reads 50 MB of bfloat16 at 23 GB/s without this, at 31 to 38 with it (Zen 5, November 2026).
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead + r * kStep * depth + i);
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead + r * kStep * depth + i, 0, kFresh ? 3 : 2);
     step([&](const T* p) { return load(p + i); }, [&](const float* p) { return load(p + i); });
   }
   if (i < depth) {
@@ -53,10 +63,10 @@ inline void add_products(const T* const* rows, const float* const* vectors, int6
     step([&](const T* p) { return load_partial(p + i, count, 0); },
          [&](const float* p) { return load_partial(p + i, count, 0); });
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sums[(v * kRows + r) * kStep] = sum[v][r];
+    for (int r = 0; r < kRows; ++r) sums[v * kProductRows + r * kStep] = sum[v][r];
   }
 }
 
@@ -76,40 +86,32 @@ inline void locate_rows(const WeightRows<T>& weight, int64_t n, int group, int c
   }
 }
 
-// What is read after a group of the tile from n on; the tile itself where the weight need not come from memory.
-template <int kVectors, typename T>
-inline const T* locate_next(const WeightRows<T>& weight, int64_t n, int group, bool fresh) {
-  const bool last = group + 1 == kGroups<kVectors>, ends = n + kProductRows<kVectors> >= weight.end;
-  if (fresh && last && ends) return weight.next;
-  return weight.data + (n + (!fresh ? 0 : last ? kProductRows<kVectors> : group + 1)) * weight.depth;
+// What is to come while a group of the tile from n on is multiplied: the next group where the weight is fresh, that is
+// still has to come from memory; else, into the second-level cache, the same place in what is read after it.
+template <int kVectors, bool kFresh, typename T>
+inline const T* locate_next(const WeightRows<T>& weight, int64_t n, int group) {
+  const bool last = group + 1 == kGroups<kVectors>, ends = n + kProductRows >= weight.end;
+  if (!kFresh) return weight.next + (n - weight.begin + group) * weight.depth;
+  if (last && ends) return weight.next;
+  return weight.data + (n + (last ? kProductRows : group + 1)) * weight.depth;
 }
 
 template <int kVectors>
-inline void store_tile(const VecF (&sums)[kFloatLanes], int64_t n, int count, float* const* out) {
-  constexpr int kRows = kProductRows<kVectors>;
-  float products[kFloatLanes];
-  store(products, add_transposed(sums));
-  for (int v = 0; v < kVectors; ++v) {
-    if (count == kRows) {
-      std::memcpy(out[v] + n, products + v * kRows, sizeof(float) * kRows);
-    } else {
-      std::memcpy(out[v] + n, products + v * kRows, sizeof(float) * count);
-    }
-  }
+inline void store_tile(const VecF (&sums)[kVectors][kProductRows], int64_t n, int count, float* const* out) {
+  for (int v = 0; v < kVectors; ++v) store_lanes(out[v] + n, add_transposed(sums[v]), count);
 }
 
-// out[v][n] = weight[n] . vectors[v]; fresh: whether the weight still has to come from memory.
-template <typename T, int kVectors>
-inline void multiply_vectors(const WeightRows<T>& weight, const float* const* vectors, bool fresh, float* const* out) {
-  constexpr int kRows = kProductRows<kVectors>;
-  for (int64_t n = weight.begin; n < weight.end; n += kRows) {
-    const int count = static_cast<int>(std::min<int64_t>(kRows, weight.end - n));
-    VecF sums[kFloatLanes];
+// out[v][n] = weight[n] . vectors[v]
+template <typename T, int kVectors, bool kFresh>
+inline void multiply_vectors(const WeightRows<T>& weight, const float* const* vectors, float* const* out) {
+  for (int64_t n = weight.begin; n < weight.end; n += kProductRows) {
+    const int count = static_cast<int>(std::min<int64_t>(kProductRows, weight.end - n));
+    VecF sums[kVectors][kProductRows];
     for (int group = 0; group < kGroups<kVectors>; ++group) {
       const T* rows[kGroupRows<kVectors>];
       locate_rows<kVectors>(weight, n, group, count, rows);
-      add_products<T, kVectors>(rows, vectors, weight.depth, locate_next<kVectors>(weight, n, group, fresh),
-                                sums + group);
+      add_products<T, kVectors, kFresh>(rows, vectors, weight.depth, locate_next<kVectors, kFresh>(weight, n, group),
+                                        sums[0] + group);
     }
     store_tile<kVectors>(sums, n, count, out);
   }
@@ -132,7 +134,7 @@ ARFAST_BF16_TARGET inline void add_pair_step(const BFloat16* const* rows, const 
   __m512bh row[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) row[r] = load_pairs<kWhole>(rows[r] + i, depth - i);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int v = 0; v < kVectors; ++v) {
     const __m512bh vector = load_pairs<kWhole>(vectors[v] + i, depth - i);
 #pragma GCC unroll 8
@@ -140,7 +142,7 @@ ARFAST_BF16_TARGET inline void add_pair_step(const BFloat16* const* rows, const 
   }
 }
 
-template <int kVectors>
+template <int kVectors, bool kFresh>
 ARFAST_BF16_TARGET inline void add_pair_products(const BFloat16* const* rows, const BFloat16* const* vectors,
                                                  int64_t depth, const BFloat16* ahead, VecF* sums) {
   constexpr int kRows = kGroupRows<kVectors>, kStep = kGroups<kVectors>;
@@ -148,41 +150,59 @@ ARFAST_BF16_TARGET inline void add_pair_products(const BFloat16* const* rows, co
   int64_t i = 0;
   for (; i + kPairStep <= depth; i += kPairStep) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead + r * kStep * depth + i);
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead + r * kStep * depth + i, 0, kFresh ? 3 : 2);
     add_pair_step<kRows, kVectors, true>(rows, vectors, i, depth, sum);
   }
   if (i < depth) add_pair_step<kRows, kVectors, false>(rows, vectors, i, depth, sum);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sums[(v * kRows + r) * kStep] = reinterpret_cast<VecF>(sum[v][r]);
+    for (int r = 0; r < kRows; ++r) sums[v * kProductRows + r * kStep] = reinterpret_cast<VecF>(sum[v][r]);
   }
 }
 
-template <int kVectors>
-ARFAST_BF16_TARGET void multiply_pairs(const WeightRows<BFloat16>& weight, const BFloat16* const* vectors, bool fresh,
+template <int kVectors, bool kFresh>
+ARFAST_BF16_TARGET void multiply_pairs(const WeightRows<BFloat16>& weight, const BFloat16* const* vectors,
                                        float* const* out) {
-  constexpr int kRows = kProductRows<kVectors>;
-  for (int64_t n = weight.begin; n < weight.end; n += kRows) {
-    const int count = static_cast<int>(std::min<int64_t>(kRows, weight.end - n));
-    VecF sums[kFloatLanes];
+  for (int64_t n = weight.begin; n < weight.end; n += kProductRows) {
+    const int count = static_cast<int>(std::min<int64_t>(kProductRows, weight.end - n));
+    VecF sums[kVectors][kProductRows];
     for (int group = 0; group < kGroups<kVectors>; ++group) {
       const BFloat16* rows[kGroupRows<kVectors>];
       locate_rows<kVectors>(weight, n, group, count, rows);
-      add_pair_products<kVectors>(rows, vectors, weight.depth, locate_next<kVectors>(weight, n, group, fresh),
-                                  sums + group);
+      add_pair_products<kVectors, kFresh>(rows, vectors, weight.depth, locate_next<kVectors, kFresh>(weight, n, group),
+                                          sums[0] + group);
     }
     store_tile<kVectors>(sums, n, count, out);
   }
 }
 #endif
 
-template <int kVectors, typename T, typename X>
-inline void multiply_tiles(const WeightRows<T>& weight, const X* const* vectors, bool fresh, float* const* out) {
+template <int kVectors, bool kFresh, typename T, typename X>
+inline void multiply_tiles(const WeightRows<T>& weight, const X* const* vectors, float* const* out) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<X, BFloat16>) return multiply_pairs<kVectors>(weight, vectors, fresh, out);
+  if constexpr (std::is_same_v<X, BFloat16>) return multiply_pairs<kVectors, kFresh>(weight, vectors, out);
 #endif
-  if constexpr (std::is_same_v<X, float>) multiply_vectors<T, kVectors>(weight, vectors, fresh, out);
+  if constexpr (std::is_same_v<X, float>) multiply_vectors<T, kVectors, kFresh>(weight, vectors, out);
+}
+
+template <bool kFresh, typename T, typename X>
+void multiply_pass(const WeightRows<T>& weight, const X* const* vectors, int64_t count, float* const* out) {
+  static_assert(kMostVectors == 6);
+  switch (count) {
+    case 1:
+      return multiply_tiles<1, kFresh>(weight, vectors, out);
+    case 2:
+      return multiply_tiles<2, kFresh>(weight, vectors, out);
+    case 3:
+      return multiply_tiles<3, kFresh>(weight, vectors, out);
+    case 4:
+      return multiply_tiles<4, kFresh>(weight, vectors, out);
+    case 5:
+      return multiply_tiles<5, kFresh>(weight, vectors, out);
+    case 6:
+      return multiply_tiles<6, kFresh>(weight, vectors, out);
+  }
 }
 
 // out[b, n] = weight[n] . x[b] for x [batch, x_stride] and out [batch, out_stride]. A product depends on its row and
@@ -190,22 +210,19 @@ inline void multiply_tiles(const WeightRows<T>& weight, const X* const* vectors,
 template <typename T, typename X>
 void multiply_rows(const WeightRows<T>& weight, const X* x, int64_t x_stride, int64_t batch, float* out,
                    int64_t out_stride) {
-  constexpr int kMost = 4;
-  for (int64_t b = 0; b < batch; b += kMost) {
-    const X* vectors[kMost];
-    float* results[kMost];
-    for (int v = 0; v < kMost; ++v) {  // what a tile lacks repeats the last vector, and is stored to the same place
-      const int64_t row = std::min(b + v, batch - 1);
-      vectors[v] = x + row * x_stride;
-      results[v] = out + row * out_stride;
+  const int64_t passes = (batch + kMostVectors - 1) / kMostVectors;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t first = batch * pass / passes, count = batch * (pass + 1) / passes - first;
+    const X* vectors[kMostVectors];
+    float* results[kMostVectors];
+    for (int64_t v = 0; v < count; ++v) {
+      vectors[v] = x + (first + v) * x_stride;
+      results[v] = out + (first + v) * out_stride;
     }
-    const int64_t left = batch - b;
-    if (left == 1) {
-      multiply_tiles<1>(weight, vectors, b == 0, results);
-    } else if (left == 2) {
-      multiply_tiles<2>(weight, vectors, b == 0, results);
+    if (pass == 0) {
+      multiply_pass<true>(weight, vectors, count, results);
     } else {
-      multiply_tiles<kMost>(weight, vectors, b == 0, results);
+      multiply_pass<false>(weight, vectors, count, results);
     }
   }
 }
