@@ -148,7 +148,7 @@ def _chunks(hidden, weight, chunk_bytes):
 
 
 def _multiply(out, a, b, add=False):
-    """out = a b, or out + a b: by our own product where it is the fastest, else by torch's."""
+    """out = a b, or out + a b: a block per thread where that is the fastest on the CPU, else by torch's product."""
     if out.device.type == "cpu" and torch.ops.arfast.matmul_(out, a, b, add):
         return
     if add:

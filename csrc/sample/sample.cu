@@ -147,11 +147,12 @@ __device__ void finish_row(const Params& params, const Workspace& workspace, int
   __syncthreads();
   if (threadIdx.x != 0) return;
   const int64_t token = static_cast<int64_t>(smem.chosen);
+  const float logprob = to_float(logits[token]) - sum.max - logf(sum.sum);
   if constexpr (kIsStep<Params>) {
-    append(params.state, row, token, to_float(logits[token]) - sum.max - logf(sum.sum));
+    append(params.state, row, token, logprob);
   } else {
     params.tokens[row] = token;
-    params.logprobs[row] = to_float(logits[token]) - sum.max - logf(sum.sum);
+    params.logprobs[row] = logprob;
   }
   advance_state(state, params.state_column_stride, 1);
 }
