@@ -73,12 +73,11 @@ def case(size, config, dtype, batch, num_beams, prompt, gates, devices=("cpu",))
         same = (outputs[0] == expected)[:, prompt : prompt + (4 if dtype == torch.float32 else 1)].double().mean()
         assert same > 0.8, f"only {same:.0%} of the first tokens are those of transformers"
 
-    packages = {"transformers": ("transformers",), "CTranslate2": ("ctranslate2",), "llama.cpp": ("llama_cpp", "gguf")}
     peers = {}
     for name in gates:
         if name == FORWARD:
             peers[name] = lambda prompts: forward_passes(models(config, dtype, "cpu")[0], prompts, num_beams)
-        elif installed(*packages[name]):
+        elif installed(name):
             peers[name] = peer(name, config, dtype, num_beams)
     kind = "greedy" if num_beams == 1 else f"beam{num_beams}"
     return Case(

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import torch
 
+# What a comparison with each needs: pip install transformers ctranslate2 llama-cpp-python gguf
+PACKAGES = {"transformers": ("transformers",), "CTranslate2": ("ctranslate2",), "llama.cpp": ("llama_cpp", "gguf")}
 
-def installed(*packages: str) -> bool:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+
+def installed(peer: str) -> bool:
+    missing = [package for package in PACKAGES[peer] if importlib.util.find_spec(package) is None]
     if missing:
-        warnings.warn(f"{missing[0]} is not installed: there is no comparison with it", stacklevel=2)
+        warnings.warn(f"{peer} is left out: {', '.join(missing)} not installed", stacklevel=2)
     return not missing
 
 

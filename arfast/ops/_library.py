@@ -1,12 +1,19 @@
 """Loads the compiled library and holds the few lines that every op's Python side needs."""
 
 import functools
+from pathlib import Path
 
 import torch
 
 try:
     from arfast import _C  # noqa: F401  (loading it registers torch.ops.arfast.*)
 except ImportError as error:
+    folder = Path(__file__).resolve().parents[1]
+    if not any(folder.glob("_C.*")):
+        raise ImportError(
+            f"arfast: {folder} has no compiled library. Build it with `pip install .`; if that was done, Python found "
+            "this folder first: start elsewhere, and with `pytest` instead of `python -m pytest`, which looks here."
+        ) from error
     raise ImportError(
         f"arfast: the compiled library does not load with torch {torch.__version__}: {error}. "
         "Build it with `pip install .` in the environment whose torch (>= 2.10) you use."
