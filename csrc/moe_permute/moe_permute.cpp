@@ -28,6 +28,7 @@ Tensor moe_permute(Tensor hidden, Tensor source_token) {
     }
   }
   Tensor out = new_empty(hidden, {rows, hidden.size(1)}, hidden.scalar_type());
+  if (out.numel() == 0) return out;
   const MoePermuteParams params{
       .dtype = dtype,
       .num_tokens = num_tokens,

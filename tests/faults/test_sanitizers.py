@@ -49,7 +49,8 @@ def test_the_sanitizers_see_an_op(package, target):
 @pytest.mark.parametrize("target", ["baseline", "avx2", "avx512"])
 def test_ops(package, target, record):
     fuzz = str(sanitized.ROOT / "tests" / "ops" / "test_fuzz.py")
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "arguments", fuzz)
+    # What a sanitizer says as it ends the process would be lost in pytest's capture.
+    command = ("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", "arguments", fuzz)
     done = sanitized.run(package, *command, ARFAST_CPU_TARGET=target, ARFAST_FUZZ_EXAMPLES="100")
     assert not findings(done), findings(done)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
