@@ -33,6 +33,7 @@ from arfast.train.state import (
     random_states,
     read_random_states,
     read_state,
+    refusing,
     restore_random_states,
     state_content,
 )
@@ -187,18 +188,19 @@ def load_engine(engine: Engine, directory: Path, rank: int, num_ranks: int) -> N
     Raises:
         CheckpointError: it was written for other parameters.
     """
-    state, saved = read_state(directory)
-    try:
+    state, _ = read_state(directory)
+    with refusing(directory):
+        moments = optimizer_state(engine.optimizer, engine.model, _local_state(engine, directory), directory)
+        names = file_names(RNG, num_ranks)
+        resumed = all((directory / name).is_file() for name in names)
+        states = read_random_states(engine.device, directory / names[rank]) if resumed else None
+        # Nothing has changed until here.
         load_weights(engine.model, directory)
-    except (ValueError, FileNotFoundError) as error:
-        raise CheckpointError(f"checkpoint: {directory} must hold the model's parameters, got {error}") from None
-    tensors = _local_state(engine, directory)
-    engine.optimizer.load_state_dict(optimizer_state(engine.optimizer, engine.model, tensors, directory))
-    names = file_names(RNG, num_ranks)
-    if all((directory / name).is_file() for name in names):
-        restore_random_states(engine.device, read_random_states(engine.device, directory / names[rank]))
-    else:
+    engine.optimizer.load_state_dict(moments)
+    if states is None:
         torch.manual_seed(engine.config.seed + rank)
+    else:
+        restore_random_states(engine.device, states)
     engine.weights_changed()
     engine.state = state
 

@@ -60,6 +60,13 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     return MuonWithAdamW(matrices, groups, config.weight_decay, config.momentum, adamw)
 
 
+def state_shapes(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Size]:
+    """What an optimizer of `build_optimizer` keeps of a parameter from its first step on: names and shapes."""
+    if isinstance(optimizer, MuonWithAdamW) and optimizer.is_matrix(parameter):
+        return {"momentum_buffer": parameter.shape}
+    return {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """torch's Muon for some parameters and torch's AdamW for the others, with the state of both in one place.
 
@@ -95,6 +102,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         options = dict(lr=adamw["lr"], weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
         self._muon = torch.optim.Muon(views, **options)
         self._adamw = torch.optim.AdamW([dict(group) for group in groups], **adamw) if groups else None
+
+    def is_matrix(self, parameter: nn.Parameter) -> bool:
+        """Whether Muon moves it."""
+        return parameter in self._parts
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

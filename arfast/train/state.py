@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from arfast.adapter import load_adapter
 
 from .engine import Engine, TrainState
 from .manifest import CheckpointError, read_small
+from .optimizer import state_shapes
 
 OPTIMIZER, RNG = "optimizer", "rng"  # see `file_names`
 STATE_FILE = "trainer_state.json"
@@ -113,7 +115,7 @@ def load_engine(engine: Engine, directory: Path) -> None:
         CheckpointError: it was written for other parameters.
     """
     state, _ = read_state(directory)
-    try:
+    with refusing(directory):
         files = sorted(directory.glob(f"{OPTIMIZER}*.safetensors"))
         tensors = itertools.chain.from_iterable(load_file(path).items() for path in files)
         moments = optimizer_state(engine.optimizer, engine.model, tensors, directory)
@@ -121,11 +123,6 @@ def load_engine(engine: Engine, directory: Path) -> None:
         states = read_random_states(engine.device, path) if path.is_file() else None
         # Nothing has changed until here: all of it is taken over, or nothing.
         _load_weights(engine, directory)
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        text = " ".join(str(error).split())
-        raise CheckpointError(f"checkpoint: {directory} must hold the model's parameters, got {text:.300}") from None
     engine.optimizer.load_state_dict(moments)
     if states is None:  # of several ranks, none of which is this process
         torch.manual_seed(engine.config.seed)
@@ -133,6 +130,18 @@ def load_engine(engine: Engine, directory: Path) -> None:
         restore_random_states(engine.device, states)
     engine.weights_changed()
     engine.state = state
+
+
+@contextlib.contextmanager
+def refusing(directory: Path) -> Iterator[None]:
+    """Whatever fails while tensors are read from a checkpoint is raised as a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"checkpoint: {directory} must hold the model's parameters, got {text:.300}") from None
 
 
 def _load_weights(engine: Engine, directory: Path) -> None:
@@ -230,19 +239,27 @@ def optimizer_state(
 ) -> dict[str, Any]:
     """What the optimizer's ``load_state_dict`` takes, of stored tensors by name; ``path`` is for errors."""
     parameters = dict(model.named_parameters())
-    state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    state: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors:
         kind, _, name = key.partition(".")
-        parameter = parameters.get(name)
-        if parameter is None or not value.is_floating_point() or value.shape not in (torch.Size([]), parameter.shape):
-            wanted = "parameters of the model" if parameter is None else f"floats of shape {tuple(parameter.shape)}"
+        shape = state_shapes(optimizer, parameters[name]).get(kind) if name in parameters else None
+        if shape is None or value.shape != shape or not value.is_floating_point():
+            known = "parameters of the model and what its optimizer keeps of them"
+            wanted = known if shape is None else f"floats of shape {tuple(shape)}"
             raise CheckpointError(
                 f"checkpoint: {path} must have {wanted}, got {key!r:.100} {value.dtype} {tuple(value.shape)}"
             )
         # A copy in memory of its own: the mapped file is aligned to 8 bytes only, and its pages come one by one.
-        state.setdefault(parameter, {})[kind] = value.clone()
+        state.setdefault(name, {})[kind] = value.clone()
+    for name, found in state.items():
+        missing = state_shapes(optimizer, parameters[name]).keys() - found.keys()
+        if missing:
+            raise CheckpointError(
+                f"checkpoint: {path} must have all that the optimizer keeps of {name}, lacks {min(missing)}"
+            )
+    by_parameter = {parameters[name]: found for name, found in state.items()}
     parameters_in_order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbered = {i: state[parameter] for i, parameter in enumerate(parameters_in_order) if parameter in state}
+    numbered = {i: by_parameter[p] for i, p in enumerate(parameters_in_order) if p in by_parameter}
     return {"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
@@ -255,17 +272,23 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def read_random_states(device: torch.device, path: Path) -> dict[str, Tensor]:
-    """The stored states of the generators that there are here."""
+    """The stored states of the generators that there are here, tried on new generators: not all bytes are a state."""
     stored, present = load_file(path), random_states(device)
     for name, own in present.items():
         found = stored.get(name)
-        if (name == "cpu" or found is not None) and (
-            found is None or found.dtype != own.dtype or found.shape != own.shape
-        ):
+        if found is None and name != "cpu":
+            continue
+        if found is None or found.dtype != own.dtype or found.shape != own.shape:
             got = None if found is None else f"{found.dtype} {tuple(found.shape)}"
             raise CheckpointError(
                 f"checkpoint: {path} must have a random state {name} of {own.nbytes} bytes, got {got}"
             )
+        try:
+            torch.Generator(name).set_state(found)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"checkpoint: {path} must have a random state {name} that a generator takes, got {error}"
+            ) from None
     return {name: stored[name].clone() for name in present if name in stored}
 
 

@@ -13,10 +13,10 @@ from mutations import FILE_NAMES, VALUES, mutate_bytes, mutate_safetensors, muta
 from train_doubles import make_trainer
 
 from arfast.data import Tokenizer
+from arfast.distributed import sharded_checkpoint
 from arfast.models import CausalLM, CausalLMConfig
-from arfast.train import CheckpointError, verify
+from arfast.train import CheckpointError, state, verify
 from arfast.train.manifest import _serialize
-from arfast.train.state import load_engine
 
 CONFIG = CausalLMConfig(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 EXPERTS = CONFIG.replace(num_experts=4, num_shared_experts=1, router_score="sigmoid", sliding_window=4)
@@ -86,7 +86,7 @@ def checkpoint(memory_path):
     trainer = make_trainer(memory_path / "run")
     trainer.step([trainer.datasets["train"].batch(0, 4)])
     path = trainer.save()
-    load_engine(trainer.engine, path)
+    state.load_engine(trainer.engine, path)
     return trainer, path
 
 
@@ -112,21 +112,23 @@ def test_manifests(checkpoint, amount, record):
     record("C10", "hostile manifests, most with a right checksum", count, f"{refused} refused, the rest harmless")
 
 
-def test_states_and_optimizers(checkpoint, amount, record):
+@pytest.mark.parametrize("rank", [{}, {"rank": 0, "num_ranks": 1}], ids=["no-ranks", "rank"])
+def test_states_and_optimizers(checkpoint, amount, record, rank):
     """As if the manifest were right: the state, the optimizer's tensors and the random states are mutated."""
     trainer, path = checkpoint
+    load_engine = sharded_checkpoint.load_engine if rank else state.load_engine
     count = amount(200, 100_000)
 
     def load(directory):
         before = [p.detach().clone() for p in trainer.model.parameters()], vars(trainer.state).copy()
         try:
-            load_engine(trainer.engine, directory)
+            load_engine(trainer.engine, directory, **rank)
         except CheckpointError:
             assert vars(trainer.state) == before[1] and all(map(torch.equal, trainer.model.parameters(), before[0]))
             raise
-        state = trainer.engine.state
-        assert type(state.next_position()) is int
-        assert all(type(value) is float for value in state.recent_losses + state.recent_grad_norms)
+        counters = trainer.engine.state
+        assert type(counters.next_position()) is int
+        assert all(type(value) is float for value in counters.recent_losses + counters.recent_grad_norms)
 
     def mutate(generator, data):
         return mutate_json(generator, data) if data.startswith(b"{") else mutate_safetensors(generator, data)
@@ -134,7 +136,8 @@ def test_states_and_optimizers(checkpoint, amount, record):
     names = ["trainer_state.json", "optimizer.safetensors", "rng.safetensors"]
     refused = fuzz(path, names, mutate, load, count, seed=40)
     assert refused > 0.5 * count
-    record("C10", "hostile trainer_state.json, optimizer, random states", count,
+    reader = " (ranks)" if rank else ""
+    record("C10", f"hostile trainer_state.json, optimizer, random states{reader}", count,
            f"{refused} refused with the trainer unchanged, the rest harmless")  # fmt: skip
 
 

@@ -135,7 +135,27 @@ def test_optimizer_of_another_model(tmp_path):
     make_trainer(tmp_path).fit()
     path = tmp_path / "step-00000004"
     tensors = load_file(path / "optimizer.safetensors")
-    for key, message in (("exp_avg.nobody", "parameters of the model"), ("exp_avg.mix.bias", "shape")):
-        save_file(tensors | {key: torch.zeros(2, 2)}, path / "optimizer.safetensors")
+    lacking = {key: value for key, value in tensors.items() if key != "step.mix.bias"}
+    matrix, vector = torch.zeros(2, 2), tensors["exp_avg.mix.bias"].clone()
+    for changed, message in (
+        (tensors | {"exp_avg.nobody": matrix}, "parameters of the model"),
+        (
+            tensors | {"momentum_buffer.mix.bias": vector},
+            "what its optimizer keeps of them",
+        ),
+        (tensors | {"exp_avg.mix.bias": matrix}, "shape"),
+        (tensors | {"step.mix.bias": matrix}, r"shape \(\)"),
+        (lacking, "all that the optimizer keeps of mix.bias, lacks step"),
+    ):
+        save_file(changed, path / "optimizer.safetensors")
         with pytest.raises(CheckpointError, match=message):
             load_engine(make_trainer(tmp_path).engine, path)
+
+
+def test_random_state_that_no_generator_takes(tmp_path):
+    make_trainer(tmp_path).fit()
+    path = tmp_path / "step-00000004"
+    state = load_file(path / "rng.safetensors")["cpu"]
+    save_file({"cpu": torch.zeros_like(state)}, path / "rng.safetensors")
+    with pytest.raises(CheckpointError, match="random state cpu that a generator takes"):
+        load_engine(make_trainer(tmp_path).engine, path)
