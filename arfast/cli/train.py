@@ -11,8 +11,8 @@ Examples:
   arfast train --model linear --linear-window 4 --linear-ngram --output-dir runs/ngram
   arfast train --recipe small --max-tokens 1228800 --batch-ramp 0:4 614400:8 --seqlen-ramp 0:256 409600:512
   arfast train --recipe llama3-8b --print-config > llama3.json
-  torchrun --nproc_per_node=2 -m arfast train --output-dir runs/two
-  torchrun --nproc_per_node=4 -m arfast train --output-dir runs/split --tensor-parallel 2 --context-parallel 2
+  torchrun --nproc_per_node=2 --no-python arfast train --output-dir runs/two
+  torchrun --nproc_per_node=4 --no-python arfast train --output-dir runs/split --tensor-parallel 2 --context-parallel 2
 """
 
 import argparse

@@ -13,8 +13,7 @@ import pytest
 from arfast.train import verify
 from arfast.train.checkpoint import list_checkpoints
 
-pytestmark = pytest.mark.slow
-
+ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SETTINGS = "--vocab-size 512 --seqlen 32 --batch-size 4 --max-steps 30 --log-every 1 --save-every 5 --eval-every 0"
 TIMEOUT = 240
@@ -59,6 +58,7 @@ def wait_for_steps(output_dir, count):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--tensor-parallel", "2"], ["--context-parallel", "2"]], ids=str)
 def test_a_run_is_that_of_one_process(tmp_path, data, flags):
     results = []
@@ -74,6 +74,7 @@ def test_a_run_is_that_of_one_process(tmp_path, data, flags):
         assert two[key] == pytest.approx(one[key], rel=1e-5), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_ends_the_job_and_the_next_one_continues(tmp_path, data, number, rank):
@@ -101,9 +102,22 @@ def test_a_signal_to_one_rank_ends_the_job_and_the_next_one_continues(tmp_path, 
     assert f"continuing {path}/{saved[-1].name}" in errors
 
 
+@pytest.mark.slow
 def test_an_error_is_told_and_ends_the_job(tmp_path, data):
     log = tmp_path / "run.log"
     process = start([*TORCHRUN, *command(tmp_path / "run", data, "--batch-size", "3")], log)
     status, _, errors = finish(process, log)
     assert status != 0
     assert errors.count("arfast train: error: Trainer: batch_size must be a multiple of the 2 data ranks, got 3") == 2
+
+
+def test_ranks_start_in_a_clone_where_the_package_is_installed(tmp_path):
+    """There, ``torchrun -m`` would find the source folder, which has no compiled library."""
+    script = Path(sys.executable).with_name("arfast")
+    if not script.exists():
+        pytest.skip("needs the installed command")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [*TORCHRUN, "--no-python", str(script), "info"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    assert sum(line.startswith("{") for line in done.stdout.splitlines()) == 2, done.stdout
