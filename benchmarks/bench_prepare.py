@@ -96,7 +96,8 @@ def run_prepare(recipe, out_dir, workers):
     command = [sys.executable, "-m", "arfast", "prepare", "--config", str(path), "--output-dir", str(out_dir)]
     start, peak = time.perf_counter(), 0
     with open(out_dir.with_suffix(".log"), "w") as log, open(out_dir.with_suffix(".out"), "w") as output:
-        process = subprocess.Popen([*command, "--workers", str(workers)], stdout=output, stderr=log)
+        # Elsewhere: in a clone, `python -m` would find the source folder, which has no compiled library.
+        process = subprocess.Popen([*command, "--workers", str(workers)], stdout=output, stderr=log, cwd=out_dir.parent)
         while process.poll() is None:
             peak = max(peak, family_memory(process.pid))
             time.sleep(SAMPLE_SECONDS)
@@ -162,7 +163,7 @@ def main():
         lines["web"] = [line for page in pages for line in extract_text(page).split("\n") if line.strip()]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for megabytes in arguments.megabytes:
-            root = Path(folder, f"{megabytes:g}")
+            root = Path(folder, f"{megabytes:g}").resolve()
             sources = []
             for kind, name in (("code", "code"), ("prose", "web")):
                 if name in lines:

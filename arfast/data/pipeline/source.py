@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from arfast.data.builtin import builtin
@@ -29,12 +29,13 @@ class Block:
     records: list[Record]
 
     def pack(self) -> bytes:
-        """JSON, for a worker."""
-        return json.dumps([self.source, [list(asdict(record).values()) for record in self.records]]).encode()
+        """JSON, for a worker; half a surrogate pair, which JSON lines may hold, comes along as it is."""
+        records = [[record.text, record.source, record.kind, record.language, record.url] for record in self.records]
+        return json.dumps([self.source, records], ensure_ascii=False).encode(errors="surrogatepass")
 
     @classmethod
-    def unpack(cls, data: bytes) -> "Block":
-        source, records = json.loads(data)
+    def unpack(cls, data: bytes | memoryview) -> "Block":
+        source, records = json.loads(str(data, "utf-8", "surrogatepass"))
         return cls(source, [Record(*values) for values in records])
 
 

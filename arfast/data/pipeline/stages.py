@@ -135,8 +135,9 @@ class Stages:
 
     def _make_part(self, request: bytes) -> bytes:
         """Cleans a block and writes its part; the reply is the number of bytes that it had. Runs in a worker."""
-        number = int.from_bytes(request[:_NUMBER_BYTES], "little")
-        digest, data = request[_NUMBER_BYTES:][:_HASH_BYTES], request[_NUMBER_BYTES + _HASH_BYTES :]
+        view = memoryview(request)
+        number = int.from_bytes(view[:_NUMBER_BYTES], "little")
+        digest, data = view[_NUMBER_BYTES:][:_HASH_BYTES], view[_NUMBER_BYTES + _HASH_BYTES :]
         block, tally = Block.unpack(data), Tally()
         for record in block.records:
             num_bytes = text_bytes(record.text)

@@ -16,9 +16,10 @@ _CODES = {OSError: _OS_ERROR, ValueError: _VALUE_ERROR, ImportError: _IMPORT_ERR
 
 
 def _write(descriptor: int, code: int, data: bytes) -> None:
-    view = memoryview(_LENGTH.pack(len(data), code) + data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    for part in (_LENGTH.pack(len(data), code), data):
+        view = memoryview(part)
+        while view:
+            view = view[os.write(descriptor, view) :]
 
 
 def _read_exactly(descriptor: int, count: int) -> bytes:
