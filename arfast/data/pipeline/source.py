@@ -29,13 +29,13 @@ class Block:
     records: list[Record]
 
     def pack(self) -> bytes:
-        """JSON, for a worker; half a surrogate pair, which JSON lines may hold, comes along as it is."""
+        """JSON, for a worker."""
         records = [[record.text, record.source, record.kind, record.language, record.url] for record in self.records]
-        return json.dumps([self.source, records], ensure_ascii=False).encode(errors="surrogatepass")
+        return json.dumps([self.source, records], ensure_ascii=False).encode()
 
     @classmethod
     def unpack(cls, data: bytes | memoryview) -> "Block":
-        source, records = json.loads(str(data, "utf-8", "surrogatepass"))
+        source, records = json.loads(str(data, "utf-8"))
         return cls(source, [Record(*values) for values in records])
 
 
@@ -65,7 +65,12 @@ class _Fields:
 
 def _field(record: dict, key: str | None) -> str | None:
     value = record.get(key) if key else None
-    return value if isinstance(value, str) and value else None
+    return _encodable(value) if isinstance(value, str) and value else None
+
+
+def _encodable(text: str) -> str:
+    """With escapes for what is no Unicode: bytes of a file name, half a surrogate pair in JSON."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _documents(source: Source) -> Iterator[Document]:
@@ -91,7 +96,7 @@ def read_records(source: Source) -> Iterator[Record]:
             language, url = _field(found, source.language_field) or "", _field(found, source.url_field)
             found_any = True
             kind = kind_of(document.source) if source.kind == "auto" else source.kind
-            yield Record(document.text, document.source, kind, language, url)
+            yield Record(document.text, _encodable(document.source), kind, language, url)
         if not found_any:
             actual = f"none in {source.path!r}"
             raise ValueError(

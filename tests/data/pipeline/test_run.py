@@ -80,6 +80,27 @@ def test_data_sets_are_those_of_prepare_dataset(prepared, folder, make_recipe):
     }
 
 
+def test_names_that_are_no_unicode(tmp_path):
+    """Bytes of a file name that are no UTF-8, of a file of text and of one that is none; half a surrogate in JSON."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    documents = [document for document in builtin("python") if 2000 < len(document.text) < 9000][:40]
+    for number, document in enumerate(documents):
+        (folder / f"{number}.py").write_text(document.text)
+    os.rename(folder / "0.py", os.path.join(os.fsencode(folder), b"caf\xe9.py"))
+    Path(os.fsdecode(os.path.join(os.fsencode(folder), b"\xff.py"))).write_bytes(b"\0\xff")
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"text": d.text + "#", "url": "a\ud800"}) + "\n" for d in documents))
+    sources = [
+        {"name": "code", "path": str(folder), "kind": "code"},
+        {"name": "lines", "path": str(lines), "kind": "code", "url_field": "url"},
+    ]
+    recipe = Recipe.from_json({"sources": sources, "deduplication": {"near": False}})
+    prepared = prepare_corpus(recipe, tmp_path / "out", workers=2)
+    assert prepared.report["stages"]["reading"]["documents_in"] == 2 * len(documents)
+    assert "\\udcff.py" in prepared.report["notes"][0]
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_same_result_for_any_number_of_workers_and_order_of_files(
     prepared, folder, tmp_path, monkeypatch, workers, make_recipe
