@@ -179,7 +179,7 @@ def main():
                     {
                         "megabytes": megabytes,
                         "workers": arguments.workers,
-                        "seconds": round(seconds, 1),
+                        "wall_seconds": round(seconds, 1),
                         "peak_megabytes": round(peak / 1e6, 1),
                         "documents": counts,
                     }
