@@ -83,10 +83,11 @@ def test_shard_names(model_directories, name, record):
 
 @pytest.fixture
 def checkpoint(memory_path):
-    trainer = make_trainer(memory_path / "run")
+    trainer = make_trainer(memory_path / "run", model=CausalLM(CONFIG.replace(vocab_size=61)))
     trainer.step([trainer.datasets["train"].batch(0, 4)])
     path = trainer.save()
     state.load_engine(trainer.engine, path)
+    sharded_checkpoint.load_engine(trainer.engine, path, 0, 1)
     return trainer, path
 
 
@@ -135,7 +136,7 @@ def test_states_and_optimizers(checkpoint, amount, record, rank):
 
     names = ["trainer_state.json", "optimizer.safetensors", "rng.safetensors"]
     refused = fuzz(path, names, mutate, load, count, seed=40)
-    assert refused > 0.5 * count
+    assert 0.5 * count < refused < count
     reader = " (ranks)" if rank else ""
     record("C10", f"hostile trainer_state.json, optimizer, random states{reader}", count,
            f"{refused} refused with the trainer unchanged, the rest harmless")  # fmt: skip
