@@ -29,13 +29,9 @@ from arfast.train.state import (
     RNG,
     STATE_FILE,
     file_names,
-    optimizer_state,
     random_states,
-    read_random_states,
-    read_state,
-    refusing,
-    restore_random_states,
     state_content,
+    take_over,
 )
 
 from .parts import Part, parts
@@ -181,28 +177,9 @@ def load_weights(model: CausalLM, directory: Path) -> None:
 
 
 def load_engine(engine: Engine, directory: Path, rank: int, num_ranks: int) -> None:
-    """Take over this rank's part of a checkpoint that any number of ranks wrote.
-
-    Random states are those of this rank where as many ranks wrote it, and new ones otherwise.
-
-    Raises:
-        CheckpointError: it was written for other parameters.
-    """
-    state, _ = read_state(directory)
-    with refusing(directory):
-        moments = optimizer_state(engine.optimizer, engine.model, _local_state(engine, directory), directory)
-        names = file_names(RNG, num_ranks)
-        resumed = all((directory / name).is_file() for name in names)
-        states = read_random_states(engine.device, directory / names[rank]) if resumed else None
-        # Nothing has changed until here.
-        load_weights(engine.model, directory)
-    engine.optimizer.load_state_dict(moments)
-    if states is None:
-        torch.manual_seed(engine.config.seed + rank)
-    else:
-        restore_random_states(engine.device, states)
-    engine.weights_changed()
-    engine.state = state
+    """Take over this rank's part of a checkpoint that any number of ranks wrote: see `take_over`."""
+    tensors = _local_state(engine, directory)
+    take_over(engine, directory, tensors, lambda: load_weights(engine.model, directory), rank, num_ranks)
 
 
 def _local_state(engine: Engine, directory: Path) -> Iterator[tuple[str, Tensor]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,34 +113,50 @@ def load_engine(engine: Engine, directory: Path) -> None:
     Raises:
         CheckpointError: it was written for other parameters.
     """
+    files = sorted(directory.glob(f"{OPTIMIZER}*.safetensors"))
+    tensors = itertools.chain.from_iterable(load_file(path).items() for path in files)
+    take_over(engine, directory, tensors, lambda: _load_weights(engine, directory))
+
+
+def take_over(
+    engine: Engine,
+    directory: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    load_weights: Callable[[], None],
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> None:
+    """Continue from a checkpoint that any number of ranks wrote: all of it, or, with an error, nothing.
+
+    Random states are those of this rank where as many ranks wrote it, and new ones otherwise.
+
+    Args:
+        tensors: of the optimizer, this rank's part of each, by the names ``<kind>.<parameter>``.
+        load_weights: reads this rank's part of the parameters into the model.
+
+    Raises:
+        CheckpointError: it was written for other parameters.
+    """
     state, _ = read_state(directory)
-    with refusing(directory):
-        files = sorted(directory.glob(f"{OPTIMIZER}*.safetensors"))
-        tensors = itertools.chain.from_iterable(load_file(path).items() for path in files)
+    names = file_names(RNG, num_ranks)
+    try:
         moments = optimizer_state(engine.optimizer, engine.model, tensors, directory)
-        path = directory / file_names(RNG, 1)[0]
-        states = read_random_states(engine.device, path) if path.is_file() else None
-        # Nothing has changed until here: all of it is taken over, or nothing.
-        _load_weights(engine, directory)
+        as_many = all((directory / name).is_file() for name in names)
+        states = read_random_states(engine.device, directory / names[rank]) if as_many else None
+        # Nothing has changed until here.
+        load_weights()
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"checkpoint: {directory} must hold the model's parameters, got {text:.300}") from None
     engine.optimizer.load_state_dict(moments)
-    if states is None:  # of several ranks, none of which is this process
-        torch.manual_seed(engine.config.seed)
+    if states is None:
+        torch.manual_seed(engine.config.seed + rank)
     else:
         restore_random_states(engine.device, states)
     engine.weights_changed()
     engine.state = state
-
-
-@contextlib.contextmanager
-def refusing(directory: Path) -> Iterator[None]:
-    """Whatever fails while tensors are read from a checkpoint is raised as a CheckpointError."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        text = " ".join(str(error).split())
-        raise CheckpointError(f"checkpoint: {directory} must hold the model's parameters, got {text:.300}") from None
 
 
 def _load_weights(engine: Engine, directory: Path) -> None:
@@ -239,10 +254,11 @@ def optimizer_state(
 ) -> dict[str, Any]:
     """What the optimizer's ``load_state_dict`` takes, of stored tensors by name; ``path`` is for errors."""
     parameters = dict(model.named_parameters())
-    state: dict[str, dict[str, Tensor]] = {}
+    state: dict[nn.Parameter, dict[str, Tensor]] = {}
     for key, value in tensors:
         kind, _, name = key.partition(".")
-        shape = state_shapes(optimizer, parameters[name]).get(kind) if name in parameters else None
+        parameter = parameters.get(name)
+        shape = None if parameter is None else state_shapes(optimizer, parameter).get(kind)
         if shape is None or value.shape != shape or not value.is_floating_point():
             known = "parameters of the model and what its optimizer keeps of them"
             wanted = known if shape is None else f"floats of shape {tuple(shape)}"
@@ -250,16 +266,15 @@ def optimizer_state(
                 f"checkpoint: {path} must have {wanted}, got {key!r:.100} {value.dtype} {tuple(value.shape)}"
             )
         # A copy in memory of its own: the mapped file is aligned to 8 bytes only, and its pages come one by one.
-        state.setdefault(name, {})[kind] = value.clone()
-    for name, found in state.items():
-        missing = state_shapes(optimizer, parameters[name]).keys() - found.keys()
-        if missing:
+        state.setdefault(parameter, {})[kind] = value.clone()
+    for name, parameter in parameters.items():
+        missing = state_shapes(optimizer, parameter).keys() - state.get(parameter, {}).keys()
+        if parameter in state and missing:
             raise CheckpointError(
                 f"checkpoint: {path} must have all that the optimizer keeps of {name}, lacks {min(missing)}"
             )
-    by_parameter = {parameters[name]: found for name, found in state.items()}
     parameters_in_order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbered = {i: by_parameter[p] for i, p in enumerate(parameters_in_order) if p in by_parameter}
+    numbered = {i: state[parameter] for i, parameter in enumerate(parameters_in_order) if parameter in state}
     return {"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]}
 
 

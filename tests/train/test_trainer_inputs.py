@@ -139,10 +139,7 @@ def test_optimizer_of_another_model(tmp_path):
     matrix, vector = torch.zeros(2, 2), tensors["exp_avg.mix.bias"].clone()
     for changed, message in (
         (tensors | {"exp_avg.nobody": matrix}, "parameters of the model"),
-        (
-            tensors | {"momentum_buffer.mix.bias": vector},
-            "what its optimizer keeps of them",
-        ),
+        (tensors | {"momentum_buffer.mix.bias": vector}, "what its optimizer keeps of them"),
         (tensors | {"exp_avg.mix.bias": matrix}, "shape"),
         (tensors | {"step.mix.bias": matrix}, r"shape \(\)"),
         (lacking, "all that the optimizer keeps of mix.bias, lacks step"),
