@@ -130,5 +130,4 @@ class Parts:
 
 
 def _line(record: Record) -> bytes:
-    values = [record.text, record.source, record.kind, record.language, record.url]
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return json.dumps(record.values(), ensure_ascii=False, separators=(",", ":")).encode() + b"\n"

@@ -29,6 +29,10 @@ class Record:
     language: str = "unknown"
     url: str | None = None
 
+    def values(self) -> list[str | None]:
+        """The fields, for JSON: ``Record(*values)`` is the record again."""
+        return [self.text, self.source, self.kind, self.language, self.url]
+
 
 class Dropped(Exception):
     """A document does not go on: for a ``reason``, a word of the report's table, with the ``detail`` of this one."""

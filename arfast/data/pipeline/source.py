@@ -30,8 +30,8 @@ class Block:
 
     def pack(self) -> bytes:
         """JSON, for a worker."""
-        records = [[record.text, record.source, record.kind, record.language, record.url] for record in self.records]
-        return json.dumps([self.source, records], ensure_ascii=False).encode()
+        values = [record.values() for record in self.records]
+        return json.dumps([self.source, values], ensure_ascii=False).encode()
 
     @classmethod
     def unpack(cls, data: bytes | memoryview) -> "Block":
