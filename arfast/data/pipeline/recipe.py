@@ -4,6 +4,7 @@ Every key that a recipe may hold is a field below; any other is refused by name.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -308,6 +309,9 @@ class Recipe:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
+_type_hints = functools.cache(typing.get_type_hints)
+
+
 def _from_json(kind: typing.Any, value: object, name: str) -> typing.Any:
     """JSON data as a dataclass, tuple or plain value of the annotated type."""
     if isinstance(kind, types.UnionType):
@@ -323,7 +327,7 @@ def _from_json(kind: typing.Any, value: object, name: str) -> typing.Any:
         _check(right, name, f"be of type {kind.__name__}", value)
         return kind(value)
     _check(isinstance(value, dict), name or "recipe", "be an object", value)
-    hints = typing.get_type_hints(kind)
+    hints = _type_hints(kind)
     prefix = f"{name}." if name else ""
     for key in value:
         if key not in hints:
