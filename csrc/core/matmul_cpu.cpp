@@ -23,16 +23,18 @@ template <typename T>
 constexpr int kTileColumns = 2 * kLanes<T>;
 constexpr int64_t kBlockRows = 384;
 constexpr int64_t kBlockDepth = 256;
+constexpr int64_t kDepthStep = 16;
 constexpr int64_t kPanelColumns = 256;
 // With fewer rows of the output, an element of `b` is used so seldom that packing it costs more than it saves: from
 // dense rows, and where packing would transpose it.
 constexpr int64_t kFewRows = 32;
 constexpr int64_t kFewRowsTransposed = 8;
 
-// Of blocks of equal depths, in steps of 16: shorter sums err less than a full block's with a short one behind it.
-int64_t equal_depth(int64_t depth) {
-  const int64_t blocks = std::max<int64_t>(1, (depth + kBlockDepth - 1) / kBlockDepth);
-  return std::max<int64_t>(16, ((depth + blocks - 1) / blocks + 15) / 16 * 16);
+// The size of equal blocks, none larger than `largest`, in whole steps: a full one with a short one behind it would err
+// more along the depth, and over rows pack `b` for a few of them.
+int64_t equal_blocks(int64_t size, int64_t largest, int64_t step) {
+  const int64_t blocks = std::max<int64_t>(1, (size + largest - 1) / largest);
+  return std::max((size + blocks * step - 1) / (blocks * step) * step, step);
 }
 
 template <typename T>
@@ -142,16 +144,14 @@ class Product {
         add_(add),
         a_is_dense_(a.column_stride == 1),
         uses_b_in_place_(b.column_stride == 1 && out.rows < kFewRows),
-        step_(equal_depth(a.columns)) {}
+        block_depth_(equal_blocks(a.columns, kBlockDepth, kDepthStep)) {}
 
   void run() const {
-    // Blocks of equal heights: of a low last one, packing `b` would cost as much as of a full one.
-    const int64_t blocks = std::max<int64_t>(1, (out_.rows + kBlockRows - 1) / kBlockRows);
-    const int64_t height = ((out_.rows + blocks - 1) / blocks + kTileRows - 1) / kTileRows * kTileRows;
+    const int64_t height = equal_blocks(out_.rows, kBlockRows, kTileRows);
     for (int64_t row = 0; row < out_.rows; row += height) {
       const int64_t rows = std::min(height, out_.rows - row);
-      for (int64_t k = 0; k < a_.columns; k += step_) {
-        const int64_t depth = std::min(step_, a_.columns - k);
+      for (int64_t k = 0; k < a_.columns; k += block_depth_) {
+        const int64_t depth = std::min(block_depth_, a_.columns - k);
         if (a_is_dense_) {
           copy_rows(element<T>(a_, row, k), rows, a_.row_stride, depth, packed_a().data());
         } else {
@@ -180,7 +180,7 @@ class Product {
   // Where `b` is read after the panel at (k, column).
   const T* after(int64_t k, int64_t column) const {
     if (column + kPanelColumns < out_.columns) return element<T>(b_, k, column + kPanelColumns);
-    return element<T>(b_, k + step_ < a_.columns ? k + step_ : 0, 0);
+    return element<T>(b_, k + block_depth_ < a_.columns ? k + block_depth_ : 0, 0);
   }
 
   void pack_b(int64_t k, int64_t depth, int64_t column, int64_t columns, T* target) const {
@@ -209,7 +209,7 @@ class Product {
 
   const Matrix &a_, &b_, &out_;
   const bool add_, a_is_dense_, uses_b_in_place_;
-  const int64_t step_;
+  const int64_t block_depth_;
 };
 
 // For few rows, and `b` dense along K: transposes squares of `b` in registers and uses them at once. Every sum runs in
@@ -217,7 +217,7 @@ class Product {
 template <typename T>
 void multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& out, bool add) {
   constexpr int kRows = kTileRows / 2, kColumns = kLanes<T>;
-  const int64_t step = equal_depth(a.columns);
+  const int64_t block_depth = equal_blocks(a.columns, kBlockDepth, kDepthStep);
   constexpr int64_t kAhead = 384 / sizeof(T);  // of every column, in a line or two it would be too late
   for (int64_t j = 0; j < out.columns; j += kColumns) {
     const T* columns[kColumns];
@@ -228,7 +228,7 @@ void multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& out, bool
       for (int r = 0; r < kRows; ++r) rows[r] = element<T>(a, std::min(i + r, out.rows - 1), 0);
       for (int64_t k = 0; k < a.columns;) {
         const bool adds = add || k > 0;
-        const int64_t end = std::min(k + step, a.columns);
+        const int64_t end = std::min(k + block_depth, a.columns);
         Vec<T> sums[kRows]{};
         for (; k + kColumns <= end; k += kColumns) {
           Vec<T> square[kColumns];
