@@ -3,11 +3,11 @@
 import hashlib
 import json
 import struct
-import time
 import urllib.parse
 
 import numpy as np
 import pytest
+from growth import seconds
 from hostile import fuzz
 from parsers import MESSAGES, PARSERS, SEQLEN, TEXTS, make_dataset, read_dataset
 
@@ -148,20 +148,6 @@ def test_a_tokenizer_that_panics_when_it_is_used(tmp_path):
         Tokenizer.load(tmp_path).encode("a")
 
 
-# Ten times the input, at most twelve times the time.
-
-
-def seconds(function, *arguments):
-    """Of this thread, the least of three."""
-    times = []
-    for _ in range(3):
-        urllib.parse.clear_cache()
-        start = time.thread_time()
-        function(*arguments)
-        times.append(time.thread_time() - start)
-    return min(times)
-
-
 def json_lines(path, n):
     path.write_bytes(b'{"text": "a line of text"}\n' * n)
 
@@ -251,14 +237,13 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_files_take_linear_time(name, memory_path, record):
     make, read, size, most = FILES[name]
-    times = []
-    for n in (size, 10 * size):
-        path = memory_path / str(n) / name
+    paths = [memory_path / str(n) / name for n in (size, 10 * size)]
+    for path, n in zip(paths, (size, 10 * size), strict=True):
         path.parent.mkdir()
         make(path, n)
         read(path)
-        times.append(seconds(read, path))
-    assert times[1] < most * times[0] + 0.1, times
+    short, long = seconds(read, *paths)
+    assert long < most * short + 0.1, (short, long)
     record("S6", f"a file {name}, 10 times larger", 2, f"at most {most} times the time")
 
 
@@ -299,6 +284,7 @@ def test_stages_take_linear_time(name, record):
     stage = STAGES[name]
 
     def run(text):
+        urllib.parse.clear_cache()
         try:
             stage(text)
         except Dropped:
@@ -306,6 +292,6 @@ def test_stages_take_linear_time(name, record):
 
     run("a")
     for piece in PIECES:
-        short, long = (seconds(run, piece * (characters // len(piece))) for characters in (10_000, 100_000))
+        short, long = seconds(run, *(piece * (characters // len(piece)) for characters in (10_000, 100_000)))
         assert long < 12 * short + 0.05, (piece, short, long)
     record("S6", f"texts of one repeated piece, 10 times longer ({name})", len(PIECES), "at most 12 times the time")

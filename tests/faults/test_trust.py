@@ -5,12 +5,12 @@ import json
 import os
 import random
 import sys
-import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from growth import seconds
 from mutations import FILE_NAMES, mutate_safetensors, mutate_value, to_json
 from tracing import STARTS
 
@@ -237,17 +237,12 @@ def test_audit_of_a_resume(memory_path, record):
 def test_tokenizer_takes_linear_time(text, record):
     tokenizer = Tokenizer.train(["some text to learn from, don't ask why 123 "] * 20, vocab_size=300)
 
-    def seconds(characters):
+    def round_trip(characters):
         long = text * (characters // len(text))
-        times = []
-        for _ in range(3):
-            start = time.thread_time()
-            assert tokenizer.decode(tokenizer.encode(long)) == long
-            times.append(time.thread_time() - start)
-        return min(times)
+        assert tokenizer.decode(tokenizer.encode(long)) == long
 
-    seconds(1000)
-    short, long = seconds(20_000), seconds(200_000)
+    round_trip(1000)
+    short, long = seconds(round_trip, 20_000, 200_000)
     assert long < 12 * short + 0.2, (short, long)
     record("S6", "texts of one repeated piece, 10 times longer", 9, "at most 12 times the time")
 
