@@ -28,6 +28,7 @@ from arfast.train.state import (
     OPTIMIZER,
     RNG,
     STATE_FILE,
+    check_shapes,
     file_names,
     random_states,
     state_content,
@@ -161,13 +162,7 @@ def load_weights(model: CausalLM, directory: Path) -> None:
     with ExitStack() as stack:
         opened = hub.open_pretrained(directory, stack)
         own = parts(model)
-        wanted = {name: part.shape for name, part in own.items()}
-        found = {name: tuple(parameter.shape) for name, parameter in opened.model.named_parameters()}
-        if wanted != found:
-            name = next(name for name in [*wanted, *found] if wanted.get(name) != found.get(name))
-            raise ValueError(
-                f"load_weights: {directory} must hold {name} of shape {wanted.get(name)}, got {found.get(name)}"
-            )
+        check_shapes(directory, own, dict(opened.model.named_parameters()))
         for name, stored_name, index in opened.layout:
             stored = opened.stored[stored_name].get_slice(stored_name)
             for box, memory in own[name].boxes():

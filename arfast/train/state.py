@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ def take_over(
 
     Args:
         tensors: of the optimizer, this rank's part of each, by the names ``<kind>.<parameter>``.
-        load_weights: reads this rank's part of the parameters into the model.
+        load_weights: reads this rank's part of the parameters into the model, if all are of their shapes.
 
     Raises:
         CheckpointError: it was written for other parameters.
@@ -164,7 +164,22 @@ def _load_weights(engine: Engine, directory: Path) -> None:
         load_adapter(engine.model, directory)
         return
     model = type(engine.model).from_pretrained(directory, dtype=torch.float32, device=engine.device)
-    engine.model.load_state_dict(model.state_dict())
+    found = model.state_dict()
+    # load_state_dict finds a difference only after it has copied what fits.
+    check_shapes(directory, engine.model.state_dict(), found)
+    engine.model.load_state_dict(found)
+
+
+def check_shapes(directory: Path, wanted: Mapping[str, Any], found: Mapping[str, Tensor]) -> None:
+    """Whether the tensors of a directory are those that a model needs, by name and ``shape``.
+
+    Raises:
+        ValueError: they are not.
+    """
+    wanted_shapes, shapes = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (wanted, found))
+    for name in [*wanted, *found]:
+        if (shape := wanted_shapes.get(name)) != (got := shapes.get(name)):
+            raise ValueError(f"load_weights: {directory} must hold {name} of shape {shape}, got {got}")
 
 
 def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:

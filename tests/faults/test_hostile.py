@@ -122,6 +122,18 @@ def checkpoint(memory_path):
 
 
 @pytest.mark.parametrize("reader", READERS)
+def test_weights_of_another_model(checkpoint, reader):
+    """Where no tensor of the optimizer tells, the weights do, before one of them is taken over."""
+    trainer, path = checkpoint
+    (path / "optimizer.safetensors").unlink()
+    CausalLM(CONFIG.replace(vocab_size=62)).save_pretrained(path)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with pytest.raises(CheckpointError, match=r"must hold .+ of shape \(61, .+\), got \(62, "):
+        READERS[reader](trainer.engine, path)
+    assert all(map(torch.equal, trainer.model.parameters(), before))
+
+
+@pytest.mark.parametrize("reader", READERS)
 def test_states_and_optimizers(checkpoint, amount, record, reader):
     """As if the manifest were right: the state, the optimizer's tensors and the random states are mutated."""
     trainer, path = checkpoint
